@@ -1,0 +1,39 @@
+# Everything here sets up .venv by itself; another interpreter: make PYTHON=python3.12 ...
+PYTHON ?= python3
+TABLE ?= digits
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train reproduce-table test lint clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@echo "  TABLE=digits|mnist|fashion_mnist picks the table; ARGS='...' adds Hydra overrides, as in ARGS='data.root=/data seed=3'"
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+setup: $(VENV)/.installed ## .venv with the exact versions of requirements.lock
+
+train: setup ## one run: make train ARGS='arrangement=mosaic data=mnist seed=3'
+	$(BIN)/python scripts/train.py $(ARGS)
+
+reproduce-table: setup ## the runs of TABLE that are not recorded yet, then the table and its figure
+	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) $(ARGS)
+
+test: setup ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## removes .venv and caches; runs/, data/ and results/ stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

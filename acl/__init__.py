@@ -1,0 +1,8 @@
+"""The analytic convolutional layer (ACL): convolutions whose kernels are formulas with a few learned parameters."""
+
+from acl import kernels
+from acl.arrangement import Arrangement
+from acl.convert import convert
+from acl.layer import AnalyticConv2d, akp_parameters
+
+__all__ = ["AnalyticConv2d", "Arrangement", "akp_parameters", "convert", "kernels"]

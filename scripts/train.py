@@ -1,0 +1,24 @@
+"""Trains and tests one network: python scripts/train.py model=ana_lenet arrangement=mosaic data=mnist seed=3"""
+
+from omegaconf import DictConfig
+
+from training.config import entry
+from training.loop import run
+from training.records import recorded, run_folder
+
+
+def main(cfg: DictConfig) -> None:
+    already = recorded(cfg) is not None
+    record = run(cfg)
+    result = f"validation {record['val']['top1']:.2f}%"
+    if record["test"] is not None:
+        result = f"test {record['test']['top1']:.2f}%, {result}"
+    parameters = record["parameters"]
+    print(
+        f"{run_folder(cfg)}{' (recorded before)' if already else ''}: {result} (epoch {record['best_epoch']}), "
+        f"{parameters['conv']:,} convolution parameters of {parameters['total']:,}, {record['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,1 @@
+"""What runs an experiment: data, the loop, records and tables."""
