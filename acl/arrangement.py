@@ -88,7 +88,8 @@ class Arrangement:
             total = sum(self.counts.values())
             if total != kernels:
                 raise ValueError(
-                    f"arrangement '{self}' fills {total} of {kernels} kernels of {layer} ({in_channels} x {out_channels})"
+                    f"arrangement '{self}' fills {total} of {kernels} kernels of {layer} "
+                    f"({in_channels} x {out_channels})"
                 )
             return self
         exact = [value * kernels / 100 for _, value in self.terms]

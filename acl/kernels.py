@@ -36,10 +36,19 @@ def _on_grid(size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y
     tensors = [a for a in (*akps, x0, y0) if isinstance(a, Tensor)]
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     device = tensors[0].device if tensors else None
-    *values, cx, cy = (torch.as_tensor(a, dtype=dtype, device=device)[..., None, None] for a in (*akps, x0, y0))
-    x = torch.arange(kw, dtype=dtype, device=device) - (kw - 1) / 2 - cx
-    y = (torch.arange(kh, dtype=dtype, device=device) - (kh - 1) / 2)[:, None] - cy
-    return [*values, x, y]
+
+    def expand(akp: Tensor | float) -> Tensor:
+        return torch.as_tensor(akp, dtype=dtype, device=device)[..., None, None]
+
+    x = torch.arange((1 - kw) / 2, (1 + kw) / 2, dtype=dtype, device=device)
+    y = torch.arange((1 - kh) / 2, (1 + kh) / 2, dtype=dtype, device=device)[:, None]
+    if not _centred(x0, y0):
+        x, y = x - expand(x0), y - expand(y0)
+    return [*map(expand, akps), x, y]
+
+
+def _centred(x0: Tensor | float, y0: Tensor | float) -> bool:
+    return not isinstance(x0, Tensor) and not isinstance(y0, Tensor) and x0 == y0 == 0
 
 
 def _rotate(x: Tensor, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +62,7 @@ def _tri(t: Tensor) -> Tensor:
 
 
 def _gauss(t: Tensor, sigma: Tensor) -> Tensor:
-    return torch.exp(-((t / sigma) ** 2) / 2)
+    return torch.exp((t / sigma).square() * -0.5)
 
 
 def _profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
@@ -76,9 +85,7 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
     total_a, total_b = _total(a), _total(b)
     tiny = torch.finfo(a.dtype).eps
     exists = (total_a > tiny) & (total_b > tiny)
-    one = torch.ones_like(total_a)
-    difference = a / torch.where(exists, total_a, one) - b / torch.where(exists, total_b, one)
-    return torch.where(exists, difference, torch.zeros_like(difference))
+    return a * (exists / total_a.clamp(min=tiny)) - b * (exists / total_b.clamp(min=tiny))
 
 
 def gabor(
@@ -117,7 +124,8 @@ def gabor(
     """
     theta, wavelength, psi, sigma, gamma, x, y = _on_grid(size, theta, wavelength, psi, sigma, gamma, x0=x0, y0=y0)
     along, across = _rotate(x, y, theta)
-    return _gauss(along, sigma) * _gauss(gamma * across, sigma) * torch.cos(2 * math.pi * along / wavelength + psi)
+    envelope = torch.exp(((along / sigma).square() + (gamma * across / sigma).square()) * -0.5)
+    return envelope * torch.cos(along * (2 * math.pi / wavelength) + psi)
 
 
 def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tensor | float = 0.0) -> Tensor:
@@ -144,7 +152,7 @@ def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tens
         (torch.Size([5, 5]), True)
     """
     sigma, x, y = _on_grid(size, sigma, x0=x0, y0=y0)
-    q = ((x / sigma) ** 2 + (y / sigma) ** 2) / 2
+    q = ((x / sigma).square() + (y / sigma).square()) / 2
     kernel = (q - 1) * torch.exp(-q)
     return kernel - kernel.mean((-2, -1), keepdim=True)
 
@@ -181,7 +189,7 @@ def lot(
     s, x, y = _on_grid(size, s, x0=x0, y0=y0)
     centre = _tri(x) * _tri(y)
     # The root's slope at r = 0 is infinite; 1e-12 px there makes it 0 and is lost to rounding everywhere else.
-    r = torch.sqrt(x**2 + y**2 + 1e-24)
+    r = torch.sqrt(x.square() + y.square() + 1e-24)
     return _difference(_profile(r, s, profile) * (1 - centre), centre)
 
 
@@ -210,7 +218,7 @@ def tgd1(
         y0: centre below the grid's middle, px.
 
     Returns:
-        (..., kh, kw), sum 0; all zero where a half vanishes (a 1 x 1 grid).
+        (..., kh, kw), sum 0; all zero on a 1 x 1 grid, or where a half lies outside its window.
 
     Raises:
         ValueError: the size is below (1, 1), or the profile is not known.
@@ -223,6 +231,8 @@ def tgd1(
     theta, s, sigma, x, y = _on_grid(size, theta, s, sigma, x0=x0, y0=y0)
     along, across = _rotate(x, y, theta)
     kernel = (2 * along).clamp(-1, 1) * _profile(along.abs(), s, profile) * _gauss(across, sigma)
+    if _centred(x0, y0):
+        return kernel
     rise, fall = kernel.clamp(min=0), (-kernel).clamp(min=0)
     return _difference(rise, fall) * (_total(rise) + _total(fall)) / 2
 
@@ -236,8 +246,9 @@ def tgd2(
     x0: Tensor | float = 0.0,
     y0: Tensor | float = 0.0,
 ) -> Tensor:
-    """TGD of 2nd order: A / sum(A) - D / sum(D) with D = tri(x') n(y'; sigma), A = w(|x'|; s) (1 - tri(x')) n(y'; sigma).
+    """TGD of 2nd order: A / sum(A) - D / sum(D).
 
+    D = tri(x') n(y'; sigma) is the middle, A = w(|x'|; s) (1 - tri(x')) n(y'; sigma) what lies around it.
     Source: the R operator in its orthogonal construction (arXiv 2305.08098, 2401.15287). tri is the impulse on a
     pixel grid (ours: it makes the kernel continuous in theta).
 
@@ -301,9 +312,14 @@ def _angle(name: str, turn: float) -> AKP:
     return AKP(name, "rad", None, lambda k: (0.0, turn))
 
 
-def _width(name: str, low: float, high: float) -> AKP:
-    """A width in px that starts between ``low`` and ``high`` times the kernel's size."""
-    return AKP(name, "px", 0.3, lambda k: (max(0.5, low * k), max(0.75, high * k)))
+def _width(name: str, low: float, high: float, least: float = 0.5) -> AKP:
+    """A width in px that starts between ``low`` and ``high`` times the kernel's size, and above ``least``."""
+    return AKP(name, "px", 0.3, lambda k: (max(least, low * k), max(1.5 * least, high * k)))
+
+
+def _reach(low: float, high: float) -> AKP:
+    """The width of a TGD kernel function; it starts above a pixel, below which a linear one reaches no neighbour."""
+    return _width("s", low, high, least=1.1)
 
 
 _OFFSET = tuple(AKP(name, "px", None, lambda k: (-k / 8, k / 8)) for name in ("x0", "y0"))
@@ -348,12 +364,12 @@ KINDS: dict[str, Kind] = {
             gabor,
         ),
         Kind("Lg", "LoG", "purple", (_width("sigma", 0.1, 0.3),), _OFFSET, log),
-        Kind("Lt", "LoT", "deeppink", (_width("s", 0.1, 0.4),), _OFFSET, lot, profiled=True),
+        Kind("Lt", "LoT", "deeppink", (_reach(0.1, 0.4),), _OFFSET, lot, profiled=True),
         Kind(
             "Tf",
             "TGD 1st",
             "blue",
-            (_angle("theta", 2 * math.pi), _width("s", 0.1, 0.4), _width("sigma", 0.1, 0.4)),
+            (_angle("theta", 2 * math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
             _OFFSET,
             tgd1,
             profiled=True,
@@ -362,7 +378,7 @@ KINDS: dict[str, Kind] = {
             "Ts",
             "TGD 2nd",
             "green",
-            (_angle("theta", math.pi), _width("s", 0.1, 0.4), _width("sigma", 0.1, 0.4)),
+            (_angle("theta", math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
             _OFFSET,
             tgd2,
             profiled=True,

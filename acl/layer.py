@@ -146,27 +146,32 @@ class AnalyticConv2d(nn.Module):
             if KINDS[symbol].function is not None
         }
 
-    def _kernels(self, symbol: str, akps: dict[str, Tensor]) -> Tensor:
-        """(count, kh, kw): the kernels of one analytic kind, scaled."""
-        kind = KINDS[symbol]
-        assert kind.function is not None
-        gain = akps.pop("amplitude", None)
-        options = {"profile": self.profile} if kind.profiled else {}
-        kernels = kind.function(**akps, size=self.kernel_size, **options)
-        if self.scale == "unit":
-            energy = kernels.square().sum((-2, -1), keepdim=True) * (self.in_channels // self.groups)
-            kernels = kernels * torch.rsqrt(energy + 1e-12)
-        return kernels if gain is None else kernels * gain[:, None, None]
-
     def _synthesise(self) -> Tensor:
-        akps = self.akps()
-        tiles = [
-            self.plain if symbol == "P" else self._kernels(symbol, akps[symbol]).to(self.plain.dtype)
-            for symbol in self.arrangement.counts
-        ]
-        weight = torch.cat(tiles).view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        tiles, gains = [], []
+        for symbol, akps in self.akps().items():
+            kind = KINDS[symbol]
+            assert kind.function is not None
+            if self.amplitude:
+                gains.append(akps.pop("amplitude"))
+            options = {"profile": self.profile} if kind.profiled else {}
+            tiles.append(kind.function(**akps, size=self.kernel_size, **options))
+        weight = self.plain
+        if tiles:
+            weight = torch.cat(tiles)
+            if self.scale == "unit":
+                energy = weight.square().sum((-2, -1), keepdim=True) * (self.in_channels // self.groups)
+                weight = weight * torch.rsqrt(energy + 1e-12)
+            if gains:
+                weight = weight * torch.cat(gains)[:, None, None]
+            weight = weight.to(self.plain.dtype)
+            if len(self.plain):
+                counts = self.arrangement.counts
+                before = sum(list(counts.values())[: list(counts).index("P")])
+                weight = torch.cat([weight[:before], self.plain, weight[before:]])
+        weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self._format.is_contiguous(memory_format=torch.channels_last):
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            # clone, not contiguous(): that leaves a weight with one in channel as it is, and the convolution slow.
+            weight = weight.clone(memory_format=torch.channels_last)
         return weight
 
     @property
@@ -234,7 +239,7 @@ class _Synthesised(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, layer: AnalyticConv2d, *parameters: Tensor) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(*parameters)
-        return weight.view_as(weight)
+        return weight.detach()  # a view would forget the strides of a single channel
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -66,7 +66,7 @@ def load(cfg: DictConfig) -> Data:
 
 
 def _digits(root: Path) -> tuple[Split, Split, int]:
-    """scikit-learn's bundled 1,797 handwritten digits, 8 x 8, scaled to 28 x 28; a fixed fifth of them is the test set."""
+    """scikit-learn's bundled 1,797 handwritten digits, 8 x 8, scaled to 28 x 28; a fixed fifth is the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -1,0 +1,109 @@
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from training import data as datasets
+from training.data import augment, batches, load
+from training.errors import UsageError
+
+
+def write_idx(path: Path, array: torch.Tensor, compress: bool = False) -> None:
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    content = header + array.to(torch.uint8).numpy().tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.with_name(path.name + ".gz").write_bytes(gzip.compress(content)) if compress else path.write_bytes(content))
+
+
+def write_mnist(root: Path, name: str = "MNIST", train: int = 5200, test: int = 300) -> Path:
+    """A small tree in the official layout: images whose pixels all hold their label."""
+    raw = root / name / "raw"
+    for split, n in (("train", train), ("t10k", test)):
+        labels = torch.arange(n) % 10
+        write_idx(raw / f"{split}-images-idx3-ubyte", (labels[:, None, None] * 20).expand(n, 28, 28))
+        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+    return raw
+
+
+def config(name: str, root: Path) -> object:
+    return OmegaConf.create({"name": name, "root": str(root), "shift": 0, "flip": False})
+
+
+def test_digits_need_no_files(tmp_path: Path) -> None:
+    data = load(config("digits", tmp_path / "none"))
+    assert [len(split) for split in (data.train, data.val, data.test)] == [1237, 200, 360]
+    assert data.train.images.shape[1:] == (1, 28, 28) and data.train.images.dtype == torch.uint8
+    assert data.train.images.max() > 240
+    everything = torch.cat([data.train.images, data.val.images, data.test.images]).flatten(1)
+    assert len(everything.unique(dim=0)) == len(everything)  # no image in two splits
+    again = load(config("digits", tmp_path / "none"))
+    assert torch.equal(again.val.images, data.val.images)
+    normal = data.normalise(data.train.images)
+    assert normal.mean().item() == pytest.approx(0, abs=1e-4) and normal.std().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_the_official_layout(tmp_path: Path, name: str, folder: str) -> None:
+    write_mnist(tmp_path, folder)
+    data = load(config(name, tmp_path))
+    assert [len(split) for split in (data.train, data.val, data.test)] == [200, 5000, 300]
+    for split in (data.train, data.val, data.test):
+        assert torch.equal(split.images[:, 0, 3, 5], (split.labels * 20).to(torch.uint8))
+
+
+def test_missing_files_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(self: object) -> None:
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr(datasets.datasets.MNIST, "download", offline)
+    with pytest.raises(UsageError) as error:
+        load(config("mnist", tmp_path / "data"))
+    text = str(error.value)
+    assert str(tmp_path / "data" / "MNIST" / "raw") in text and "t10k-labels-idx1-ubyte" in text
+    assert "data=digits needs no files" in text and "\n" not in text
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "magic", "labels"])
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_corrupt_file_is_named(tmp_path: Path, file: str, damage: str) -> None:
+    path = write_mnist(tmp_path) / file
+    content = path.read_bytes()
+    if damage == "labels":
+        if "labels" not in file:
+            pytest.skip("labels only")
+        path.write_bytes(content[:-1] + b"\x0b")
+    else:
+        path.write_bytes({"cut": content[:-100], "empty": b"", "magic": b"\xff" * 16 + content[16:]}[damage])
+    with pytest.raises(UsageError, match="t10k" if "t10k" in file else file):
+        load(config("mnist", tmp_path))
+
+
+def test_batches_cover_the_split_once_in_an_order_of_their_seed(tmp_path: Path) -> None:
+    split = load(config("digits", tmp_path)).train
+
+    def order(seed: int) -> torch.Tensor:
+        return torch.cat([b.images for b in batches(split, 100, torch.Generator().manual_seed(seed))])
+
+    assert len(order(1)) == 1200 and torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
+    assert len(order(1).flatten(1).unique(dim=0)) == 1200
+    assert torch.equal(torch.cat([b.labels for b in batches(split, 100)]), split.labels)
+
+
+def test_augmentation_moves_and_mirrors_whole_images() -> None:
+    images = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
+    moved = augment(images, 2, False, torch.Generator().manual_seed(0))
+    shifts = set()
+    for before, after in zip(images, moved, strict=True):
+        padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
+        found = [(r, c) for r in range(5) for c in range(5) if torch.equal(padded[:, r : r + 8, c : c + 8], after)]
+        assert len(found) == 1
+        shifts |= set(found)
+    assert len(shifts) > 15
+    mirrored = augment(images, 0, True, torch.Generator().manual_seed(0))
+    same = (mirrored == images).flatten(1).all(1)
+    assert 16 < same.sum() < 48 and torch.equal(mirrored[~same], images[~same].flip(-1))
+    assert torch.equal(augment(images, 0, False, torch.Generator()), images)

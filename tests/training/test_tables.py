@@ -1,0 +1,110 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from training import tables
+from training.config import compose
+from training.errors import UsageError
+from training.tables import COLUMNS, Row, Table, summary
+
+
+def record(seed: int, top1: float, conv: int = 100) -> dict[str, Any]:
+    config = {"seed": seed, "arrangement": {}, "trainer": {"epochs": 3}}
+    return {"config": config, "test": {"top1": top1}, "parameters": {"conv": conv, "total": 2 * conv}}
+
+
+def test_means_and_intervals_paired_by_seed() -> None:
+    plain = Row("plain", [], records=[record(s, v) for s, v in enumerate((90.0, 92.0, 97.0))])
+    other = Row("other", [], records=[record(s, v, 25) for s, v in enumerate((91.5, 92.5, 98.0))])
+    frame = summary([plain, other])
+    assert list(frame.columns) == COLUMNS
+    assert frame["diff_mean"][0] == frame["diff_ci95_low"][0] == frame["diff_ci95_high"][0] == 0
+    row = frame.iloc[1]
+    assert (row["conv_ratio"], row["seeds"], row["epochs"], row["params"]) == (4.0, 3, 3, 50)
+    low, high = stats.ttest_rel([91.5, 92.5, 98.0], [90.0, 92.0, 97.0]).confidence_interval(0.95)
+    assert (row["diff_mean"], row["diff_ci95_low"], row["diff_ci95_high"]) == pytest.approx((1.0, low, high))
+    assert row["top1_std"] == pytest.approx(pd.Series([91.5, 92.5, 98.0]).std())
+
+
+def test_one_seed_has_no_spread() -> None:
+    frame = summary([Row("plain", [], records=[record(0, 90.0)])])
+    assert math.isnan(frame["top1_std"][0]) and math.isnan(frame["diff_ci95_low"][0])
+
+
+def table(folder: Path, *overrides: str, **changes: Any) -> Table:
+    cfg = compose(["table=digits"], "reproduce_table").table
+    cfg.rows = cfg.rows[:2]
+    cfg.seeds = [0, 1]
+    for key, value in changes.items():
+        cfg[key] = value
+    paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
+    return Table("digits", cfg, [*paths, "trainer.epochs=1", *overrides])
+
+
+def test_a_table_from_runs_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"seed": 7, "candidates": [["optim.lr=0.02"], ["optim.lr=0.0001"]]}
+    first = table(tmp_path, search=search)
+    frame = first.reproduce()
+    assert [path.name for path in sorted((tmp_path / "results/tables").iterdir())] == [
+        "digits.csv",
+        "digits.jsonl",
+        "digits.md",
+        "digits.png",
+    ]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results/tables/digits.csv"), frame, rtol=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "results/tables/digits.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["config"]["seed"]) for line in lines] == [
+        (row, seed) for row in ("LeNet-5 plain", "conv1 Gabor") for seed in (0, 1)
+    ]
+    assert all(line["config"]["optim"]["lr"] == 0.02 for line in lines)  # 1e-4 learns nothing in one epoch
+    markdown = (tmp_path / "results/tables/digits.md").read_text()
+    assert "| conv1 Gabor | conv1: G6 | 2,446 | 1.05 |" in markdown and "`optim.lr=0.02`" in markdown
+    records = sorted((tmp_path / "runs").glob("*/record.json"))
+    assert len(records) == 8
+    untested = [path for path in records if json.loads(path.read_text())["test"] is None]
+    assert len(untested) == 4  # a search reads no test set
+
+    original = tables.run
+    monkeypatch.setattr(tables, "run", lambda cfg: original(cfg) if tables.recorded(cfg) else pytest.fail("ran again"))
+    before = {path: path.stat().st_mtime_ns for path in records}
+    table(tmp_path, search=search).reproduce()
+    assert {path: path.stat().st_mtime_ns for path in records} == before
+
+
+def test_an_interrupted_table_leaves_only_whole_records_and_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    original, count = tables.run, 0
+
+    def interrupted(cfg: Any) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return original(cfg)
+
+    monkeypatch.setattr(tables, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table(tmp_path).reproduce()
+    assert len([json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/record.json")]) == 2
+    assert not (tmp_path / "results").exists()
+    assert len(table(tmp_path).reproduce()) == 2 and count == 7
+
+
+def test_a_bad_row_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    rows = [{"name": "plain", "overrides": ["model=lenet"]}, {"name": "bad", "overrides": ["arrangement.conv1=G5"]}]
+    with pytest.raises(UsageError, match="'G5' fills 5 of 6 kernels of conv1"):
+        table(tmp_path, rows=rows)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_table_can_be_composed() -> None:
+    for name in ("digits", "mnist", "fashion_mnist"):
+        cfg = compose([f"table={name}"], "reproduce_table").table
+        assert len(cfg.rows) == 7 and cfg.rows[0].overrides == ["model=lenet"]
+        for row in cfg.rows:
+            for candidate in cfg.search.candidates if cfg.search else [[]]:
+                assert compose([*cfg.overrides, *row.overrides, *candidate]).data.name == name
