@@ -87,5 +87,5 @@ def _analytic(conv: nn.Conv2d, arrangement: Arrangement, options: dict[str, Any]
     if layer.bias is not None and conv.bias is not None:
         layer.bias.copy_(conv.bias)
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
-        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer.to(memory_format=torch.channels_last)
     return layer.train(conv.training)

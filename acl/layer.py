@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class AnalyticConv2d(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -81,11 +81,11 @@ class AnalyticConv2d(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size: tuple[int, int] = _pair(kernel_size)
-        self.stride = conv.stride
-        self.padding = conv.padding
-        self.dilation = conv.dilation
+        self.stride: tuple[int, int] = _pair(stride)
+        self.padding: str | tuple[int, int] = padding if isinstance(padding, str) else _pair(padding)
+        self.dilation: tuple[int, int] = _pair(dilation)
         self.groups = groups
-        self.padding_mode = padding_mode
+        self.padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = padding_mode
         self.scale = scale
         self.amplitude = amplitude
         self.family = family
@@ -108,6 +108,7 @@ class AnalyticConv2d(nn.Module):
         """The plain kernels in slot order, (count, kh, kw)."""
         self.bias = nn.Parameter(torch.empty(out_channels, **kwargs)) if bias else None
         # Module.to() gives every 4-D tensor its memory format: this one tells which format the weight is to have.
+        self._format: Tensor
         self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **kwargs), persistent=False)
         self._cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None = None
         self._freeze(learn)
@@ -155,7 +156,7 @@ class AnalyticConv2d(nn.Module):
                 gains.append(akps.pop("amplitude"))
             options = {"profile": self.profile} if kind.profiled else {}
             tiles.append(kind.function(**akps, size=self.kernel_size, **options))
-        weight = self.plain
+        weight: Tensor = self.plain
         if tiles:
             weight = torch.cat(tiles)
             if self.scale == "unit":
@@ -190,7 +191,7 @@ class AnalyticConv2d(nn.Module):
                 hit = (key, [p.detach().clone() for p in parameters], self._synthesise())
             self._cache = hit
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return _Synthesised.apply(hit[2], self, *parameters)  # type: ignore[no-any-return]
+            return _Synthesised.apply(hit[2], self, *parameters)
         return hit[2]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ class AnalyticConv2d(nn.Module):
         return ", ".join(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_cache": None}
 
 
 class _Synthesised(torch.autograd.Function):

@@ -47,7 +47,7 @@ def main() -> None:
         for name, feed in feeds.items():
             model = build(cfg, data.channels, data.classes)
             if name == "ours" and cfg.trainer.channels_last:
-                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                model.to(memory_format=torch.channels_last)
             started = time.perf_counter()
             epoch(model, build_optimizer(model, cfg), feed())
             seconds[name].append(time.perf_counter() - started)

@@ -24,13 +24,12 @@ class WandbLogger(Logger):
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         import wandb
 
-        mode = None if wandb.Api().api_key else "offline"
         self.run = wandb.init(
             project=cfg.logger.project,
             id=run_id(cfg),
             config=resolved(cfg),
             dir=str(folder),
-            mode=mode,
+            mode=None if wandb.login(prompt=False) else "offline",
             reinit="create_new",
         )
 

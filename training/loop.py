@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"{len(data.train)} training images"
         )
     if cfg.trainer.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, cfg)
     schedule = build_schedule(optimizer, cfg, steps * cfg.trainer.epochs)
     net, optimizer = fabric.setup(model, optimizer)
@@ -153,7 +153,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots: a layer's name has dots, and a configuration reads them as levels."""
     if not isinstance(node, DictConfig):
         return {prefix: node}
-    return {k: v for name in node for k, v in _flat(node[name], f"{prefix}.{name}" if prefix else str(name)).items()}
+    start = f"{prefix}." if prefix else ""
+    return {k: v for name in map(str, node) for k, v in _flat(node[name], start + name).items()}
 
 
 def build_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
