@@ -41,3 +41,20 @@ def test_no_import_runs_back_up(floor: str) -> None:
     for path in (ROOT / floor).glob("*.py"):
         for package in re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE):
             assert package not in above, path
+
+
+def test_the_readmes_tables_are_the_results() -> None:
+    blocks = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for name, block in blocks:
+        results = (ROOT / "results" / "tables" / f"{name}.md").read_text()
+        assert block.strip().startswith("| row |") and block.strip() in results
+
+
+def test_the_readme_lists_every_kind() -> None:
+    from acl.kernels import KINDS
+
+    text = (ROOT / "README.md").read_text()
+    for kind in KINDS.values():
+        akps = ", ".join(akp.name for akp in kind.akps) or "k x k weights"
+        assert f"| `{kind.symbol}` | {akps} |" in text
