@@ -35,7 +35,9 @@ def main() -> None:
     images = Subset(MNIST(cfg.data.root, transform=usual), range(len(data.train)))
 
     def ours() -> Iterable[tuple[Tensor, Tensor]]:
-        for batch in datasets.batches(data.train, size, torch.Generator().manual_seed(0)):
+        order = torch.randperm(len(data.train))
+        for i in range(0, len(order) - size + 1, size):
+            batch = data.train[order[i : i + size]]
             yield prepare(batch.images, data, cfg), batch.labels
 
     def loader(workers: int) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:

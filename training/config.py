@@ -39,6 +39,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.schedule": (lambda v: v in ("onecycle", "cosine"), "onecycle or cosine"),
     "trainer.epochs": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
     "trainer.batch_size": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
+    "trainer.devices": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
+    "trainer.nodes": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
+    "trainer.checkpoint_minutes": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "trainer.deterministic": (lambda v: isinstance(v, bool), "true or false"),
     "trainer.channels_last": (lambda v: isinstance(v, bool), "true or false"),
     "trainer.test": (lambda v: isinstance(v, bool), "true or false"),
 }

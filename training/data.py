@@ -137,16 +137,10 @@ _SETS: dict[str, Callable[[Path], tuple[Split, Split, int]]] = {
 """Each gives the official training and test set (train still holds the validation images) and the validation's size."""
 
 
-def batches(split: Split, size: int, generator: torch.Generator | None = None) -> Iterator[Split]:
-    """The split in batches: with a (CPU) generator shuffled, and a last one that is not full left out."""
-    n = len(split)
-    if generator is None:
-        for i in range(0, n, size):
-            yield Split(split.images[i : i + size], split.labels[i : i + size])
-        return
-    order = torch.randperm(n, generator=generator).to(split.labels.device)
-    for i in range(0, n - size + 1, size):
-        yield split[order[i : i + size]]
+def batches(split: Split, size: int) -> Iterator[Split]:
+    """The split in order, in batches of ``size``, the last one as it comes."""
+    for i in range(0, len(split), size):
+        yield Split(split.images[i : i + size], split.labels[i : i + size])
 
 
 def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,11 @@
 """One run, from a configuration to a record."""
 
 import csv
+import os
 import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,127 +21,237 @@ from tqdm import tqdm
 
 import models
 from acl import akp_parameters
+from training import checkpoint
 from training import data as datasets
 from training.config import check
 from training.errors import UsageError
-from training.files import write_atomic
-from training.loggers import open_logger
+from training.files import alone_in, write_atomic
+from training.loggers import Logger, open_logger
 from training.records import FORMAT, environment, identity, recorded, run_folder, run_id, write_json
+
+warnings.filterwarnings("ignore", message="The `srun` command is available")  # right for a single process
 
 CHECK_EVERY = 50
 """Steps between looks at the loss: each look waits for the device."""
 
 
+@dataclass
+class Progress:
+    """Where a run is, beside the states of model, optimiser, schedule and generators."""
+
+    losses: torch.Tensor  # (steps,) of this epoch; each process has its share of the mean
+    hits: torch.Tensor  # () training images of this epoch that were told right
+    epoch: int = 0  # done
+    step: int = 0  # done, of this epoch
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Trains, validates and tests what ``cfg`` (configs/train.yaml) names; gives its record, a recorded run's as it is.
 
+    A run that was cut off goes on from its last checkpoint and ends as one that never was.
+
     Raises:
-        UsageError: bad input, before any work; or a loss that is no longer finite.
+        UsageError: bad input, before any work; a loss that is no longer finite; a folder that cannot be written.
+        BusyError: another process is at this run.
     """
     check(cfg)
     if (record := recorded(cfg)) is not None:
         return record
-    try:
-        fabric = Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"trainer: {error}") from error
-    seed_everything(cfg.seed, verbose=False)
+    fabric = build_fabric(cfg)
     data = datasets.load(cfg.data)
-    model = build(cfg, data.channels, data.classes)
-    data = data.to(fabric.device)
-    conv_parameters, parameters = models.count_parameters(model)
     steps = len(data.train) // cfg.trainer.batch_size
-    if steps < 1 or cfg.trainer.epochs < 1:
+    if steps < 1 or cfg.trainer.batch_size < fabric.world_size:
         raise UsageError(
-            f"nothing to train: trainer.epochs={cfg.trainer.epochs}, trainer.batch_size={cfg.trainer.batch_size}, "
-            f"{len(data.train)} training images"
+            f"nothing to train: trainer.batch_size={cfg.trainer.batch_size}, {len(data.train)} training images, "
+            f"{fabric.world_size} processes"
         )
+    seed_everything(cfg.seed, verbose=False)
+    model = build(cfg, data.channels, data.classes)
+    folder = run_folder(cfg)
+    fabric.launch()
+    # One process of a run writes, so one holds its lock.
+    with alone_in(folder) if fabric.is_global_zero else nullcontext():
+        if (record := recorded(cfg)) is None:  # another worker may have finished it since
+            record = _train(cfg, fabric, model, data.to(fabric.device), steps, folder)
+    return record
+
+
+def _train(
+    cfg: DictConfig, fabric: Fabric, model: nn.Module, data: datasets.Data, steps: int, folder: Path
+) -> dict[str, Any]:
+    """The loop: from the start or the last checkpoint to the record. ``steps`` are those of an epoch."""
+    size, rank, world, writes = cfg.trainer.batch_size, fabric.global_rank, fabric.world_size, fabric.is_global_zero
+    conv_parameters, parameters = models.count_parameters(model)
     if cfg.trainer.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, cfg)
     schedule = build_schedule(optimizer, cfg, steps * cfg.trainer.epochs)
     net, optimizer = fabric.setup(model, optimizer)
+    generator = torch.Generator()
+    now = Progress(torch.zeros(steps, device=fabric.device), torch.zeros((), dtype=torch.long, device=fabric.device))
+    if (saved := checkpoint.load(folder)) is not None:
+        if saved["config"] != identity(cfg):
+            raise UsageError(f"{folder} has a checkpoint of another configuration; move it away to run this one")
+        now = Progress(**{name: fabric.to_device(saved[name]) for name in vars(now)})
+        for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+            part.load_state_dict(saved[name])
+        set_random_state(fabric, saved["random"])
+    elif writes:
+        write_atomic(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
+    saved_at = started = time.monotonic() - now.seconds
 
-    folder = run_folder(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
-    logger = open_logger(cfg, folder)
-    started = time.perf_counter()
-    history: list[dict[str, float]] = []
-    best: dict[str, float] = {}
-    for epoch in range(cfg.trainer.epochs):
-        net.train()
-        # Order and augmentation depend on seed and epoch alone.
-        generator = torch.Generator().manual_seed(cfg.seed * 100_003 + epoch)
-        losses = torch.zeros(steps, device=fabric.device)
-        hits = torch.zeros((), device=fabric.device, dtype=torch.long)
-        bar = tqdm(
-            datasets.batches(data.train, cfg.trainer.batch_size, generator),
-            desc=f"epoch {epoch + 1}/{cfg.trainer.epochs}",
-            total=steps,
-            unit="image",
-            unit_scale=cfg.trainer.batch_size,
-            leave=False,
-            disable=None,
-        )
-        for step, batch in enumerate(bar):
-            images = datasets.augment(batch.images, cfg.data.shift, cfg.data.flip, generator)
-            logits = net(prepare(images, data, cfg))
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=cfg.optim.label_smoothing)
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            optimizer.step()
-            schedule.step()
-            losses[step] = loss.detach()
-            hits += (logits.detach().argmax(1) == batch.labels).sum()
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-                seen = losses[: step + 1]
-                if not bool(seen.isfinite().all()):
-                    first = int((~seen.isfinite()).nonzero()[0])
-                    raise UsageError(
-                        f"the loss is {float(losses[first])} at step {epoch * steps + first + 1} (epoch {epoch + 1}); "
-                        f"the last good checkpoint is kept in {folder}; try a lower optim.lr or optim.akp_lr_scale"
-                        if history
-                        else f"the loss is {float(losses[first])} at step {first + 1}, before a first checkpoint; "
-                        "try a lower optim.lr or optim.akp_lr_scale"
-                    )
-                done = (step + 1) * cfg.trainer.batch_size
-                bar.set_postfix(loss=f"{float(seen.mean()):.3f}", top1=f"{100 * int(hits) / done:.2f}%")
-        val = evaluate(net, data.val, data, cfg)
-        row = {
-            "epoch": epoch + 1,
-            "lr": schedule.get_last_lr()[0],
-            "train_loss": float(losses.mean()),
-            "train_top1": 100 * int(hits) / (steps * cfg.trainer.batch_size),
-            "val_loss": val["loss"],
-            "val_top1": val["top1"],
+    def save_checkpoint() -> float:
+        now.seconds = time.monotonic() - started
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state |= {"config": identity(cfg), "generator": generator.get_state(), "random": random_state(fabric)}
+        if writes:
+            checkpoint.save(folder, {**vars(now), **state})
+        return time.monotonic()
+
+    with open_logger(cfg, folder, model) if writes else Logger() as logger:
+        logger.start(now.epoch)
+        while now.epoch < cfg.trainer.epochs:
+            net.train()
+            # Order, augmentation and dropout of an epoch depend on seed, epoch and process alone.
+            generator.manual_seed(cfg.seed * 100_003 + now.epoch)
+            order = torch.randperm(len(data.train), generator=generator).to(fabric.device)
+            if now.step:
+                assert saved is not None
+                generator.set_state(saved["generator"])
+            else:
+                torch.manual_seed((cfg.seed * 100_003 + now.epoch) * 1009 + rank)
+                now.losses.zero_()
+                now.hits.zero_()
+            bar = tqdm(
+                range(now.step, steps),
+                desc=f"epoch {now.epoch + 1}/{cfg.trainer.epochs}",
+                initial=now.step,
+                total=steps,
+                unit="image",
+                unit_scale=size,
+                leave=False,
+                disable=None if writes else True,
+            )
+            for step in bar:
+                batch = data.train[order[step * size : (step + 1) * size]]
+                images = datasets.augment(batch.images, cfg.data.shift, cfg.data.flip, generator)
+                images, labels = images[rank::world], batch.labels[rank::world]
+                logits = net(prepare(images, data, cfg))
+                loss = F.cross_entropy(logits, labels, label_smoothing=cfg.optim.label_smoothing)
+                loss = loss * (len(labels) * world / size)  # the mean over processes is then that over the batch
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
+                schedule.step()
+                now.losses[step] = loss.detach()
+                now.hits += (logits.detach().argmax(1) == labels).sum()
+                now.step = step + 1
+                if now.step % CHECK_EVERY == 0 or now.step == steps:
+                    losses = over_processes(fabric, now.losses[: now.step], "mean")
+                    _stop_if_not_finite(losses, now, steps, folder)
+                    shown = 100 * int(now.hits) * world / (now.step * size)
+                    bar.set_postfix(loss=f"{float(losses.mean()):.3f}", top1=f"{shown:.2f}%")
+                    due = torch.tensor(float(time.monotonic() - saved_at > 60 * cfg.trainer.checkpoint_minutes))
+                    if now.step < steps and float(over_processes(fabric, due, "max")):
+                        saved_at = save_checkpoint()
+            val = evaluate(net, data.val, data, cfg, fabric)
+            row = {
+                "epoch": now.epoch + 1,
+                "lr": schedule.get_last_lr()[0],
+                "train_loss": float(losses.mean()),
+                "train_top1": 100 * int(over_processes(fabric, now.hits, "sum")) / (steps * size),
+                "val_loss": val["loss"],
+                "val_top1": val["top1"],
+            }
+            better = not now.best or (val["top1"], -val["loss"]) > (now.best["val_top1"], -now.best["val_loss"])
+            now.best = row if better else now.best
+            now.history.append(row)
+            now.epoch, now.step = now.epoch + 1, 0
+            if writes:
+                if better:
+                    save_model(folder / "model.safetensors", model)
+                    write_atomic(folder / "optimizer.pt", lambda path: torch.save(optimizer.state_dict(), path))
+                write_atomic(folder / "metrics.csv", lambda path: _write_csv(path, now.history))
+            logger.log(row)
+            saved_at = save_checkpoint()
+
+        fabric.barrier()
+        test = None
+        if cfg.trainer.test:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+            test = evaluate(net, data.test, data, cfg, fabric)
+        record = {
+            "format": FORMAT,
+            "id": run_id(cfg),
+            "config": identity(cfg),
+            "test": test,
+            "val": {"top1": now.best["val_top1"], "loss": now.best["val_loss"]},
+            "best_epoch": now.best["epoch"],
+            "parameters": {"conv": conv_parameters, "total": parameters},
+            "seconds": round(time.monotonic() - started, 2),
+            **environment(),
         }
-        history.append(row)
-        write_atomic(folder / "metrics.csv", lambda path: _write_csv(path, history))
-        logger.log(row)
-        if not best or (row["val_top1"], -row["val_loss"]) > (best["val_top1"], -best["val_loss"]):
-            best = row
-            save_model(folder / "model.safetensors", model)
-            write_atomic(folder / "optimizer.pt", lambda path: torch.save(optimizer.state_dict(), path))
-
-    test = None
-    if cfg.trainer.test:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        test = evaluate(net, data.test, data, cfg)
-    record = {
-        "format": FORMAT,
-        "id": run_id(cfg),
-        "config": identity(cfg),
-        "test": test,
-        "val": {"top1": best["val_top1"], "loss": best["val_loss"]},
-        "best_epoch": best["epoch"],
-        "parameters": {"conv": conv_parameters, "total": parameters},
-        "seconds": round(time.perf_counter() - started, 2),
-        **environment(),
-    }
-    write_json(folder / "record.json", record)
-    logger.close(record)
+        if writes:
+            write_json(folder / "record.json", record)
+            checkpoint.delete(folder)
+        logger.finish(record)
     return record
+
+
+def _stop_if_not_finite(losses: torch.Tensor, now: Progress, steps: int, folder: Path) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        kept = f"the last good checkpoint is kept in {folder}; " if now.history else ""
+        raise UsageError(
+            f"the loss is {float(losses[first])} at step {now.epoch * steps + first + 1} (epoch {now.epoch + 1}); "
+            f"{kept}try a lower optim.lr or optim.akp_lr_scale"
+        )
+
+
+def build_fabric(cfg: DictConfig) -> Fabric:
+    """The processes and devices of a run. Raises UsageError for more of them than there are."""
+    trainer = cfg.trainer
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        fabric = Fabric(
+            accelerator=trainer.accelerator,
+            strategy=trainer.strategy,
+            devices=trainer.devices,
+            num_nodes=trainer.nodes,
+            precision=trainer.precision,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+    if fabric.device.type == "cpu" and trainer.devices > (os.cpu_count() or 1):
+        raise UsageError(f"trainer.devices={trainer.devices} is more than the {os.cpu_count()} cores of this machine")
+    return fabric
+
+
+def over_processes(fabric: Fabric, tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """The "sum", "mean" or "max" of a tensor over the processes of a run."""
+    reduced = fabric.all_reduce(fabric.to_device(tensor).clone(), reduce_op=how)  # it works in place
+    assert isinstance(reduced, torch.Tensor)
+    return reduced
+
+
+def random_state(fabric: Fabric) -> torch.Tensor:
+    """(processes, n): the state of each process's random numbers, for dropout and the like."""
+    on_gpu = fabric.device.type == "cuda"
+    own = torch.cuda.get_rng_state(fabric.device) if on_gpu else torch.get_rng_state()
+    gathered = fabric.all_gather(own)
+    assert isinstance(gathered, torch.Tensor)
+    return gathered.reshape(fabric.world_size, -1).cpu()
+
+
+def set_random_state(fabric: Fabric, states: torch.Tensor) -> None:
+    own = states[fabric.global_rank]
+    torch.cuda.set_rng_state(own, fabric.device) if fabric.device.type == "cuda" else torch.set_rng_state(own)
 
 
 def build(cfg: DictConfig, channels: int, classes: int) -> nn.Module:
@@ -192,16 +306,20 @@ def prepare(images: torch.Tensor, data: datasets.Data, cfg: DictConfig) -> torch
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, split: datasets.Split, data: datasets.Data, cfg: DictConfig) -> dict[str, float]:
-    """Top-1 accuracy in per cent and mean cross-entropy (nats) over a split."""
+def evaluate(
+    net: nn.Module, split: datasets.Split, data: datasets.Data, cfg: DictConfig, fabric: Fabric | None = None
+) -> dict[str, float]:
+    """Top-1 accuracy in per cent and mean cross-entropy (nats) over a split, which the processes of a run share."""
     net.eval()
-    loss = torch.zeros((), device=split.labels.device, dtype=torch.double)
-    hits = torch.zeros((), device=split.labels.device, dtype=torch.long)
-    for batch in datasets.batches(split, 1000):
+    mine = slice(None) if fabric is None else slice(fabric.global_rank, None, fabric.world_size)
+    sums = torch.zeros(2, dtype=torch.double, device=split.labels.device)
+    for batch in datasets.batches(datasets.Split(split.images[mine], split.labels[mine]), 1000):
         logits = net(prepare(batch.images, data, cfg))
-        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
-        hits += (logits.argmax(1) == batch.labels).sum()
-    return {"top1": 100 * int(hits) / len(split), "loss": float(loss) / len(split)}
+        sums[0] += (logits.argmax(1) == batch.labels).sum()
+        sums[1] += F.cross_entropy(logits, batch.labels, reduction="sum")
+    if fabric is not None:
+        sums = over_processes(fabric, sums, "sum")
+    return {"top1": 100 * int(sums[0]) / len(split), "loss": float(sums[1]) / len(split)}
 
 
 def save_model(path: Path, model: nn.Module) -> None:

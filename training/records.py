@@ -17,7 +17,15 @@ from training.files import write_atomic
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[1]
 # What does not change a run's result is no part of its identity.
-_OUTSIDE = (("paths",), ("logger",), ("data", "root"), ("trainer", "accelerator"))
+_OUTSIDE = (
+    ("paths",),
+    ("logger",),
+    ("data", "root"),
+    *(
+        ("trainer", key)
+        for key in ("accelerator", "strategy", "devices", "nodes", "deterministic", "checkpoint_minutes")
+    ),
+)
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import io
 import json
 import math
-from collections.abc import Iterator
+import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from tqdm import tqdm
 
 from training import data as datasets
 from training.config import check, compose
-from training.errors import UsageError
-from training.files import write_atomic
+from training.errors import BusyError, UsageError
+from training.files import is_busy, write_atomic
 from training.loop import build, run
-from training.records import recorded
+from training.records import recorded, run_folder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,21 +42,43 @@ COLUMNS = [
 ]
 
 
+WAIT = 1.0
+"""Seconds between looks at runs that other workers are at."""
+
+
 @dataclass
 class Row:
     """One row of a table: a configuration, but for its seed and the hyperparameters that its search chooses."""
 
     name: str
     overrides: list[str]
-    chosen: list[str] = field(default_factory=list)
+    chosen: list[str] | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
-    def config(self, *overrides: str) -> DictConfig:
-        return compose([*self.overrides, *self.chosen, *overrides])
+
+@dataclass(frozen=True)
+class Run:
+    title: str
+    cfg: DictConfig
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.cfg)
+
+    @property
+    def failure(self) -> Path:
+        """Where the trace of a run that failed is kept."""
+        return self.folder / "failed.txt"
+
+    @property
+    def last_line(self) -> str:
+        return self.failure.read_text().strip().splitlines()[-1].removeprefix("training.errors.UsageError: ")
 
 
 class Table:
     """What ``configs/table/<name>.yaml`` says; ``overrides`` are the user's and come last.
+
+    Any number of processes may reproduce one table: they share its runs by a lock each, and any of them writes it.
 
     Raises:
         UsageError: a row that cannot be run, before any is.
@@ -64,52 +87,135 @@ class Table:
     def __init__(self, name: str, cfg: DictConfig, overrides: list[str]) -> None:
         self.name = name
         self.cfg = cfg
-        self.overrides = overrides
+        self.started = time.time()
         self.rows = [Row(row.name, [*cfg.overrides, *row.overrides, *overrides]) for row in cfg.rows]
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
         data = None
         for row in self.rows:
-            example = row.config()
+            example = self._compose(row)
             check(example)
+            if example.trainer.devices * example.trainer.nodes > 1:
+                raise UsageError(
+                    "a run of a table takes one device; start more workers (the same command again) to use more"
+                )
             data = data or datasets.load(example.data)
             build(example, data.channels, data.classes)
         self.results = Path(example.paths.results) / "tables"
 
-    def runs(self) -> Iterator[tuple[str, DictConfig]]:
-        """Every run, with a line that says which; a row's search comes before its seeds, which need its outcome."""
-        for row in self.rows:
-            if self.cfg.search is not None:
-                for i in range(len(self.cfg.search.candidates)):
-                    yield f"{row.name}, search {i + 1}/{len(self.cfg.search.candidates)}", self._trial(row, i)
-                row.chosen = list(self.cfg.search.candidates[self._best(row)])
-            for seed in self.cfg.seeds:
-                yield f"{row.name}, seed {seed}", row.config(f"seed={seed}")
-
     def __len__(self) -> int:
-        trials = 0 if self.cfg.search is None else len(self.cfg.search.candidates)
-        return len(self.rows) * (trials + len(self.cfg.seeds))
+        return len(self.rows) * (len(self._candidates) + len(self.cfg.seeds))
 
-    def _trial(self, row: Row, index: int) -> DictConfig:
-        search = self.cfg.search
-        return row.config(*search.candidates[index], f"seed={search.seed}", "trainer.test=false")
+    @property
+    def _candidates(self) -> list[list[str]]:
+        return [] if self.cfg.search is None else [list(candidate) for candidate in self.cfg.search.candidates]
 
-    def _best(self, row: Row) -> int:
-        """The candidate of the best validation accuracy, ties by validation loss."""
-        records = [recorded(self._trial(row, i)) for i in range(len(self.cfg.search.candidates))]
-        return max(range(len(records)), key=lambda i: _rank(records[i]))
+    def _compose(self, row: Row, *overrides: str) -> DictConfig:
+        words = (*row.overrides, *overrides)
+        if words not in self._composed:
+            self._composed[words] = compose(list(words))
+        return self._composed[words]
+
+    def _run(self, row: Row, title: str, *overrides: str) -> Run:
+        cfg = self._compose(row, *overrides).copy()
+        if cfg.logger.name == "wandb":
+            cfg.logger.group = self.name
+            cfg.logger.title = f"{row.name}, {title}"
+        return Run(f"{row.name}, {title}", cfg)
+
+    def _trials(self, row: Row) -> list[Run]:
+        n = len(self._candidates)
+        return [
+            self._run(row, f"search {i}/{n}", *candidate, f"seed={self.cfg.search.seed}", "trainer.test=false")
+            for i, candidate in enumerate(self._candidates, 1)
+        ]
+
+    def _seeds(self, row: Row) -> list[Run]:
+        return [self._run(row, f"seed {seed}", *(row.chosen or []), f"seed={seed}") for seed in self.cfg.seeds]
+
+    def runs(self) -> list[Run]:
+        """The runs that are known by now: a row's seeds are once its search is done, and failed for no candidate."""
+        known: list[Run] = []
+        for row in self.rows:
+            trials = self._trials(row)
+            known += trials
+            if row.chosen is None:
+                records = [recorded(trial.cfg) for trial in trials]
+                pairs = zip(trials, records, strict=True)
+                open_ = [one for one, record in pairs if record is None and not self._has_failed(one)]
+                scores = [_score(record) for record in records]
+                if open_ or (scores and max(scores) == _score(None)):
+                    continue
+                # The best validation accuracy, ties by validation loss, then by order.
+                row.chosen = self._candidates[scores.index(max(scores))] if scores else []
+            known += self._seeds(row)
+        return known
+
+    def _has_failed(self, one: Run) -> bool:
+        """At this worker or another; what failed before this one started is tried again."""
+        return one.failure.exists() and one.failure.stat().st_mtime > self.started
+
+    def status(self) -> dict[str, list[str]]:
+        """The titles of the runs that are done, running, failed (with the last line) and left."""
+        status: dict[str, list[str]] = {"done": [], "running": [], "failed": [], "left": []}
+        for one in self.runs():
+            if recorded(one.cfg) is not None:
+                status["done"].append(one.title)
+            elif is_busy(one.folder):
+                status["running"].append(one.title)
+            elif one.failure.exists():
+                status["failed"].append(f"{one.title}: {one.last_line}")
+            else:
+                status["left"].append(one.title)
+        waiting = len(self) - sum(map(len, status.values()))
+        status["left"] += ["a seed of a row whose search is not done"] * waiting
+        return status
 
     def reproduce(self) -> pd.DataFrame:
-        """Does the runs that are not recorded yet, and writes the table from the records of all."""
-        progress = tqdm(self.runs(), total=len(self), desc=self.name, unit="run", disable=None)
-        for number, (title, cfg) in enumerate(progress, 1):
-            progress.set_postfix_str(title)
-            before = recorded(cfg) is not None
-            record = run(cfg)
-            measured, top1 = ("test", record["test"]) if record["test"] else ("validation", record["val"])
-            note = "recorded before" if before else f"{record['seconds']:.0f} s"
-            progress.write(f"[{number}/{len(self)}] {title}: {measured} {top1['top1']:.2f}% ({note})")
+        """Does the runs that are neither recorded nor another worker's, waits for those, and writes the table.
+
+        Raises:
+            UsageError: runs failed, here or at another worker; all others are done, and the table is not written.
+        """
+        bar = tqdm(total=len(self), desc=self.name, unit="run", disable=None)
+        seen: set[str] = set()
+        while True:
+            waiting, worked = False, False
+            for one in self.runs():
+                if one.title in seen or self._has_failed(one):
+                    continue
+                bar.set_postfix_str(one.title)
+                before = recorded(one.cfg) is not None
+                try:
+                    result = run(one.cfg)
+                except BusyError:
+                    waiting = True
+                    continue
+                except Exception:
+                    worked = True
+                    trace = traceback.format_exc()
+                    write_atomic(one.failure, lambda path, text=trace: path.write_text(text))  # type: ignore[misc]
+                    bar.write(f"{one.title}: failed: {one.last_line}")
+                    continue
+                one.failure.unlink(missing_ok=True)
+                worked = True
+                seen.add(one.title)
+                bar.update()
+                measured, top1 = ("test", result["test"]) if result["test"] else ("validation", result["val"])
+                note = "recorded before" if before else f"{result['seconds']:.0f} s"
+                bar.write(f"[{len(seen)}/{len(self)}] {one.title}: {measured} {top1['top1']:.2f}% ({note})")
+            if not waiting and not worked:
+                break
+            if not worked:
+                time.sleep(WAIT)
+        bar.close()
+        status = self.status()
+        if status["failed"]:
+            raise UsageError(
+                f"{len(status['failed'])} of {len(self)} runs failed, {len(status['done'])} are done; the same command "
+                f"tries them again: {'; '.join(status['failed'])}"
+            )
         for row in self.rows:
-            found = [recorded(row.config(f"seed={seed}")) for seed in self.cfg.seeds]
-            row.records = [record for record in found if record is not None]
+            row.records = [record for one in self._seeds(row) if (record := recorded(one.cfg)) is not None]
         return self.write()
 
     def write(self) -> pd.DataFrame:
@@ -154,7 +260,7 @@ class Table:
                 f"(seed {search.seed}), and takes the one of best validation accuracy.\n\n| row | chosen |\n|---|---|\n"
             )
             for chosen in self.rows:
-                text.write(f"| {chosen.name} | {' '.join(f'`{word}`' for word in chosen.chosen)} |\n")
+                text.write(f"| {chosen.name} | {' '.join(f'`{word}`' for word in chosen.chosen or [])} |\n")
         record = self.rows[0].records[0]
         everything = [r for row in self.rows for r in row.records]
         machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in everything})
@@ -169,9 +275,8 @@ class Table:
         return text.getvalue()
 
 
-def _rank(record: dict[str, Any] | None) -> tuple[float, float]:
-    assert record is not None, "a search's runs come before its outcome"
-    return record["val"]["top1"], -record["val"]["loss"]
+def _score(record: dict[str, Any] | None) -> tuple[float, float]:
+    return (-math.inf, -math.inf) if record is None else (record["val"]["top1"], -record["val"]["loss"])
 
 
 def summary(rows: list[Row]) -> pd.DataFrame:

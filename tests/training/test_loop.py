@@ -35,10 +35,12 @@ def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str,
     folder = run_folder(cfg)
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.yaml",
+        "lock",
         "metrics.csv",
         "model.safetensors",
         "optimizer.pt",
         "record.json",
+        "worker",
     ]
     assert json.loads((folder / "record.json").read_text()) == record
     assert run_id(OmegaConf.load(folder / "config.yaml")) == run_id(cfg) == record["id"]
