@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-table test lint clean
+.PHONY: help setup train reproduce-table status sweep test lint clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,7 +26,14 @@ train: setup ## one run: make train ARGS='arrangement=mosaic data=mnist seed=3'
 reproduce-table: setup ## the runs of TABLE that are not recorded yet, then the table and its figure
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) $(ARGS)
 
-test: setup ## the tests
+status: setup ## which runs of TABLE are done, running, failed and left
+	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) --status $(ARGS)
+
+sweep: setup ## an example of --multirun on all cores: arrangement x seed, then one CSV of its runs
+	$(BIN)/python scripts/train.py -m hydra/launcher=cores arrangement=gabor,mosaic seed=0,1 paths.runs=runs/sweep $(ARGS)
+	$(BIN)/python scripts/collect.py runs=runs/sweep file=results/sweep.csv
+
+test: setup ## the tests; ARGS='-m slow' for the long ones, ARGS='-m slurm' where there is Slurm
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## formatting, lint and types

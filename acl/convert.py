@@ -81,7 +81,7 @@ def _analytic(conv: nn.Conv2d, arrangement: Arrangement, options: dict[str, Any]
     )
     slot = 0
     for symbol, count in arrangement.counts.items():
-        if symbol == "P":
+        if symbol == "P" and layer.plain is not None:
             layer.plain.copy_(conv.weight.flatten(0, 1)[slot : slot + count])
         slot += count
     if layer.bias is not None and conv.bias is not None:

@@ -104,8 +104,9 @@ class AnalyticConv2d(nn.Module):
             }
         )
         """The AKPs as they are held, named ``<symbol>_<akp>``; ``akps()`` gives them in natural units."""
-        self.plain = nn.Parameter(torch.empty(self.arrangement.counts.get("P", 0), *self.kernel_size, **kwargs))
-        """The plain kernels in slot order, (count, kh, kw)."""
+        plain = self.arrangement.counts.get("P", 0)
+        self.plain = nn.Parameter(torch.empty(plain, *self.kernel_size, **kwargs)) if plain else None
+        """The plain kernels in slot order, (count, kh, kw); None where there are none."""
         self.bias = nn.Parameter(torch.empty(out_channels, **kwargs)) if bias else None
         # Module.to() gives every 4-D tensor its memory format: this one tells which format the weight is to have.
         self._format: Tensor
@@ -134,18 +135,22 @@ class AnalyticConv2d(nn.Module):
                 self.raw[f"{symbol}_{akp.name}"].copy_(akp.raw(akp.draw(count, self.kernel_size)))
         fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-        self.plain.uniform_(-bound, bound)
-        if self.bias is not None:
-            self.bias.uniform_(-bound, bound)
+        for parameter in (self.plain, self.bias):
+            if parameter is not None:
+                parameter.uniform_(-bound, bound)
 
     def akps(self) -> dict[str, dict[str, Tensor]]:
         """The AKPs in natural units (px, rad), per kind and name, each (count,), in slot order; differentiable."""
-        dtype = torch.promote_types(self.plain.dtype, torch.float32)
+        dtype = torch.promote_types(self._format.dtype, torch.float32)
         return {
             symbol: {akp.name: akp.natural(self.raw[f"{symbol}_{akp.name}"].to(dtype)) for akp in self._akps_of(symbol)}
             for symbol in self.arrangement.counts
             if KINDS[symbol].function is not None
         }
+
+    def _sources(self) -> list[Tensor]:
+        """The parameters that the weight is made of."""
+        return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
 
     def _synthesise(self) -> Tensor:
         tiles, gains = [], []
@@ -156,7 +161,6 @@ class AnalyticConv2d(nn.Module):
                 gains.append(akps.pop("amplitude"))
             options = {"profile": self.profile} if kind.profiled else {}
             tiles.append(kind.function(**akps, size=self.kernel_size, **options))
-        weight: Tensor = self.plain
         if tiles:
             weight = torch.cat(tiles)
             if self.scale == "unit":
@@ -164,11 +168,14 @@ class AnalyticConv2d(nn.Module):
                 weight = weight * torch.rsqrt(energy + 1e-12)
             if gains:
                 weight = weight * torch.cat(gains)[:, None, None]
-            weight = weight.to(self.plain.dtype)
-            if len(self.plain):
+            weight = weight.to(self._format.dtype)
+            if self.plain is not None:
                 counts = self.arrangement.counts
                 before = sum(list(counts.values())[: list(counts).index("P")])
                 weight = torch.cat([weight[:before], self.plain, weight[before:]])
+        else:
+            assert self.plain is not None
+            weight = self.plain
         weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self._format.is_contiguous(memory_format=torch.channels_last):
             # clone, not contiguous(): that leaves a weight with one in channel as it is, and the convolution slow.
@@ -178,13 +185,13 @@ class AnalyticConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
-        parameters = [*self.raw.values(), self.plain]
-        cached = not (self.training or torch.compiler.is_compiling() or self.plain.is_meta)
+        parameters = self._sources()
+        cached = not (self.training or torch.compiler.is_compiling() or self._format.is_meta)
         # Tensors in the place of parameters (functional_call, torch.func, fake and distributed ones) are not compared.
         if not (cached and all(type(p) is nn.Parameter for p in parameters)):
             return self._synthesise()
         # Compared by value: an in-place edit through .data leaves no other trace, and a stale weight is a wrong answer.
-        key = (self.plain.device, self.plain.dtype, self._format.stride(), self.kernel_size, self.scale, self.profile)
+        key = (self._format.device, self._format.dtype, self._format.stride(), self.scale, self.profile)
         hit = self._cache
         if hit is None or hit[0] != key or not all(map(torch.equal, hit[1], parameters)):
             with torch.inference_mode(False), torch.no_grad():
@@ -245,7 +252,7 @@ class _Synthesised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if a parameter was changed in place since, as autograd does for any layer
-        parameters = [*ctx.layer.raw.values(), ctx.layer.plain]
+        parameters = ctx.layer._sources()
         wanted = [p for p in parameters if p.requires_grad]
         with torch.enable_grad():
             weight = ctx.layer._synthesise()

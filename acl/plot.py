@@ -48,9 +48,9 @@ def mosaic(layer: "AnalyticConv2d", title: str | None = None) -> Figure:
         axis.set_axis_off()
     for axis, tile, label in zip(axes, tiles, labels, strict=False):
         if colour:
-            axis.imshow(tile / 2 + 0.5)
+            axis.imshow((tile / 2 + 0.5).numpy())
         else:
-            axis.imshow(tile, cmap="RdBu_r", vmin=-1, vmax=1)
+            axis.imshow(tile.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         height, width = tile.shape[:2]
         for i, symbol in enumerate(label):
             # Kinds that share a tile share its outline as dashes in turn.

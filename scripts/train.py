@@ -1,5 +1,6 @@
 """Trains and tests one network: python scripts/train.py model=ana_lenet arrangement=mosaic data=mnist seed=3"""
 
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from training.config import entry
@@ -14,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     if record["test"] is not None:
         result = f"test {record['test']['top1']:.2f}%, {result}"
     parameters = record["parameters"]
-    print(
+    rank_zero_only(print)(
         f"{run_folder(cfg)}{' (recorded before)' if already else ''}: {result} (epoch {record['best_epoch']}), "
         f"{parameters['conv']:,} convolution parameters of {parameters['total']:,}, {record['seconds']:.0f} s"
     )

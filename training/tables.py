@@ -136,19 +136,27 @@ class Table:
         """The runs that are known by now: a row's seeds are once its search is done, and failed for no candidate."""
         known: list[Run] = []
         for row in self.rows:
-            trials = self._trials(row)
-            known += trials
-            if row.chosen is None:
-                records = [recorded(trial.cfg) for trial in trials]
-                pairs = zip(trials, records, strict=True)
-                open_ = [one for one, record in pairs if record is None and not self._has_failed(one)]
-                scores = [_score(record) for record in records]
-                if open_ or (scores and max(scores) == _score(None)):
-                    continue
-                # The best validation accuracy, ties by validation loss, then by order.
-                row.chosen = self._candidates[scores.index(max(scores))] if scores else []
-            known += self._seeds(row)
+            known += self._trials(row)
+            row.chosen = row.chosen if row.chosen is not None else self._choose(row)
+            if row.chosen is not None:
+                known += self._seeds(row)
         return known
+
+    def _choose(self, row: Row) -> list[str] | None:
+        """The candidate of the best validation accuracy, ties by validation loss; None as long as a trial is to be done.
+
+        A candidate whose trial failed is not chosen; where all did, none is.
+        """
+        if not self._candidates:
+            return []
+        scores: list[tuple[float, float, int]] = []
+        for number, trial in enumerate(self._trials(row)):
+            record = recorded(trial.cfg)
+            if record is not None:
+                scores.append((record["val"]["top1"], -record["val"]["loss"], -number))
+            elif not self._has_failed(trial):
+                return None
+        return self._candidates[-max(scores)[2]] if scores else None
 
     def _has_failed(self, one: Run) -> bool:
         """At this worker or another; what failed before this one started is tried again."""
@@ -208,14 +216,15 @@ class Table:
             if not worked:
                 time.sleep(WAIT)
         bar.close()
-        status = self.status()
-        if status["failed"]:
+        for row in self.rows:
+            row.records = [record for one in self._seeds(row) if (record := recorded(one.cfg)) is not None]
+        # A search does without a candidate that failed; a row does not without a seed.
+        if any(row.chosen is None or len(row.records) < len(self.cfg.seeds) for row in self.rows):
+            status = self.status()
             raise UsageError(
                 f"{len(status['failed'])} of {len(self)} runs failed, {len(status['done'])} are done; the same command "
                 f"tries them again: {'; '.join(status['failed'])}"
             )
-        for row in self.rows:
-            row.records = [record for one in self._seeds(row) if (record := recorded(one.cfg)) is not None]
         return self.write()
 
     def write(self) -> pd.DataFrame:
@@ -273,10 +282,6 @@ class Table:
             f"minutes for the rows' runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}.\n"
         )
         return text.getvalue()
-
-
-def _score(record: dict[str, Any] | None) -> tuple[float, float]:
-    return (-math.inf, -math.inf) if record is None else (record["val"]["top1"], -record["val"]["loss"])
 
 
 def summary(rows: list[Row]) -> pd.DataFrame:

@@ -329,6 +329,14 @@ def test_meta_device_and_materialising() -> None:
     assert analytic.weight.isfinite().all()
 
 
+def test_a_layer_without_plain_kernels_has_no_empty_parameter() -> None:
+    """Such a one would get no gradient, and distributed training waits for it."""
+    analytic = layer("G100%")
+    assert analytic.plain is None and all(p.numel() for p in analytic.parameters())
+    analytic(torch.randn(1, 4, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in analytic.parameters())
+
+
 def test_a_folded_layer_is_free_of_acl() -> None:
     folded = layer(bias=False, dtype=torch.double).eval().fold()
     assert type(folded) is nn.Conv2d and folded.bias is None and not folded.training

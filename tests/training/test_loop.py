@@ -175,12 +175,3 @@ def test_identity_leaves_out_what_does_not_change_the_result(tmp_path: Path) -> 
         == 4
     )
     assert "paths" not in identity(base)
-
-
-def test_wandb_works_offline_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    cfg = config(tmp_path, "logger=wandb", "trainer.epochs=1")
-    record = run(cfg)
-    (log,) = (run_folder(cfg) / "wandb").glob(f"offline-run-*/run-{record['id']}.wandb")
-    assert b"val_top1" in log.read_bytes()

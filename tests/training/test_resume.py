@@ -4,14 +4,13 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from omegaconf import DictConfig
 
+from tests.training.processes import in_child
 from training import checkpoint, files, loop
 from training.config import compose
 from training.errors import BusyError, UsageError
@@ -19,25 +18,12 @@ from training.files import alone_in, write_atomic
 from training.loop import run
 from training.records import recorded, run_folder
 
-SMALL = ["arrangement=mosaic", "trainer.epochs=3", "trainer.batch_size=8", "data.shift=1", "trainer.accelerator=cpu"]
+SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.batch_size=8", "data.shift=1", "trainer.accelerator=cpu"]
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
     # A checkpoint at every look at the loss, so within epochs too.
     return compose([*SMALL, f"paths.runs={folder}", "trainer.checkpoint_minutes=1e-9", *overrides])
-
-
-def in_child(task: Callable[[], object]) -> int:
-    """Runs a task in a forked process of one thread (a fork of OpenMP's has no others); gives its exit code or -signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            task()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_at(patch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
@@ -72,7 +58,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, dict[
 def test_killed_at_steps_and_writes_alike(tmp_path: Path, uncut: tuple[bytes, bytes, dict[str, Any]]) -> None:
     cfg = config(tmp_path)
     chance = random.Random(0)
-    places = [(loop, "prepare", 70), (Path, "replace", 5), (Path, "write_bytes", 3), (loop.datasets, "load", 1)]
+    places = [(loop, "prepare", 60), (Path, "replace", 4), (Path, "write_bytes", 2), (loop.datasets, "load", 1)]
     for module, name, last in places * 2:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, module, name, chance.randint(1, last))
@@ -89,7 +75,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     cfg = config(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, loop, "prepare", 2 * 155)
+        kill_at(patch, loop, "prepare", 155 + 80)
         assert in_child(lambda: run(cfg)) == -signal.SIGKILL
     path = run_folder(cfg) / checkpoint.LAST
     content = bytearray(path.read_bytes())
@@ -104,7 +90,12 @@ def test_a_folder_is_one_workers(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     with alone_in(run_folder(cfg)):
         message = rf"{run_folder(cfg)} is being worked on by process {os.getpid()} on"
-        assert in_child(lambda: pytest.raises(BusyError, run, cfg).match(message)) == 0
+
+        def refused() -> None:
+            with pytest.raises(BusyError, match=message):
+                run(cfg)
+
+        assert in_child(refused) == 0
     assert recorded(cfg) is None
 
 

@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from tests.training.processes import in_child, start, wait
 from training import tables
 from training.config import compose
 from training.errors import UsageError
@@ -92,6 +96,86 @@ def test_an_interrupted_table_leaves_only_whole_records_and_goes_on(tmp_path: Pa
     assert len([json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/record.json")]) == 2
     assert not (tmp_path / "results").exists()
     assert len(table(tmp_path).reproduce()) == 2 and count == 7
+
+
+def outcome(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """A table and its records, without the seconds that they took."""
+    lines = (folder / "results/tables/digits.jsonl").read_text().splitlines()
+    return (folder / "results/tables/digits.csv").read_text(), [{**json.loads(line), "seconds": 0} for line in lines]
+
+
+def test_workers_share_a_table_and_a_killed_one_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"seed": 7, "candidates": [["optim.lr=0.02"], ["optim.lr=0.0001"]]}
+    monkeypatch.setattr(tables, "WAIT", 0.1)
+    assert in_child(lambda: table(tmp_path / "lone", search=search).reproduce()) == 0
+    log = tmp_path / "log"
+
+    def work() -> None:
+        original = tables.run
+
+        def logged(cfg: Any) -> dict[str, Any]:
+            new = tables.recorded(cfg) is None
+            record = original(cfg)
+            if new:
+                with log.open("a") as file:
+                    file.write(record["id"] + "\n")
+            return record
+
+        tables.run = logged
+        table(tmp_path / "many", search=search).reproduce()
+
+    victim, other = start(work), start(work)
+    while not list((tmp_path / "many/runs").glob("*/record.json")):
+        time.sleep(0.05)
+    os.kill(victim, signal.SIGKILL)
+    assert wait(victim) == -signal.SIGKILL
+    again = start(work)
+    assert wait(other) == wait(again) == 0
+    assert outcome(tmp_path / "many") == outcome(tmp_path / "lone")
+    assert len(list((tmp_path / "many/runs").glob("*/record.json"))) == 8
+
+
+def test_a_failed_run_is_reported_and_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tables.run
+
+    def failing(cfg: Any) -> dict[str, Any]:
+        if cfg.seed == 0 and cfg.model.layer is not None:
+            raise RuntimeError("out of memory")
+        return original(cfg)
+
+    monkeypatch.setattr(tables, "run", failing)
+    with pytest.raises(
+        UsageError, match=r"1 of 4 runs failed, 3 are done.*conv1 Gabor, seed 0: RuntimeError: out of memory"
+    ):
+        table(tmp_path).reproduce()
+    status = table(tmp_path).status()
+    assert {state: len(titles) for state, titles in status.items()} == {"done": 3, "running": 0, "failed": 1, "left": 0}
+    assert not (tmp_path / "results").exists()
+    monkeypatch.setattr(tables, "run", original)
+    assert len(table(tmp_path).reproduce()) == 2
+    assert not table(tmp_path).status()["failed"]
+
+
+def test_a_search_does_without_a_candidate_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tables.run
+
+    def failing(cfg: Any) -> dict[str, Any]:
+        if cfg.optim.lr == 0.02:
+            raise UsageError("the loss is nan at step 3")
+        return original(cfg)
+
+    monkeypatch.setattr(tables, "run", failing)
+    search = {"seed": 7, "candidates": [["optim.lr=0.02"], ["optim.lr=0.01"]]}
+    first = table(tmp_path, search=search)
+    first.reproduce()
+    assert [row.chosen for row in first.rows] == [["optim.lr=0.01"]] * 2
+
+
+def test_status_of_a_table_not_begun(tmp_path: Path) -> None:
+    search = {"seed": 7, "candidates": [["optim.lr=0.02"], ["optim.lr=0.01"]]}
+    status = table(tmp_path, search=search).status()
+    assert {state: len(titles) for state, titles in status.items()} == {"done": 0, "running": 0, "failed": 0, "left": 8}
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_bad_row_is_refused_before_the_first_run(tmp_path: Path) -> None:
