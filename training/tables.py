@@ -143,7 +143,7 @@ class Table:
         return known
 
     def _choose(self, row: Row) -> list[str] | None:
-        """The candidate of the best validation accuracy, ties by validation loss; None as long as a trial is to be done.
+        """The candidate of the best validation accuracy, ties by validation loss; None while a trial is to be done.
 
         A candidate whose trial failed is not chosen; where all did, none is.
         """

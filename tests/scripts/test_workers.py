@@ -1,4 +1,4 @@
-"""Several reproduce_table.py at once on the digits table, in shells and through Slurm. Minutes: pytest -m 'slow or slurm'"""
+"""Several reproduce_table.py at once, in shells and through Slurm. Minutes: pytest -m "slow or slurm"."""
 
 import json
 import re
