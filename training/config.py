@@ -101,23 +101,23 @@ def entry(task: Callable[[DictConfig], None], config: str = "train") -> None:
     def job(cfg: DictConfig) -> None:
         try:
             task(cfg)
-        except UsageError as error:
+        except (UsageError, OmegaConfBaseException) as error:
             # Hydra names the failing job in a line of its own: right in a sweep, noise for a single run.
             if asked or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            _refuse(str(error))
+            _refuse(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
     except (UsageError, HydraException, OmegaConfBaseException) as error:
         if asked:
             raise
-        _refuse(str(error) if isinstance(error, UsageError) else one_line(error))
+        _refuse(error)
     except KeyboardInterrupt:
         print("interrupted; what is recorded is kept", file=sys.stderr)
         sys.exit(130)
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error if isinstance(error, UsageError) else one_line(error)}", file=sys.stderr)
     sys.exit(2)

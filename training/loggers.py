@@ -50,7 +50,7 @@ class WandbLogger(Logger):
             group=cfg.logger.group,
             name=cfg.logger.title or f"{cfg.data.name} seed {cfg.seed}",
             tags=[cfg.data.name, cfg.model.backbone, *cfg.logger.tags],
-            config=resolved(cfg),
+            config={**resolved(cfg), "row": cfg.logger.row},
             dir=str(folder),
             resume="allow",
             mode=None if wandb.login(prompt=False) else "offline",

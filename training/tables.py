@@ -119,6 +119,7 @@ class Table:
         cfg = self._compose(row, *overrides).copy()
         if cfg.logger.name == "wandb":
             cfg.logger.group = self.name
+            cfg.logger.row = row.name
             cfg.logger.title = f"{row.name}, {title}"
         return Run(f"{row.name}, {title}", cfg)
 

@@ -53,14 +53,27 @@ def test_train_sweeps(tmp_path: Path, script: Script) -> None:
             "error: trainer.devices=4096 is more than",
         ),
         ("reproduce_table.py", ["trainer=ddp"], "error: a run of a table takes one device; start more workers"),
+        ("wandb_workspace.py", [], "error: Missing mandatory value: entity"),
+        ("wandb_workspace.py", ["entity=me"], "error: a workspace needs a W&B account"),
         ("collect.py", ["runs=[]"], "error: no finished run in"),
         ("reproduce_table.py", ["table=nope"], "error: unknown table 'nope'; known: digits, fashion_mnist, mnist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(
-    tmp_path: Path, script: Script, name: str, arguments: list[str], message: str
+    tmp_path: Path,
+    script: Script,
+    name: str,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    paths = [] if name == "collect.py" else [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    paths = (
+        []
+        if name in ("collect.py", "wandb_workspace.py")
+        else [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    )
     done = script(name, *arguments, *paths)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1

@@ -84,6 +84,7 @@ def test_a_tables_runs_are_runs_of_wandb_each(tmp_path: Path) -> None:
         row = "mosaic, no plain kernel" if mosaic else "LeNet-5 plain"
         assert log["run"].run_group == "digits"
         assert log["run"].display_name == f"{row}, seed {record['config']['seed']}"
+        assert log["config"]["row"] == row
         assert set(log["run"].tags) == {"digits", "lenet", "mine"}
         assert log["config"]["optim"] == record["config"]["optim"] and log["config"]["seed"] == record["config"]["seed"]
         epochs = {int(row["_step"]): row for row in log["history"]}
