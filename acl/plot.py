@@ -1,5 +1,6 @@
 """Pictures of analytic layers. Needs matplotlib (``pip install anann[plot]``)."""
 
+import io
 import math
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,13 @@ from acl.kernels import KINDS
 
 if TYPE_CHECKING:
     from acl.layer import AnalyticConv2d
+
+
+def to_png(figure: Figure) -> bytes:
+    """The picture as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     frame = pd.json_normalize(records).rename(columns=lambda name: name.removeprefix("config."))
     # What differs between the runs first, so that it is seen.
     frame = frame[sorted(frame.columns, key=lambda name: frame[name].astype(str).nunique() == 1)]
-    write_atomic(Path(cfg.file), lambda path: frame.to_csv(path, index=False))
+    write_atomic(Path(cfg.file), frame.to_csv(index=False))
     print(f"{cfg.file}: {len(frame)} runs")
 
 

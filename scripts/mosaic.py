@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from acl import AnalyticConv2d
-from acl.plot import mosaic
+from acl.plot import mosaic, to_png
 from training.config import entry
 from training.errors import UsageError
 from training.files import write_atomic
@@ -18,8 +18,7 @@ def main(cfg: DictConfig) -> None:
         layer = AnalyticConv2d(cfg.in_channels, cfg.out_channels, cfg.kernel_size, bias=False, arrangement=cfg.mosaic)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    figure = mosaic(layer)
-    write_atomic(Path(cfg.file), lambda path: figure.savefig(path, dpi=120))
+    write_atomic(Path(cfg.file), to_png(mosaic(layer)))
     print(cfg.file)
 
 

@@ -1,5 +1,7 @@
 """Makes a W&B workspace with panels that compare the rows of a table: python scripts/wandb_workspace.py entity=me"""
 
+from typing import Any
+
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
@@ -11,8 +13,10 @@ from training.errors import UsageError
 
 def workspace(cfg: DictConfig) -> ws.Workspace:
     """Runs grouped by table and row; curves over epochs, and accuracy against parameters."""
-    curves = [wr.LinePlot(title=metric, x="epoch", y=[metric]) for metric in ("val_top1", "val_loss", "train_loss")]
-    results = [
+    curves: list[Any] = [
+        wr.LinePlot(title=metric, x="epoch", y=[metric]) for metric in ("val_top1", "val_loss", "train_loss")
+    ]
+    results: list[Any] = [
         wr.ScatterPlot(
             title="test accuracy against convolution parameters",
             x=wr.SummaryMetric("parameters.conv"),

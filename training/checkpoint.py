@@ -13,14 +13,19 @@ from training.files import write_atomic
 LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint, and keeps the one before it. ``state`` holds tensors and plain values alone."""
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """What ``torch.save`` would write; a full disk then meets a plain write, which says so."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint, and keeps the one before it. ``state`` holds tensors and plain values alone."""
+    content = to_bytes(state)
     if (folder / LAST).exists():
         (folder / LAST).replace(folder / BEFORE)
-    write_atomic(folder / LAST, lambda path: path.write_bytes(hashlib.sha256(content).digest() + content))
+    write_atomic(folder / LAST, hashlib.sha256(content).digest() + content)
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from training.errors import BusyError, UsageError
 _MARK = ".unfinished-"
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path beside ``path``, then moves that into place.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a temporary file beside ``path``, then moves it into place.
 
     Raises:
         UsageError: a full disk, no permission: what was at ``path`` is untouched.
@@ -22,13 +22,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{_MARK}{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 @contextmanager
@@ -39,19 +37,22 @@ def alone_in(folder: Path) -> Iterator[None]:
         BusyError: another process works in it.
         UsageError: it cannot be made.
     """
-    holder = folder / "worker"
+    holder, lock = folder / "worker", FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=0):
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            for left in folder.glob(f"{_MARK}*"):  # by a process that was killed as it wrote
-                left.unlink()
-            yield
+        lock.acquire()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        for left in folder.glob(f"{_MARK}*"):  # by a process that was killed as it wrote
+            left.unlink()
     except Timeout as error:
         by = holder.read_text() if holder.exists() else "another process"
         raise BusyError(f"{folder} is being worked on by {by}; wait for it, or stop it") from error
     except OSError as error:
         raise UsageError(f"cannot work in {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_busy(folder: Path) -> bool:

@@ -80,13 +80,11 @@ class WandbLogger(Logger):
         import PIL.Image
         import wandb
 
-        from acl.plot import mosaic
+        from acl.plot import mosaic, to_png
 
         pictures: dict[str, Any] = {}
         for name, layer in self.layers.items():
-            png = io.BytesIO()
-            mosaic(layer, name).savefig(png)
-            pictures[f"{name}/mosaic"] = wandb.Image(PIL.Image.open(png))
+            pictures[f"{name}/mosaic"] = wandb.Image(PIL.Image.open(io.BytesIO(to_png(mosaic(layer, name)))))
             for symbol, akps in layer.akps().items():
                 for akp, values in akps.items():
                     histogram = wandb.Histogram(values.detach().float().cpu().tolist())

@@ -1,6 +1,7 @@
 """One run, from a configuration to a record."""
 
 import csv
+import io
 import os
 import time
 import warnings
@@ -13,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
@@ -100,7 +101,7 @@ def _train(
             part.load_state_dict(saved[name])
         set_random_state(fabric, saved["random"])
     elif writes:
-        write_atomic(folder / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
+        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     saved_at = started = time.monotonic() - now.seconds
 
     def save_checkpoint() -> float:
@@ -173,8 +174,8 @@ def _train(
             if writes:
                 if better:
                     save_model(folder / "model.safetensors", model)
-                    write_atomic(folder / "optimizer.pt", lambda path: torch.save(optimizer.state_dict(), path))
-                write_atomic(folder / "metrics.csv", lambda path: _write_csv(path, now.history))
+                    write_atomic(folder / "optimizer.pt", checkpoint.to_bytes(optimizer.state_dict()))
+                write_atomic(folder / "metrics.csv", _csv(now.history))
             logger.log(row)
             saved_at = save_checkpoint()
 
@@ -324,11 +325,12 @@ def evaluate(
 
 def save_model(path: Path, model: nn.Module) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(path, lambda temporary: save_file(state, temporary))
+    write_atomic(path, save(state))
 
 
-def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def _csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -57,7 +57,7 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any] | None:

@@ -9,22 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from omegaconf import DictConfig
 from scipy import stats
 from tqdm import tqdm
 
+from acl.plot import to_png
 from training import data as datasets
 from training.config import check, compose
 from training.errors import BusyError, UsageError
 from training.files import is_busy, write_atomic
 from training.loop import build, run
 from training.records import recorded, run_folder
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 COLUMNS = [
     "row",
@@ -201,8 +199,7 @@ class Table:
                     continue
                 except Exception:
                     worked = True
-                    trace = traceback.format_exc()
-                    write_atomic(one.failure, lambda path, text=trace: path.write_text(text))  # type: ignore[misc]
+                    write_atomic(one.failure, traceback.format_exc())
                     bar.write(f"{one.title}: failed: {one.last_line}")
                     continue
                 one.failure.unlink(missing_ok=True)
@@ -233,12 +230,10 @@ class Table:
         frame = summary(self.rows)
         records = [{"row": row.name, **record} for row in self.rows for record in row.records]
         path = self.results / self.name
-        write_atomic(path.with_suffix(".csv"), lambda p: frame.to_csv(p, index=False, float_format="%.6g"))
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomic(path.with_suffix(".jsonl"), lambda p: p.write_text(lines))
-        write_atomic(path.with_suffix(".md"), lambda p: p.write_text(self.markdown(frame)))
-        write_atomic(path.with_suffix(".png"), lambda p: figure(frame, self.cfg.title).savefig(p, dpi=150))
-        plt.close("all")
+        write_atomic(path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g"))
+        write_atomic(path.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records))
+        write_atomic(path.with_suffix(".md"), self.markdown(frame))
+        write_atomic(path.with_suffix(".png"), to_png(figure(frame, self.cfg.title)))
         return frame
 
     def markdown(self, frame: pd.DataFrame) -> str:
@@ -318,9 +313,10 @@ def summary(rows: list[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
-def figure(frame: pd.DataFrame, title: str) -> Any:
+def figure(frame: pd.DataFrame, title: str) -> Figure:
     """Accuracy (mean and standard deviation over seeds) against convolution parameters."""
-    fig, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    drawn = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = drawn.subplots()
     for i, row in enumerate(frame.itertuples()):
         error = 0.0 if math.isnan(row.top1_std) else row.top1_std
         same = int((frame["conv_params"][:i] == row.conv_params).sum())
@@ -341,5 +337,5 @@ def figure(frame: pd.DataFrame, title: str) -> Any:
     axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.set_title(f"{title}: mean ± standard deviation, {frame['seeds'].max()} seeds")
     axes.grid(alpha=0.3)
-    fig.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    return fig
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return drawn

@@ -111,12 +111,13 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path, monkeypatch: 
     path = tmp_path / "file"
     path.write_text("before")
 
-    def full(target: Path) -> None:
-        target.write_text("ha")
+    def full(target: Path, content: bytes) -> None:
+        target.write_text("half")
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UsageError, match=rf"cannot write {path}: No space left on device"):
-        write_atomic(path, full)
+        write_atomic(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
