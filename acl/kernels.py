@@ -305,7 +305,7 @@ class AKP:
 
     def draw(self, count: int, size: tuple[int, int]) -> Tensor:
         """``count`` starting values in natural units, uniform over ``start``."""
-        return torch.empty(count).uniform_(*self.start(max(size)))
+        return torch.empty(count, device="cpu").uniform_(*self.start(max(size)))
 
 
 def _angle(name: str, turn: float) -> AKP:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save
@@ -72,10 +73,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     seed_everything(cfg.seed, verbose=False)
     model = build(cfg, data.channels, data.classes)
     folder = run_folder(cfg)
-    fabric.launch()
-    # One process of a run writes, so one holds its lock.
-    with alone_in(folder) if fabric.is_global_zero else nullcontext():
+    # One process of a run writes, so one holds its lock; it starts the others only once it does.
+    with alone_in(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
         if (record := recorded(cfg)) is None:  # another worker may have finished it since
+            fabric.launch()
             record = _train(cfg, fabric, model, data.to(fabric.device), steps, folder)
     return record
 

@@ -322,6 +322,8 @@ def test_functional_call_and_function_transforms(training: bool) -> None:
 
 
 def test_meta_device_and_materialising() -> None:
+    with torch.device("meta"):
+        assert layer().weight.is_meta
     analytic = layer(device="meta")
     assert analytic.weight.is_meta and analytic.eval().weight.is_meta
     analytic.to_empty(device="cpu")
