@@ -29,7 +29,7 @@ def _is_number(value: Any) -> bool:
 
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0"),
+    "seed": (lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
     "data.shift": (lambda v: _is_whole(v) and 0 <= v <= 16, "a whole number of pixels from 0 to 16"),
     "data.flip": (lambda v: isinstance(v, bool), "true or false"),
     "optim.lr": (lambda v: _is_number(v) and v > 0, "a number above 0"),

@@ -101,14 +101,18 @@ def _train(
         for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
             part.load_state_dict(saved[name])
         set_random_state(fabric, saved["random"])
+        now.hits *= rank == 0  # the checkpoint has the sum over processes
     elif writes:
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    saved_at = started = time.monotonic() - now.seconds
+    saved_at = time.monotonic()
+    started = saved_at - now.seconds
 
     def save_checkpoint() -> float:
         now.seconds = time.monotonic() - started
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         state |= {"config": identity(cfg), "generator": generator.get_state(), "random": random_state(fabric)}
+        state["losses"] = over_processes(fabric, now.losses, "mean")
+        state["hits"] = over_processes(fabric, now.hits, "sum")
         if writes:
             checkpoint.save(folder, {**vars(now), **state})
         return time.monotonic()
@@ -252,7 +256,7 @@ def random_state(fabric: Fabric) -> torch.Tensor:
 
 
 def set_random_state(fabric: Fabric, states: torch.Tensor) -> None:
-    own = states[fabric.global_rank]
+    own = states[fabric.global_rank % len(states)].clone()  # a run may go on with more processes
     torch.cuda.set_rng_state(own, fabric.device) if fabric.device.type == "cuda" else torch.set_rng_state(own)
 
 

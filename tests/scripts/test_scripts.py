@@ -1,9 +1,14 @@
 """Each entry point once, as a user starts it."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -88,12 +93,25 @@ def test_reproduce_table(tmp_path: Path, script: Script) -> None:
     assert (tmp_path / "results/tables/digits.md").read_text() in done.stdout
 
 
-def test_two_processes_give_one_processes_result(tmp_path: Path, script: Script) -> None:
-    """In float64 to 1e-9, also where a batch does not divide evenly; one of them writes."""
+def test_two_processes_give_one_processes_result(tmp_path: Path, script: Script, command: Any) -> None:
+    """In float64 to 1e-9, also where a batch does not divide evenly, and where they are killed midway; one writes."""
     arguments = ["arrangement=mosaic", "trainer.precision=64-true", "trainer.epochs=3", "trainer.batch_size=51"]
     arguments += ["data.shift=1", "trainer.accelerator=cpu"]
     results = []
-    for folder, more in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.checkpoint_minutes=1e-9"]
+    for folder, more in (("one", []), ("two", two)):
+        if more:
+            killed = subprocess.Popen(
+                command("train.py", *more, *arguments, f"paths.runs={tmp_path / folder}"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            while not list((tmp_path / folder).glob("*/checkpoint-before.pt")):
+                assert killed.poll() is None
+                time.sleep(0.01)
+            os.killpg(killed.pid, signal.SIGKILL)
+            killed.wait()
         done = script("train.py", *more, *arguments, f"paths.runs={tmp_path / folder}")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test ") == 1
