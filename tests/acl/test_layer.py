@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acl import AnalyticConv2d, akp_parameters, kernels
-from acl.kernels import FAMILIES, KINDS, PROFILES
+from acl.kernels import AKP, FAMILIES, KINDS, PROFILES, Kind
+from acl.plot import mosaic
 
 MOSAIC = "G25% Lg10% Lt10% Tf20% Ts10% P25%"
 PAPER = "G30 Lg15 Lt15 Tf30 Ts6 P96"
@@ -337,6 +338,20 @@ def test_a_layer_without_plain_kernels_has_no_empty_parameter() -> None:
     assert analytic.plain is None and all(p.numel() for p in analytic.parameters())
     analytic(torch.randn(1, 4, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in analytic.parameters())
+
+
+def test_a_further_kind_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def disc(radius: Tensor, size: tuple[int, int]) -> Tensor:
+        y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in size), indexing="ij")
+        return torch.sigmoid(radius[..., None, None] - torch.hypot(x, y))
+
+    radius = AKP("radius", "px", 0.5, lambda k: (1.0, k / 2))
+    monkeypatch.setitem(KINDS, "D", Kind("D", "Disc", "black", (radius,), (), disc))
+    analytic = layer("D50% P50%", learn="radius")
+    assert analytic.akps()["D"]["radius"].shape == (16,)
+    analytic(torch.randn(1, 4, 8, 8)).sum().backward()
+    assert (analytic.raw["D_radius"].grad != 0).all()
+    assert len(mosaic(analytic).axes) == 32
 
 
 def test_a_folded_layer_is_free_of_acl() -> None:
