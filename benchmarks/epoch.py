@@ -48,7 +48,7 @@ def main() -> None:
     for _ in tqdm(range(ROUNDS), desc="rounds", disable=None):
         for name, feed in feeds.items():
             model = build(cfg, data.channels, data.classes)
-            if name == "ours" and cfg.trainer.channels_last:
+            if cfg.trainer.channels_last:
                 model.to(memory_format=torch.channels_last)
             started = time.perf_counter()
             epoch(model, build_optimizer(model, cfg), feed())

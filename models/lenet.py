@@ -23,7 +23,8 @@ class LeNet(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.relu(self.conv1(x)))
-        x = self.pool(self.relu(self.conv2(x)))
+        # ReLU and max-pooling commute; in this order ReLU has a quarter of the work.
+        x = self.relu(self.pool(self.conv1(x)))
+        x = self.relu(self.pool(self.conv2(x)))
         x = self.relu(self.fc1(x.flatten(1)))
         return self.fc3(self.relu(self.fc2(x)))
