@@ -49,7 +49,7 @@ class Data:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images -> float32 of mean 0 and variance 1 over the training images."""
-        return (images - self.mean) / self.std
+        return images.float().sub_(self.mean).div_(self.std)
 
 
 def load(cfg: DictConfig) -> Data:
@@ -157,9 +157,8 @@ def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     if shift:
         rows = draw(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
         columns = draw(2 * shift + 1) + torch.arange(width, device=images.device)
-        item = torch.arange(n, device=images.device)[:, None, None, None]
-        channel = torch.arange(channels, device=images.device)[:, None, None]
-        images = F.pad(images, (shift,) * 4)[item, channel, rows, columns]
+        pixels = (rows * (width + 2 * shift) + columns).flatten(2).expand(n, channels, -1)
+        images = F.pad(images, (shift,) * 4).flatten(2).gather(2, pixels).view_as(images)
     if flip:
         images = torch.where(draw(2).bool(), images.flip(-1), images)
     return images
