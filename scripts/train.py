@@ -5,18 +5,17 @@ from omegaconf import DictConfig
 
 from training.config import entry
 from training.loop import run
-from training.records import recorded, run_folder
+from training.records import run_folder
 
 
 def main(cfg: DictConfig) -> None:
-    already = recorded(cfg) is not None
-    record = run(cfg)
+    record, here = run(cfg)
     result = f"validation {record['val']['top1']:.2f}%"
     if record["test"] is not None:
         result = f"test {record['test']['top1']:.2f}%, {result}"
     parameters = record["parameters"]
     rank_zero_only(print)(
-        f"{run_folder(cfg)}{' (recorded before)' if already else ''}: {result} (epoch {record['best_epoch']}), "
+        f"{run_folder(cfg)}{'' if here else ' (recorded before)'}: {result} (epoch {record['best_epoch']}), "
         f"{parameters['conv']:,} convolution parameters of {parameters['total']:,}, {record['seconds']:.0f} s"
     )
 

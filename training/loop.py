@@ -50,10 +50,13 @@ class Progress:
     seconds: float = 0.0
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Trains, validates and tests what ``cfg`` (configs/train.yaml) names; gives its record, a recorded run's as it is.
+def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
+    """Trains, validates and tests what ``cfg`` (configs/train.yaml) names, unless that is recorded already.
 
     A run that was cut off goes on from its last checkpoint and ends as one that never was.
+
+    Returns:
+        The run's record, and whether it was done here and now.
 
     Raises:
         UsageError: bad input, before any work; a loss that is no longer finite; a folder that cannot be written.
@@ -61,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     check(cfg)
     if (record := recorded(cfg)) is not None:
-        return record
+        return record, False
     fabric = build_fabric(cfg)
     data = datasets.load(cfg.data)
     steps = len(data.train) // cfg.trainer.batch_size
@@ -75,10 +78,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     folder = run_folder(cfg)
     # One process of a run writes, so one holds its lock; it starts the others only once it does.
     with alone_in(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-        if (record := recorded(cfg)) is None:  # another worker may have finished it since
-            fabric.launch()
-            record = _train(cfg, fabric, model, data.to(fabric.device), steps, folder)
-    return record
+        if (record := recorded(cfg)) is not None:  # another worker finished it since
+            return record, False
+        fabric.launch()
+        return _train(cfg, fabric, model, data.to(fabric.device), steps, folder), True
 
 
 def _train(

@@ -191,9 +191,8 @@ class Table:
                 if one.title in seen or self._has_failed(one):
                     continue
                 bar.set_postfix_str(one.title)
-                before = recorded(one.cfg) is not None
                 try:
-                    result = run(one.cfg)
+                    result, here = run(one.cfg)
                 except BusyError:
                     waiting = True
                     continue
@@ -207,7 +206,7 @@ class Table:
                 seen.add(one.title)
                 bar.update()
                 measured, top1 = ("test", result["test"]) if result["test"] else ("validation", result["val"])
-                note = "recorded before" if before else f"{result['seconds']:.0f} s"
+                note = f"{result['seconds']:.0f} s" if here else "recorded before"
                 bar.write(f"[{len(seen)}/{len(self)}] {one.title}: {measured} {top1['top1']:.2f}% ({note})")
             if not waiting and not worked:
                 break

@@ -116,7 +116,7 @@ def test_a_resumed_run_goes_on_under_its_own_id(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(cfg)
-    record = run(cfg)
+    record, _ = run(cfg)
     logs = [read(path) for path in sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))]
     assert [log["run"].run_id for log in logs] == [record["id"]] * 2
     assert [[int(row["_step"]) for row in log["history"]] for log in logs] == [[0, 1], [2]]

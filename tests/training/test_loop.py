@@ -25,7 +25,9 @@ def config(folder: Path, *overrides: str) -> DictConfig:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any]]:
     cfg = config(tmp_path_factory.mktemp("runs"), "trainer.epochs=3", "trainer.batch_size=32")
-    return cfg, run(cfg)
+    record, here = run(cfg)
+    assert here
+    return cfg, record
 
 
 def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str, Any]]) -> None:
@@ -68,13 +70,13 @@ def test_a_recorded_run_is_not_run_again(finished: tuple[DictConfig, dict[str, A
     elsewhere = cfg.copy()
     elsewhere.data.root = "somewhere/else"
     elsewhere.logger = {"name": "none"}
-    assert run(elsewhere) == record
+    assert run(elsewhere) == (record, False)
 
 
 def test_a_seed_gives_the_same_run_and_another_another(tmp_path: Path) -> None:
     def trained(folder: str, seed: int) -> tuple[dict[str, Any], str]:
         cfg = config(tmp_path / folder, f"seed={seed}", "data.shift=1", "data.flip=true")
-        record = run(cfg)
+        record, _ = run(cfg)
         return load_file(run_folder(cfg) / "model.safetensors"), record["id"]
 
     (a, id_a), (b, id_b), (c, id_c) = trained("a", 1), trained("b", 1), trained("c", 2)
