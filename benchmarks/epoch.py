@@ -2,7 +2,8 @@
 
     python benchmarks/epoch.py data.root=/data
 
-Both train the same model with the same optimiser and batch size on as many images; only the feeding differs. Measured
+Both train the same model with the same optimiser and the MNIST table's batch size on as many images; only the feeding
+differs. Measured
 twice: images that are normalised alone, and with the MNIST table's augmentation (moved by up to a pixel) besides.
 """
 
@@ -31,7 +32,7 @@ Feed = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 def main() -> None:
-    cfg = compose(["data=mnist", "model=lenet", *sys.argv[1:]])
+    cfg = compose(["data=mnist", "model=lenet", "trainer.batch_size=256", *sys.argv[1:]])
     data = datasets.load(cfg.data)
     print(f"{ROUNDS} epochs each, in turn, {torch.get_num_threads()} threads, batches of {cfg.trainer.batch_size}")
     for shift in (0, 1):
