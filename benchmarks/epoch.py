@@ -3,8 +3,8 @@
     python benchmarks/epoch.py data.root=/data
 
 Both train the same model with the same optimiser and the MNIST table's batch size on as many images; only the feeding
-differs. Measured
-twice: images that are normalised alone, and with the MNIST table's augmentation (moved by up to a pixel) besides.
+differs. Measured twice: images that are normalised alone, and with the MNIST table's augmentation (moved by up to a
+pixel) besides.
 """
 
 import statistics
