@@ -2,7 +2,7 @@
 
 from acl import kernels
 from acl.arrangement import Arrangement
-from acl.convert import convert
+from acl.convert import convert, fold, summary
 from acl.layer import AnalyticConv2d, akp_parameters
 
-__all__ = ["AnalyticConv2d", "Arrangement", "akp_parameters", "convert", "kernels"]
+__all__ = ["AnalyticConv2d", "Arrangement", "akp_parameters", "convert", "fold", "kernels", "summary"]

@@ -1,11 +1,13 @@
 """AnalyticConv2d: a convolution whose weight is a mosaic of analytic and plain kernels."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
@@ -111,6 +113,8 @@ class AnalyticConv2d(nn.Module):
         # Module.to() gives every 4-D tensor its memory format: this one tells which format the weight is to have.
         self._format: Tensor
         self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **kwargs), persistent=False)
+        self.host: nn.Conv2d | None = None
+        """The convolution that this layer replaced and convolves as, where that is of a subclass of nn.Conv2d."""
         self._cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None = None
         self._freeze(learn)
         self.reset_parameters()
@@ -202,6 +206,9 @@ class AnalyticConv2d(nn.Module):
         return hit[2]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.host is not None:
+            own = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+            return functional_call(self.host, own, (x,))
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._edges, mode=self.padding_mode), (0, 0)
@@ -209,18 +216,21 @@ class AnalyticConv2d(nn.Module):
 
     def fold(self) -> nn.Conv2d:
         """An nn.Conv2d with the same weight, bias, device, dtype, memory format and mode, free of acl."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            "meta",
-        )
+        if self.host is not None:
+            conv = copy.deepcopy(self.host)
+        else:
+            conv = nn.Conv2d(
+                self.in_channels,
+                self.out_channels,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                self.bias is not None,
+                self.padding_mode,
+                "meta",
+            )
         conv.weight = nn.Parameter(self.weight.detach().clone())
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone())

@@ -65,7 +65,7 @@ def ours(cfg: DictConfig, data: datasets.Data) -> Feed:
         order = torch.randperm(len(data.train), generator=generator)
         for i in range(0, len(order) - cfg.trainer.batch_size + 1, cfg.trainer.batch_size):
             batch = data.train[order[i : i + cfg.trainer.batch_size]]
-            yield prepare(datasets.augment(batch.images, cfg.data.shift, False, generator), data, cfg), batch.labels
+            yield prepare(datasets.augment(batch.images, cfg.data, generator), data, cfg), batch.labels
 
     return feed
 

@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from acl import AnalyticConv2d, convert
+from models.four_layer import FourLayer
 from models.lenet import LeNet
 
-BACKBONES = {"lenet": LeNet}
+BACKBONES = {"lenet": LeNet, "four_layer": FourLayer}
 
 
 def build(
@@ -17,6 +18,7 @@ def build(
     classes: int,
     arrangement: Mapping[str, str],
     layer: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Builds a network for images of ``channels`` channels and ``classes`` classes.
 
@@ -29,7 +31,7 @@ def build(
     Raises:
         ValueError: an arrangement for a plain network or none for an AnaNN, or what ``acl.convert`` refuses.
     """
-    model = BACKBONES[backbone](channels, classes)
+    model = BACKBONES[backbone](channels, classes, **options)
     if layer is None:
         if arrangement:
             raise ValueError(f"model={backbone} is plain and takes no arrangement; model=ana_{backbone} does")
@@ -44,5 +46,5 @@ def build(
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters, frozen ones and biases included: (of all convolutions, of the whole model)."""
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | AnalyticConv2d)]
-    return sum(p.numel() for c in convolutions for p in c.parameters()), sum(p.numel() for p in model.parameters())
+    convolutions = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.Conv2d | AnalyticConv2d))
+    return sum(p.numel() for p in convolutions.parameters()), sum(p.numel() for p in model.parameters())

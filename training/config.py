@@ -32,6 +32,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
     "data.shift": (lambda v: _is_whole(v) and 0 <= v <= 16, "a whole number of pixels from 0 to 16"),
     "data.flip": (lambda v: isinstance(v, bool), "true or false"),
+    "data.size": (lambda v: v is None or (_is_whole(v) and v >= 1), "a whole number of pixels of at least 1"),
+    "data.crop": (lambda v: v is None or (_is_whole(v) and v >= 1), "a whole number of pixels of at least 1, or null"),
+    "data.min_area": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number above 0 and up to 1"),
+    "data.validation": (lambda v: v is None or (_is_number(v) and 0 < v < 1), "a number between 0 and 1"),
+    "data.skip_undecodable": (lambda v: v is None or isinstance(v, bool), "true or false"),
     "optim.lr": (lambda v: _is_number(v) and v > 0, "a number above 0"),
     "optim.akp_lr_scale": (lambda v: _is_number(v) and v > 0, "a number above 0"),
     "optim.weight_decay": (lambda v: _is_number(v) and v >= 0, "a number of at least 0"),
@@ -43,6 +48,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.nodes": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
     "trainer.checkpoint_minutes": (lambda v: _is_number(v) and v > 0, "a number above 0"),
     "trainer.deterministic": (lambda v: isinstance(v, bool), "true or false"),
+    "trainer.compile": (lambda v: isinstance(v, bool), "true or false"),
     "trainer.channels_last": (lambda v: isinstance(v, bool), "true or false"),
     "trainer.test": (lambda v: isinstance(v, bool), "true or false"),
 }
@@ -54,6 +60,8 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not valid(value):
             raise UsageError(f"{key}={value} is not {wanted}")
+    if cfg.data.get("crop") and cfg.data.crop > cfg.data.size:
+        raise UsageError(f"data.crop={cfg.data.crop} is more than data.size={cfg.data.size}, what there is of an image")
 
 
 def open_keys(overrides: list[str]) -> list[str]:

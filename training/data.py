@@ -1,33 +1,19 @@
-"""Data sets as uint8 tensors on the device; a batch is an index, and all else is computed batched on the device."""
+"""Data sets as uint8 tensors; a batch is an index, and all else is computed batched on the device."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision import datasets
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from training.errors import UsageError
+from training.sets import SETS, Split
 
-
-@dataclass(frozen=True)
-class Split:
-    images: Tensor  # (n, channels, height, width) uint8
-    labels: Tensor  # (n,) int64
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> "Split":
-        return Split(self.images[index], self.labels[index])
-
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+ON_DEVICE = 2**32
+"""Bytes up to which a data set lives on the device; a larger one stays mapped from its file."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +22,7 @@ class Data:
     val: Split
     test: Split
     classes: int
-    mean: Tensor  # (1, channels, 1, 1), of the training images, 0 to 255
+    mean: Tensor  # (1, channels, 1, 1), of the training images unless the configuration has its own; 0 to 255
     std: Tensor
 
     @property
@@ -44,97 +30,36 @@ class Data:
         return self.train.images.shape[1]
 
     def to(self, device: torch.device) -> "Data":
-        moved = {name: getattr(self, name).to(device) for name in ("train", "val", "test", "mean", "std")}
-        return replace(self, **moved)
+        names = ["mean", "std"]
+        if sum(split.images.nbytes for split in (self.train, self.val, self.test)) <= ON_DEVICE:
+            names += ["train", "val", "test"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images -> float32 of mean 0 and variance 1 over the training images."""
-        return images.float().sub_(self.mean).div_(self.std)
+        """Images of 0 to 255 -> float32 of mean 0 and variance 1 over the training images."""
+        return images.sub(self.mean).div_(self.std)
 
 
 def load(cfg: DictConfig) -> Data:
-    """Reads the data set that ``cfg`` (a ``configs/data`` entry) names, and takes its validation split out of train.
+    """Reads the data set that ``cfg`` (a ``configs/data`` entry) names.
 
     Raises:
-        UsageError: files that are missing and cannot be downloaded, or that are corrupt.
+        UsageError: files that are missing and cannot be downloaded, or that are corrupt; a split without a class.
     """
-    train, test, validation = _SETS[cfg.name](Path(cfg.root))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    val, train = train[order[:validation]], train[order[validation:]]
-    std, mean = torch.std_mean(train.images.float(), dim=(0, 2, 3), keepdim=True)
-    return Data(train, val, test, classes=10, mean=mean, std=std)
+    if cfg.name not in SETS:
+        raise UsageError(f"unknown data.name '{cfg.name}'; known: {', '.join(SETS)}")
+    train, val, test = SETS[cfg.name](cfg)
+    if cfg.get("mean") is None:
+        mean, std = _moments(train.images)
+    else:
+        mean, std = (255 * torch.tensor(list(cfg[name])).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return Data(train, val, test, classes=int(train.labels.max()) + 1, mean=mean, std=std)
 
 
-def _digits(root: Path) -> tuple[Split, Split, int]:
-    """scikit-learn's bundled 1,797 handwritten digits, 8 x 8, scaled to 28 x 28; a fixed fifth is the test set."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    everything = Split(images, torch.from_numpy(bunch.target).long())
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(1))
-    return everything[order[360:]], everything[order[:360]], 200
-
-
-def _idx(dataset: type[datasets.MNIST]) -> Callable[[Path], tuple[Split, Split, int]]:
-    """A reader of a torchvision data set in MNIST's IDX format."""
-
-    def read(root: Path) -> tuple[Split, Split, int]:
-        raw = root / dataset.__name__ / "raw"
-        there = raw.exists()
-        try:
-            # It reads what it downloads, and so trips over a corrupt file, which is looked for by name below.
-            dataset(str(root), download=True)
-        except (URLError, OSError, RuntimeError) as error:
-            for folder in () if there else (raw, raw.parent, root):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-            if not all(_idx_file(raw, split, part).is_file() for split in _IDX_SPLITS for part in _IDX_PARTS):
-                names = " ".join(_idx_file(raw, split, part).name for split in _IDX_SPLITS for part in _IDX_PARTS)
-                raise UsageError(
-                    f"no {dataset.__name__} in {raw} and none could be downloaded; put these files there, as they are "
-                    f"or as .gz: {names}; data=digits needs no files"
-                ) from error
-        except Exception:  # noqa: S110 - whatever a corrupt file makes of it
-            pass
-        train, test = (_read_idx(raw, split) for split in _IDX_SPLITS)
-        return train, test, 5000
-
-    return read
-
-
-_IDX_SPLITS = ("train", "t10k")
-_IDX_PARTS = ("images-idx3", "labels-idx1")
-
-
-def _idx_file(raw: Path, split: str, part: str) -> Path:
-    return raw / f"{split}-{part}-ubyte"
-
-
-def _read_idx(raw: Path, split: str) -> Split:
-    tensors = []
-    for part, read in zip(_IDX_PARTS, (read_image_file, read_label_file), strict=True):
-        path = _idx_file(raw, split, part)
-        try:
-            tensors.append(read(str(path)))
-        except Exception as error:
-            raise UsageError(f"{path} is corrupt or cut short; delete it and get it anew") from error
-    images, labels = tensors
-    if len(images) != len(labels) or images.shape[1:] != (28, 28) or not bool((labels < 10).all()):
-        raise UsageError(
-            f"{_idx_file(raw, split, _IDX_PARTS[0])} and its labels do not fit: {len(images)} images of "
-            f"{images.shape[1]} x {images.shape[2]}, {len(labels)} labels up to {int(labels.max())}"
-        )
-    return Split(images[:, None], labels)
-
-
-_SETS: dict[str, Callable[[Path], tuple[Split, Split, int]]] = {
-    "digits": _digits,
-    "mnist": _idx(datasets.MNIST),
-    "fashion_mnist": _idx(datasets.FashionMNIST),
-}
-"""Each gives the official training and test set (train still holds the validation images) and the validation's size."""
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, each (1, channels, 1, 1)."""
+    std, mean = torch.std_mean(images.float(), dim=(0, 2, 3), keepdim=True)
+    return mean, std
 
 
 def batches(split: Split, size: int) -> Iterator[Split]:
@@ -143,22 +68,56 @@ def batches(split: Split, size: int) -> Iterator[Split]:
         yield Split(split.images[i : i + size], split.labels[i : i + size])
 
 
-def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Moves each image by up to ``shift`` pixels (zeros come in) and mirrors half of them, drawn from a CPU generator.
+def augment(images: Tensor, cfg: DictConfig, generator: torch.Generator) -> Tensor:
+    """Training images at random, each on its own: a resized crop, a shift (zeros come in), a mirroring.
 
     Args:
         images: (n, channels, height, width).
+        cfg: ``crop`` (pixels of the result; absent: no crop) and ``min_area`` (the least share of the image that it
+            shows), ``shift`` (up to so many pixels), ``flip`` (half of them).
+        generator: on the CPU, so that any device sees the same.
+
+    Returns:
+        (n, channels, height, width), or ``crop`` x ``crop`` and float32.
     """
     n, channels, height, width = images.shape
 
     def draw(high: int) -> Tensor:
         return torch.randint(high, (n, 1, 1, 1), generator=generator).to(images.device)
 
-    if shift:
+    if cfg.get("crop"):
+        images = _resized_crop(images, cfg.crop, cfg.min_area, generator)
+        height = width = cfg.crop
+    if shift := cfg.shift:
         rows = draw(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
         columns = draw(2 * shift + 1) + torch.arange(width, device=images.device)
         pixels = (rows * (width + 2 * shift) + columns).flatten(2).expand(n, channels, -1)
         images = F.pad(images, (shift,) * 4).flatten(2).gather(2, pixels).view_as(images)
-    if flip:
+    if cfg.flip:
         images = torch.where(draw(2).bool(), images.flip(-1), images)
     return images
+
+
+def _resized_crop(images: Tensor, size: int, min_area: float, generator: torch.Generator) -> Tensor:
+    """A box of ``min_area`` to all of each image's area, 3:4 to 4:3, anywhere in it, scaled to ``size`` x ``size``.
+
+    The distribution is that of torchvision's RandomResizedCrop, but for boxes that do not fit: they are made to.
+    """
+    area, aspect, x, y = torch.rand(4, len(images), generator=generator)
+    area = min_area + (1 - min_area) * area
+    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    # In affine_grid's coordinates an image reaches from -1 to 1.
+    zero = torch.zeros_like(width)
+    x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
+    boxes = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3).to(images.device)
+    grid = F.affine_grid(boxes, [len(images), 1, size, size], align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
+def centre(images: Tensor, cfg: DictConfig) -> Tensor:
+    """The centre of test images, as large as training crops are."""
+    if not cfg.get("crop"):
+        return images
+    top, left = ((length - cfg.crop) // 2 for length in images.shape[-2:])
+    return images[..., top : top + cfg.crop, left : left + cfg.crop]

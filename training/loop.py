@@ -35,6 +35,8 @@ warnings.filterwarnings("ignore", message="The `srun` command is available")  # 
 
 CHECK_EVERY = 50
 """Steps between looks at the loss: each look waits for the device."""
+EVAL_PIXELS = 2**24
+"""Pixels in a batch of evaluation, at most."""
 
 
 @dataclass
@@ -92,6 +94,8 @@ def _train(
     conv_parameters, parameters = models.count_parameters(model)
     if cfg.trainer.channels_last:
         model.to(memory_format=torch.channels_last)
+    if cfg.trainer.compile:
+        model.compile()
     optimizer = build_optimizer(model, cfg)
     schedule = build_schedule(optimizer, cfg, steps * cfg.trainer.epochs)
     net, optimizer = fabric.setup(model, optimizer)
@@ -126,7 +130,7 @@ def _train(
             net.train()
             # Order, augmentation and dropout of an epoch depend on seed, epoch and process alone.
             generator.manual_seed(cfg.seed * 100_003 + now.epoch)
-            order = torch.randperm(len(data.train), generator=generator).to(fabric.device)
+            order = torch.randperm(len(data.train), generator=generator).to(data.train.images.device)
             if now.step:
                 assert saved is not None
                 generator.set_state(saved["generator"])
@@ -145,8 +149,8 @@ def _train(
                 disable=None if writes else True,
             )
             for step in bar:
-                batch = data.train[order[step * size : (step + 1) * size]]
-                images = datasets.augment(batch.images, cfg.data.shift, cfg.data.flip, generator)
+                batch = data.train[order[step * size : (step + 1) * size]].to(fabric.device)
+                images = datasets.augment(batch.images, cfg.data, generator)
                 images, labels = images[rank::world], batch.labels[rank::world]
                 logits = net(prepare(images, data, cfg))
                 loss = F.cross_entropy(logits, labels, label_smoothing=cfg.optim.label_smoothing)
@@ -267,7 +271,7 @@ def build(cfg: DictConfig, channels: int, classes: int) -> nn.Module:
     """The network of a run. Raises UsageError for an arrangement that does not fit it."""
     arrangement = {name: text for name, text in _flat(cfg.arrangement).items() if text is not None}
     try:
-        return models.build(cfg.model.backbone, channels, classes, arrangement, cfg.model.layer)
+        return models.build(channels=channels, classes=classes, arrangement=arrangement, **cfg.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -321,9 +325,11 @@ def evaluate(
     """Top-1 accuracy in per cent and mean cross-entropy (nats) over a split, which the processes of a run share."""
     net.eval()
     mine = slice(None) if fabric is None else slice(fabric.global_rank, None, fabric.world_size)
-    sums = torch.zeros(2, dtype=torch.double, device=split.labels.device)
-    for batch in datasets.batches(datasets.Split(split.images[mine], split.labels[mine]), 1000):
-        logits = net(prepare(batch.images, data, cfg))
+    sums = torch.zeros(2, dtype=torch.double, device=data.mean.device)
+    size = max(1, min(1000, EVAL_PIXELS // datasets.centre(split.images[:1], cfg.data)[0, 0].numel()))
+    for held in datasets.batches(datasets.Split(split.images[mine], split.labels[mine]), size):
+        batch = held.to(sums.device)
+        logits = net(prepare(datasets.centre(batch.images, cfg.data), data, cfg))
         sums[0] += (logits.argmax(1) == batch.labels).sum()
         sums[1] += F.cross_entropy(logits, batch.labels, reduction="sum")
     if fabric is not None:

@@ -21,9 +21,10 @@ _OUTSIDE = (
     ("paths",),
     ("logger",),
     ("data", "root"),
+    ("data", "cache"),
     *(
         ("trainer", key)
-        for key in ("accelerator", "strategy", "devices", "nodes", "deterministic", "checkpoint_minutes")
+        for key in ("accelerator", "strategy", "devices", "nodes", "deterministic", "compile", "checkpoint_minutes")
     ),
 )
 

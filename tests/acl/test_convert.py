@@ -46,7 +46,7 @@ def test_dtype_mode_and_memory_format_are_kept() -> None:
 
 def test_refusals_leave_the_model_as_it_was() -> None:
     model = net()
-    with pytest.raises(ValueError, match=r"no convolution is named 'conv1'; there are: 0, 1\.1"):
+    with pytest.raises(ValueError, match=r"no convolution is named 'conv1'; there are: 0 \(5 x 5\), 1\.1 \(3 x 3\)"):
         convert(model, ["0", "conv1"], "G100%")
     with pytest.raises(ValueError, match=r"'G5' fills 5 of 16 kernels of 1\.1 \(2 x 8\)"):
         convert(model, {"0": "G24", "1.1": "G5"})

@@ -39,5 +39,5 @@ def test_arrangement_and_model_have_to_agree() -> None:
         models.build("lenet", 1, 10, {"conv1": "G6"})
     with pytest.raises(ValueError, match="model=ana_lenet needs an arrangement"):
         models.build("lenet", 1, 10, {}, OPTIONS)
-    with pytest.raises(ValueError, match="no convolution is named 'conv3'; there are: conv1, conv2"):
+    with pytest.raises(ValueError, match=r"no convolution is named 'conv3'; there are: conv1 \(5 x 5\), conv2"):
         models.build("lenet", 1, 10, {"conv3": "G6"}, OPTIONS)

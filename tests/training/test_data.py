@@ -1,12 +1,13 @@
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from training import data as datasets
+from training import sets
 from training.data import augment, batches, load
 from training.errors import UsageError
 
@@ -28,8 +29,8 @@ def write_mnist(root: Path, name: str = "MNIST", train: int = 5200, test: int = 
     return raw
 
 
-def config(name: str, root: Path) -> object:
-    return OmegaConf.create({"name": name, "root": str(root), "shift": 0, "flip": False})
+def config(name: str = "digits", root: Path = Path("data"), **changes: Any) -> DictConfig:
+    return OmegaConf.create({"name": name, "root": str(root), "shift": 0, "flip": False, **changes})
 
 
 def test_digits_need_no_files(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_missing_files_without_a_network(tmp_path: Path, monkeypatch: pytest.Mon
     def offline(self: object) -> None:
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(datasets.datasets.MNIST, "download", offline)
+    monkeypatch.setattr(sets.datasets.MNIST, "download", offline)
     with pytest.raises(UsageError) as error:
         load(config("mnist", tmp_path / "data"))
     text = str(error.value)
@@ -104,7 +105,7 @@ def test_batches_cover_the_split_in_order(tmp_path: Path) -> None:
 
 def test_augmentation_moves_and_mirrors_whole_images() -> None:
     images = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
-    moved = augment(images, 2, False, torch.Generator().manual_seed(0))
+    moved = augment(images, config(shift=2), torch.Generator().manual_seed(0))
     shifts = set()
     for before, after in zip(images, moved, strict=True):
         padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
@@ -112,7 +113,7 @@ def test_augmentation_moves_and_mirrors_whole_images() -> None:
         assert len(found) == 1
         shifts |= set(found)
     assert len(shifts) > 15
-    mirrored = augment(images, 0, True, torch.Generator().manual_seed(0))
+    mirrored = augment(images, config(flip=True), torch.Generator().manual_seed(0))
     same = (mirrored == images).flatten(1).all(1)
     assert 16 < same.sum() < 48 and torch.equal(mirrored[~same], images[~same].flip(-1))
-    assert torch.equal(augment(images, 0, False, torch.Generator()), images)
+    assert torch.equal(augment(images, config(), torch.Generator()), images)
