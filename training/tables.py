@@ -50,6 +50,7 @@ class Row:
 
     name: str
     overrides: list[str]
+    against: str | None = None  # the row that it is compared with; None: the first
     chosen: list[str] | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -86,7 +87,9 @@ class Table:
         self.name = name
         self.cfg = cfg
         self.started = time.time()
-        self.rows = [Row(row.name, [*cfg.overrides, *row.overrides, *overrides]) for row in cfg.rows]
+        self.rows = [
+            Row(row.name, [*cfg.overrides, *row.overrides, *overrides], row.get("against")) for row in cfg.rows
+        ]
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         data = None
         for row in self.rows:
@@ -238,9 +241,10 @@ class Table:
     def markdown(self, frame: pd.DataFrame) -> str:
         """The table for people, with how it came about."""
         text = io.StringIO()
-        plain = frame["row"][0]
+        against = {row.name: row.against or self.rows[0].name for row in self.rows}
+        others = " or ".join(dict.fromkeys(against.values()))
         text.write(f"# {self.cfg.title}\n\n")
-        text.write(f"| row | arrangement | conv. parameters | plain / row | top-1 test % | points against {plain} |")
+        text.write(f"| row | arrangement | conv. parameters | plain / row | top-1 test % | points against {others} |")
         text.write("\n|---|---|---:|---:|---:|---:|\n")
         for row in frame.itertuples():
             top1 = f"{row.top1_mean:.2f}" + ("" if math.isnan(row.top1_std) else f" ± {row.top1_std:.2f}")
@@ -249,7 +253,7 @@ class Table:
                 difference += f" [{row.diff_ci95_low:+.2f}, {row.diff_ci95_high:+.2f}]"
             text.write(
                 f"| {row.row} | {row.arrangement} | {row.conv_params:,} | {row.conv_ratio:.2f} | {top1} | "
-                f"{'' if row.row == plain else difference} |\n"
+                f"{'' if row.row == against[row.row] else difference} |\n"
             )
         seeds = len(self.cfg.seeds)
         text.write(
@@ -280,11 +284,12 @@ class Table:
 
 
 def summary(rows: list[Row]) -> pd.DataFrame:
-    """The columns ``COLUMNS``: accuracies in per cent, differences in points against the first row, paired by seed."""
-    plain = rows[0]
-    base = {record["config"]["seed"]: record["test"]["top1"] for record in plain.records}
+    """The columns ``COLUMNS``: accuracies in per cent, differences in points, paired by seed."""
+    by_name = {row.name: row for row in rows}
     lines: list[dict[str, Any]] = []
     for row in rows:
+        plain = by_name[row.against or rows[0].name]
+        base = {record["config"]["seed"]: record["test"]["top1"] for record in plain.records}
         if not row.records:
             raise UsageError(f"row '{row.name}' has no finished run")
         top1 = pd.Series({record["config"]["seed"]: record["test"]["top1"] for record in row.records})
