@@ -3,6 +3,7 @@
 With --status it only says which runs are done, running, failed and left.
 """
 
+import re
 import sys
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +20,8 @@ if STATUS:
 def main(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
     own = ("table", "worker")  # the rest is the runs'
-    overrides = [word for word in hydra.overrides.task if word.lstrip("+").split("=")[0].split(".")[0] not in own]
+    words = [word.removeprefix("++") for word in hydra.overrides.task]
+    overrides = [word for word in words if re.split(r"[.=]", word.lstrip("+"))[0] not in own]
     table = Table(hydra.runtime.choices["table"], cfg.table, overrides)
     if STATUS:
         status = table.status()
@@ -33,4 +35,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    entry(main, "reproduce_table")
+    # What a run's configuration has is known once its row is composed: its data set has keys that the default has not.
+    entry(main, "reproduce_table", ("arrangement", "data", "model", "optim", "trainer", "logger"))

@@ -64,9 +64,12 @@ def check(cfg: DictConfig) -> None:
         raise UsageError(f"data.crop={cfg.data.crop} is more than data.size={cfg.data.size}, what there is of an image")
 
 
-def open_keys(overrides: list[str]) -> list[str]:
-    """Layers are named by the user, so ``arrangement.<layer>=`` may name one that no configuration has yet."""
-    return [f"++{word}" if word.startswith("arrangement.") else word for word in overrides]
+def open_keys(overrides: list[str], roots: tuple[str, ...] = ("arrangement",)) -> list[str]:
+    """Lets overrides below ``roots`` name keys that the configuration does not have yet.
+
+    Layers are named by the user, so ``arrangement.<layer>=`` may name one that no configuration has.
+    """
+    return [f"++{word}" if word.startswith(tuple(f"{root}." for root in roots)) else word for word in overrides]
 
 
 def compose(overrides: list[str], config: str = "train") -> DictConfig:
@@ -99,11 +102,13 @@ def one_line(error: BaseException) -> str:
     return ": ".join(dict.fromkeys(" ".join(str(cause).split()) for cause in causes))
 
 
-def entry(task: Callable[[DictConfig], None], config: str = "train") -> None:
+def entry(
+    task: Callable[[DictConfig], None], config: str = "train", open_roots: tuple[str, ...] = ("arrangement",)
+) -> None:
     """Runs a script's task under Hydra. What a user can mend is one line on stderr and exit status 2."""
     asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra else prints errors its own way and exits with 1
-    sys.argv[1:] = open_keys(sys.argv[1:])
+    sys.argv[1:] = open_keys(sys.argv[1:], open_roots)
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> None:
