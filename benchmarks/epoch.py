@@ -49,7 +49,7 @@ def compare(cfg: DictConfig, data: datasets.Data) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in feeds}
     for _ in tqdm(range(ROUNDS), desc="rounds", disable=None):
         for name, feed in feeds.items():
-            model = build(cfg, data.channels, data.classes)
+            model = build(cfg, data)
             if cfg.trainer.channels_last:
                 model.to(memory_format=torch.channels_last)
             optimizer = build_optimizer(model, cfg)

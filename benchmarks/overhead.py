@@ -46,7 +46,7 @@ def main() -> None:
 def bare(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     data = datasets.load(cfg.data)
-    model = build(cfg, data.channels, data.classes)
+    model = build(cfg, data)
     if cfg.trainer.channels_last:
         model.to(memory_format=torch.channels_last)
     size, steps = cfg.trainer.batch_size, len(data.train) // cfg.trainer.batch_size

@@ -25,7 +25,7 @@ import models
 from acl import akp_parameters
 from training import checkpoint
 from training import data as datasets
-from training.config import check
+from training.config import check, one_line
 from training.errors import UsageError
 from training.files import alone_in, write_atomic
 from training.loggers import Logger, open_logger
@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
             f"{fabric.world_size} processes"
         )
     seed_everything(cfg.seed, verbose=False)
-    model = build(cfg, data.channels, data.classes)
+    model = build(cfg, data)
     folder = run_folder(cfg)
     # One process of a run writes, so one holds its lock; it starts the others only once it does.
     with alone_in(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
@@ -267,13 +267,27 @@ def set_random_state(fabric: Fabric, states: torch.Tensor) -> None:
     torch.cuda.set_rng_state(own, fabric.device) if fabric.device.type == "cuda" else torch.set_rng_state(own)
 
 
-def build(cfg: DictConfig, channels: int, classes: int) -> nn.Module:
-    """The network of a run. Raises UsageError for an arrangement that does not fit it."""
+def build(cfg: DictConfig, data: datasets.Data) -> nn.Module:
+    """The network of a run.
+
+    Raises:
+        UsageError: an arrangement that does not fit it, weights that are not to be had, or images that it cannot take.
+    """
     arrangement = {name: text for name, text in _flat(cfg.arrangement).items() if text is not None}
     try:
-        return models.build(channels=channels, classes=classes, arrangement=arrangement, **cfg.model)
+        model = models.build(channels=data.channels, classes=data.classes, arrangement=arrangement, **cfg.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    image = data.normalise(datasets.centre(data.train.images[:1], cfg.data))
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    except Exception as error:
+        raise UsageError(
+            f"model.backbone={cfg.model.backbone} does not take images of {' x '.join(map(str, image.shape[1:]))}: "
+            f"{one_line(error)}"
+        ) from error
+    return model.train()
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

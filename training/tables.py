@@ -90,6 +90,9 @@ class Table:
         self.rows = [
             Row(row.name, [*cfg.overrides, *row.overrides, *overrides], row.get("against")) for row in cfg.rows
         ]
+        for row in self.rows:
+            if row.against not in (None, *(other.name for other in self.rows)):
+                raise UsageError(f"row '{row.name}' is against '{row.against}', which is no row of this table")
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         data = None
         for row in self.rows:
@@ -100,7 +103,7 @@ class Table:
                     "a run of a table takes one device; start more workers (the same command again) to use more"
                 )
             data = data or datasets.load(example.data)
-            build(example, data.channels, data.classes)
+            build(example, data)
         self.results = Path(example.paths.results) / "tables"
 
     def __len__(self) -> int:

@@ -41,3 +41,17 @@ def test_arrangement_and_model_have_to_agree() -> None:
         models.build("lenet", 1, 10, {}, OPTIONS)
     with pytest.raises(ValueError, match=r"no convolution is named 'conv3'; there are: conv1 \(5 x 5\), conv2"):
         models.build("lenet", 1, 10, {"conv3": "G6"}, OPTIONS)
+
+
+def test_four_layer_counts() -> None:
+    plain = 25 * (3 * 32 + 32 * 64 + 64 * 128 + 128 * 128)
+    rest = 2 * (32 + 64 + 128 + 128) + 128 * 10 + 10
+    assert models.count_parameters(models.build("four_layer", 3, 10, {})) == (plain, plain + rest)
+    small = models.build("four_layer", 3, 10, {}, kernel_size=3)
+    assert models.count_parameters(small)[0] == plain // 25 * 9
+    gabor = models.build("four_layer", 3, 10, {"all": "G100%"}, {"amplitude": True})
+    assert models.count_parameters(gabor)[0] == plain // 25 * 5
+    for model in (small, gabor):
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ValueError, match=r"model.kernel_size=4 is even"):
+        models.build("four_layer", 3, 10, {}, kernel_size=4)

@@ -56,7 +56,7 @@ def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str,
 def test_the_kept_weights_are_those_that_were_tested(finished: tuple[DictConfig, dict[str, Any]]) -> None:
     cfg, record = finished
     data = load(cfg.data)
-    model = build(cfg, data.channels, data.classes)
+    model = build(cfg, data)
     model.load_state_dict(load_file(run_folder(cfg) / "model.safetensors"))
     assert evaluate(model, data.test, data, cfg)["top1"] == record["test"]["top1"]
     optimizer = build_optimizer(model, cfg)
@@ -87,20 +87,20 @@ def test_a_seed_gives_the_same_run_and_another_another(tmp_path: Path) -> None:
 
 def test_akps_have_a_learning_rate_of_their_own_and_no_decay() -> None:
     cfg = compose([*SMALL, "optim.lr=0.001", "optim.akp_lr_scale=7", "optim.weight_decay=0.1"])
-    model = build(cfg, 1, 10)
+    model = build(cfg, load(cfg.data))
     groups = build_optimizer(model, cfg).param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.001, 0.1), (0.001, 0), (pytest.approx(0.007), 0)]
     assert sum(p.numel() for p in groups[2]["params"]) == 288
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
     frozen = compose([*SMALL, "model.layer.learn=none"])
-    assert len(build_optimizer(build(frozen, 1, 10), frozen).param_groups) == 2
+    assert len(build_optimizer(build(frozen, load(cfg.data)), frozen).param_groups) == 2
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
 def test_schedules_end_near_zero_for_every_group(optim: str, schedule: str) -> None:
     cfg = compose([*SMALL, f"optim={optim}", f"optim.schedule={schedule}"])
-    optimizer = build_optimizer(build(cfg, 1, 10), cfg)
+    optimizer = build_optimizer(build(cfg, load(cfg.data)), cfg)
     schedule_ = build_schedule(optimizer, cfg, 20)
     rates = []
     for _ in range(20):
