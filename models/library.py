@@ -1,7 +1,7 @@
 """Networks of torchvision and timm, from scratch, with the library's pretrained weights, or with one's own file."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -78,7 +78,12 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         ValueError: a file that is not there, cannot be read, or is of another architecture (names the keys).
     """
-    readers = {".npy": _read_npy, ".safetensors": load_file, ".pth": _read_pth, ".pt": _read_pth}
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".npy": _read_npy,
+        ".safetensors": load_file,
+        ".pth": _read_pth,
+        ".pt": _read_pth,
+    }
     if file.suffix not in readers:
         raise ValueError(f"weights in '{file}'? Known: {', '.join(readers)}")
     try:

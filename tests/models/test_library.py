@@ -51,9 +51,13 @@ def test_pretrained_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
     assert other.fc.weight.shape == (10, 512)
     assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(other.conv1.weight[32:], source.conv1.weight[32:])
-    with pytest.raises(ValueError, match=rf"{file} is of another architecture than AlexNet: features.0.weight is missing"):
+    with pytest.raises(
+        ValueError, match=rf"{file} is of another architecture than AlexNet: features.0.weight is missing"
+    ):
         models.build("alexnet", 3, 5, {}, pretrained=str(file))
-    with pytest.raises(ValueError, match=r"another architecture than ResNet: layer1.0.conv1.weight is \(64, 64, 3, 3\), not"):
+    with pytest.raises(
+        ValueError, match=r"another architecture than ResNet: layer1.0.conv1.weight is \(64, 64, 3, 3\), not"
+    ):
         models.build("resnet50", 3, 5, {}, pretrained=str(file))
 
 
@@ -83,7 +87,7 @@ def test_files_that_are_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             models.build("resnet18", 3, 5, {}, pretrained=name)
         assert "\n" not in str(error.value)
     assert not Path("ran").exists()
-    with pytest.raises(ValueError, match="no weights in none.pth: there is no such file"):
+    with pytest.raises(ValueError, match=r"no weights in none\.pth: there is no such file"):
         models.build("resnet18", 3, 5, {}, pretrained="none.pth")
     with pytest.raises(ValueError, match=r"weights in 'conv1.txt'\? Known: .npy, .safetensors"):
         models.build("resnet18", 3, 5, {}, pretrained="conv1.txt")
@@ -99,7 +103,9 @@ def test_without_a_network_the_file_and_its_place_are_named(tmp_path: Path, monk
         models.build("resnet50", 3, 5, {}, pretrained=True)
     assert f"put resnet50-11ad3fa6.pth into {tmp_path}/checkpoints" in str(error.value)
     monkeypatch.setattr(library.timm, "create_model", offline)
-    with pytest.raises(ValueError, match=r"no pretrained resnet18: .*timm/resnet18 on the Hugging Face hub.*\(OSError\)"):
+    with pytest.raises(
+        ValueError, match=r"no pretrained resnet18: .*timm/resnet18 on the Hugging Face hub.*\(OSError\)"
+    ):
         models.build("timm/resnet18", 3, 5, {}, pretrained=True)
 
 

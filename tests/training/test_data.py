@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from training import sets
-from training.data import augment, batches, load
+from training.data import augment, batches, centre, load
 from training.errors import UsageError
 
 
@@ -117,3 +117,38 @@ def test_augmentation_moves_and_mirrors_whole_images() -> None:
     same = (mirrored == images).flatten(1).all(1)
     assert 16 < same.sum() < 48 and torch.equal(mirrored[~same], images[~same].flip(-1))
     assert torch.equal(augment(images, config(), torch.Generator()), images)
+
+
+def test_resized_crops_are_boxes_of_their_own_image() -> None:
+    """Images whose pixels hold their coordinates tell which box a crop shows."""
+    n, side = 400, 64
+    ramp = (torch.arange(side) + 0.5) * 3
+    images = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side)]).expand(n, 2, side, side)
+    cfg = config(crop=32, min_area=0.25)
+    crops = augment(images, cfg, torch.Generator().manual_seed(0)) / 3
+    assert crops.shape == (n, 2, 32, 32)
+    x, y = crops[:, 0], crops[:, 1]
+    assert (x - x[:, :1]).abs().max() < 1e-3 and (y - y[:, :, :1]).abs().max() < 1e-3  # no skew
+    inner = slice(2, -2)  # the outermost pixels repeat the border
+    width = (x[:, 0, inner][:, -1] - x[:, 0, inner][:, 0]) / 27 * 32
+    height = (y[:, inner, 0][:, -1] - y[:, inner, 0][:, 0]) / 27 * 32
+    assert width.max() <= side + 0.5 and height.max() <= side + 0.5 and crops.min() >= 0 and crops.max() <= side
+    area, aspect = width * height / side**2, width / height
+    assert 0.24 < area.min() < 0.3 and 0.9 < area.max() <= 1.01 and aspect.min() > 0.74 and aspect.max() < 1.35
+    assert abs(area.mean() - 0.625) < 0.05
+    left = x[:, 0, 16] - width / 2
+    assert left.min() < 1 and (left / (side - width).clamp(min=1)).max() > 0.95
+
+
+def test_the_centre_is_as_large_as_crops() -> None:
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(centre(images, config(crop=32)), images) and torch.equal(centre(images, config()), images)
+    assert torch.equal(centre(images, config(crop=20)), images[:, :, 6:26, 6:26])
+
+
+def test_large_sets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(config())
+    monkeypatch.setattr("training.data.ON_DEVICE", 1000)
+    assert data.to(torch.device("meta")).train.images.device.type == "cpu"
+    monkeypatch.setattr("training.data.ON_DEVICE", 2**30)
+    assert data.to(torch.device("meta")).train.images.device.type == "meta"

@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     ("overrides", "message"),
     [
         (["arrangement.conv1=G5"], r"'G5' fills 5 of 6 kernels of conv1 \(1 x 6\)"),
-        (["arrangement.conv3=G5"], "no convolution is named 'conv3'; there are: conv1, conv2"),
+        (["arrangement.conv3=G5"], r"no convolution is named 'conv3'; there are: conv1 \(5 x 5\), conv2"),
         (["trainer.batch_size=5000"], "nothing to train.*trainer.batch_size=5000, 1237 training images"),
         (["trainer.epochs=0"], "trainer.epochs=0 is not a whole number of at least 1"),
         (["optim.lr=fast"], "optim.lr=fast is not a number above 0"),

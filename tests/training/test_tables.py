@@ -8,11 +8,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+import torchvision
 from scipy import stats
 
+from tests.training import trees
 from tests.training.processes import in_child, start, wait
 from training import tables
-from training.config import compose
+from training.config import CONFIGS, check, compose
 from training.errors import UsageError
 from training.tables import COLUMNS, Row, Table, summary
 
@@ -187,10 +190,55 @@ def test_a_bad_row_is_refused_before_the_first_run(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_every_table_can_be_composed() -> None:
-    for name in ("digits", "mnist", "fashion_mnist"):
-        cfg = compose([f"table={name}"], "reproduce_table").table
-        assert len(cfg.rows) == 7 and cfg.rows[0].overrides == ["model=lenet"]
-        for row in cfg.rows:
-            for candidate in cfg.search.candidates if cfg.search else [[]]:
-                assert compose([*cfg.overrides, *row.overrides, *candidate]).data.name == name
+@pytest.mark.parametrize(("name", "rows"), [("flowers102", [0, 3, 4, 7]), ("food101", [4, 7])])
+def test_large_images_from_tree_to_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list[int]
+) -> None:
+    """Cache, pretrained weights from the library's cache, two steps, test, table: plain and exp3."""
+    getattr(trees, name)(tmp_path / "data")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "checkpoints" / weights)
+    cfg = compose([f"table={name}_resnet18"], "reproduce_table").table
+    assert [row.get("against") for row in cfg.rows] == [None] * 4 + ["plain, from scratch"] * 4
+    cfg.seeds, cfg.search, cfg.rows = [0], None, [cfg.rows[i] for i in rows]
+    size = 6 if name == "flowers102" else 13
+    small = [f"data.root={tmp_path}/data", f"data.cache={tmp_path}/cache", "data.size=36", "data.crop=32"]
+    small += [f"trainer.batch_size={size}", "trainer.epochs=1", "trainer.compile=false", "trainer.accelerator=cpu"]
+    paths = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    frame = Table(name, cfg, [*small, *paths]).reproduce()
+    assert list(frame["arrangement"]) == ["plain", "first: G30 Lg15 Lt15 Tf30 Ts6 P96"] * (len(rows) // 2)
+    assert list(frame["conv_params"][0] - frame["conv_params"]) == [0, 9408 - 4962] * (len(rows) // 2)
+    assert frame["top1_mean"].between(0, 100).all()
+    assert len(next((tmp_path / "runs").glob("*/metrics.csv")).read_text().splitlines()) == 2
+    text = (tmp_path / f"results/tables/{name}.md").read_text()
+    others = "plain, pretrained or plain, from scratch" if 0 in rows else "plain, from scratch"
+    assert f"points against {others} |" in text and "resnet18" in text.splitlines()[0]
+
+
+def test_a_row_against_one_that_is_not_there(tmp_path: Path) -> None:
+    rows = [{"name": "plain", "overrides": ["model=lenet"], "against": "nobody"}]
+    with pytest.raises(UsageError, match="row 'plain' is against 'nobody', which is no row of this table"):
+        table(tmp_path, rows=rows)
+
+
+def test_rows_are_compared_with_the_row_they_name() -> None:
+    first, second, third = (
+        Row(n, [], a, records=[record(0, t)]) for n, a, t in (("a", None, 90), ("b", "b", 50), ("c", "b", 53))
+    )
+    assert list(summary([first, second, third])["diff_mean"]) == [0, 0, 3]
+
+
+TABLES = sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_can_be_composed(name: str) -> None:
+    cfg = compose([f"table={name}"], "reproduce_table").table
+    assert len(cfg.rows) >= 7 and compose([*cfg.overrides, *cfg.rows[0].overrides]).model.layer is None
+    for row in cfg.rows[1::3]:
+        for candidate in cfg.search.candidates[:1] if cfg.search else [[]]:
+            composed = compose([*cfg.overrides, *row.overrides, *candidate])
+            check(composed)
+            assert composed.data.name in (name.split("_")[0], name, "imagefolder")
