@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training.errors import UsageError
 from training.files import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 256
 """Images between notes of how far the cache is: what a killed process loses."""
 
@@ -38,7 +38,7 @@ def decoded(
         skip: leave out images that cannot be decoded; else they are an error.
 
     Returns:
-        (n, 3, size, size) uint8, mapped from the file, and which of ``paths`` were left out.
+        (n, 3, size, size) uint8, channels last in memory, mapped from the file, and which of ``paths`` were left out.
 
     Raises:
         UsageError: an image that cannot be decoded, or a cache that cannot be written.
@@ -55,7 +55,7 @@ def decoded(
 
 def _filled(folder: Path, root: Path, paths: Sequence[Path], size: int, skip: bool) -> tuple[Tensor, list[int]]:
     file, note = folder / "images.u8", folder / "cache.json"
-    key, shape = _key(root, paths, size), (len(paths), 3, size, size)
+    key, shape = _key(root, paths, size), (len(paths), size, size, 3)
     length = int(np.prod(shape))
     state = _read(note)
     if state.get("key") != key or not file.is_file() or file.stat().st_size != length:
@@ -94,7 +94,7 @@ def _filled(folder: Path, root: Path, paths: Sequence[Path], size: int, skip: bo
         more = ", ..." if len(skipped) > 1 else ""
         print(f"left out {len(skipped)} images that cannot be decoded: {paths[skipped[0]]}{more}", file=sys.stderr)
     mapped = torch.from_file(str(file), shared=False, size=length, dtype=torch.uint8)
-    return mapped.view(shape)[: len(paths) - len(skipped)], skipped
+    return mapped.view(shape)[: len(paths) - len(skipped)].permute(0, 3, 1, 2), skipped
 
 
 def _key(root: Path, paths: Sequence[Path], size: int) -> str:
@@ -114,7 +114,7 @@ def _read(note: Path) -> dict[str, Any]:
 
 
 def _decode(path: Path, size: int) -> np.ndarray | str:
-    """(3, size, size) uint8, or why not."""
+    """(size, size, 3) uint8, or why not."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -126,4 +126,4 @@ def _decode(path: Path, size: int) -> np.ndarray | str:
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(image)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +38,7 @@ class Data:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images of 0 to 255 -> float32 of mean 0 and variance 1 over the training images."""
-        return images.sub(self.mean).div_(self.std)
+        return images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
 
 
 def load(cfg: DictConfig) -> Data:
@@ -59,7 +60,7 @@ def load(cfg: DictConfig) -> Data:
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel, each (1, channels, 1, 1); over evenly spaced images if they are many."""
     images = images[:: math.ceil(images.numel() / 2**28)]
-    std, mean = torch.std_mean(images.float(), dim=(0, 2, 3), keepdim=True)
+    std, mean = torch.std_mean(images.contiguous().float(), dim=(0, 2, 3), keepdim=True)
     return mean, std
 
 
@@ -108,12 +109,36 @@ def _resized_crop(images: Tensor, size: int, min_area: float, generator: torch.G
     area = min_area + (1 - min_area) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    # In affine_grid's coordinates an image reaches from -1 to 1.
+    boxes = torch.stack([x * (1 - width), y * (1 - height), width, height], 1)
+    return (_crops_one_by_one if images.device.type == "cpu" else _crops_at_once)(images, boxes, size)
+
+
+def _crops_at_once(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """``boxes``: (n, 4), left, top, width and height as shares of the image's."""
+    left, top, width, height = boxes.to(images.device).unbind(1)
     zero = torch.zeros_like(width)
-    x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
-    boxes = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3).to(images.device)
-    grid = F.affine_grid(boxes, [len(images), 1, size, size], align_corners=False)
+    # In affine_grid's coordinates an image reaches from -1 to 1.
+    rows = [width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
+def _crops_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The same in whole pixels and uint8, for which a CPU has a quick way; it takes no batch of different boxes."""
+    high, wide = images.shape[-2:]
+    pixels = (boxes * torch.tensor([wide, high, wide, high])).round().int().tolist()
+    crops = torch.empty(len(images), size, size, images.shape[1], dtype=images.dtype).permute(0, 3, 1, 2)
+
+    def crop(i: int) -> None:
+        left, top, width, height = pixels[i]
+        box = images[i : i + 1, :, top : top + max(height, 1), left : left + max(width, 1)]
+        crops[i] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
+
+    list(_POOL.map(crop, range(len(images))))
+    return crops
+
+
+_POOL = ThreadPoolExecutor(2)
 
 
 def centre(images: Tensor, cfg: DictConfig) -> Tensor:

@@ -290,6 +290,37 @@ def build(cfg: DictConfig, data: datasets.Data) -> nn.Module:
     return model.train()
 
 
+def finished(folder: Path, **data: Any) -> tuple[DictConfig, datasets.Data, nn.Module]:
+    """A finished run's configuration, data and trained network, in eval mode.
+
+    Args:
+        folder: the run's, with its config.yaml and record.json; a mere id means the one of ``runs/``.
+        data: what to change of the data's configuration, as ``root``, where that is elsewhere now; None for nothing.
+
+    Raises:
+        UsageError: no such run, one that is not finished, or data that are not there.
+    """
+    if not folder.exists() and (here := Path("runs") / folder).exists():
+        folder = here
+    for name, what in (("config.yaml", "is no folder of a run"), ("record.json", "has a run that is not finished")):
+        if not (folder / name).exists():
+            raise UsageError(f"{folder} {what}: it has no {name}")
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.data.update({name: value for name, value in data.items() if value is not None})
+    if "pretrained" in cfg.model:
+        cfg.model.pretrained = False  # the run's own weights come instead
+    loaded = datasets.load(cfg.data)
+    model = build(cfg, loaded)
+    weights = folder / "model.safetensors"
+    try:
+        # Layers without a plain kernel once kept an empty parameter for it.
+        model.load_state_dict({name: t for name, t in load_file(weights).items() if t.numel()})
+    except Exception as error:
+        raise UsageError(f"{weights} does not fit the network of {folder}: {one_line(error)}") from error
+    return cfg, loaded, model.eval()
+
+
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots: a layer's name has dots, and a configuration reads them as levels."""
     if not isinstance(node, DictConfig):
