@@ -88,33 +88,38 @@ def augment(images: Tensor, cfg: DictConfig, generator: torch.Generator) -> Tens
         return torch.randint(high, (n, 1, 1, 1), generator=generator).to(images.device)
 
     if cfg.get("crop"):
-        images = _resized_crop(images, cfg.crop, cfg.min_area, generator)
+        images = _resized_crop(images, cfg.crop, cfg.min_area, cfg.flip, generator)
         height = width = cfg.crop
     if shift := cfg.shift:
         rows = draw(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
         columns = draw(2 * shift + 1) + torch.arange(width, device=images.device)
         pixels = (rows * (width + 2 * shift) + columns).flatten(2).expand(n, channels, -1)
         images = F.pad(images, (shift,) * 4).flatten(2).gather(2, pixels).view_as(images)
-    if cfg.flip:
+    if cfg.flip and not cfg.get("crop"):
         images = torch.where(draw(2).bool(), images.flip(-1), images)
     return images
 
 
-def _resized_crop(images: Tensor, size: int, min_area: float, generator: torch.Generator) -> Tensor:
+def _resized_crop(images: Tensor, size: int, min_area: float, flip: bool, generator: torch.Generator) -> Tensor:
     """A box of ``min_area`` to all of each image's area, 3:4 to 4:3, anywhere in it, scaled to ``size`` x ``size``.
 
+    With ``flip`` half of them are mirrored, which here costs nothing.
     The distribution is that of torchvision's RandomResizedCrop, but for boxes that do not fit: they are made to.
     """
     area, aspect, x, y = torch.rand(4, len(images), generator=generator)
     area = min_area + (1 - min_area) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    boxes = torch.stack([x * (1 - width), y * (1 - height), width, height], 1)
+    x, y = x * (1 - width), y * (1 - height)
+    if flip:
+        mirrored = torch.rand(len(images), generator=generator) < 0.5
+        x, width = torch.where(mirrored, x + width, x), torch.where(mirrored, -width, width)
+    boxes = torch.stack([x, y, width, height], 1)
     return (_crops_one_by_one if images.device.type == "cpu" else _crops_at_once)(images, boxes, size)
 
 
 def _crops_at_once(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """``boxes``: (n, 4), left, top, width and height as shares of the image's."""
+    """``boxes``: (n, 4), left, top, width and height as shares of the image's; of negative width, mirrored."""
     left, top, width, height = boxes.to(images.device).unbind(1)
     zero = torch.zeros_like(width)
     # In affine_grid's coordinates an image reaches from -1 to 1.
@@ -129,16 +134,19 @@ def _crops_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     pixels = (boxes * torch.tensor([wide, high, wide, high])).round().int().tolist()
     crops = torch.empty(len(images), size, size, images.shape[1], dtype=images.dtype).permute(0, 3, 1, 2)
 
-    def crop(i: int) -> None:
-        left, top, width, height = pixels[i]
-        box = images[i : i + 1, :, top : top + max(height, 1), left : left + max(width, 1)]
-        crops[i] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
+    workers = torch.get_num_threads()
 
-    list(_POOL.map(crop, range(len(images))))
+    def crop(worker: int) -> None:
+        for i in range(worker, len(images), workers):
+            left, top, width, height = pixels[i]
+            right = max(left, left + width)
+            box = images[i : i + 1, :, top : top + max(height, 1), right - max(abs(width), 1) : right]
+            box = box.flip(-1) if width < 0 else box
+            crops[i] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(crop, range(workers)))
     return crops
-
-
-_POOL = ThreadPoolExecutor(2)
 
 
 def centre(images: Tensor, cfg: DictConfig) -> Tensor:

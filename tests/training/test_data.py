@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn import functional as F
 
 from training import sets
-from training.data import augment, batches, centre, load
+from training.data import _crops_at_once, _crops_one_by_one, augment, batches, centre, load
 from training.errors import UsageError
 
 
@@ -152,3 +153,22 @@ def test_large_sets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert data.to(torch.device("meta")).train.images.device.type == "cpu"
     monkeypatch.setattr("training.data.ON_DEVICE", 2**30)
     assert data.to(torch.device("meta")).train.images.device.type == "meta"
+
+
+def test_crops_one_by_one_are_those_at_once() -> None:
+    smooth = F.interpolate(torch.rand(6, 3, 4, 4) * 255, (64, 64), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    boxes = torch.tensor(
+        [[0, 0, 1, 1], [8, 16, 32, 16], [0, 32, 64, 32], [1, 2, 60, 50], [40, 40, 24, 24], [5, 0, 9, 64]]
+    )
+    boxes = boxes / torch.tensor([[1.0]] + [[64.0]] * 5)
+    boxes = torch.cat([boxes, boxes + boxes[:, 2:3] * torch.tensor([1, 0, -2, 0])])  # and mirrored
+    smooth = smooth.repeat(2, 1, 1, 1)
+    quick, batched = (crops(smooth, boxes, 32).float() for crops in (_crops_one_by_one, _crops_at_once))
+    assert (quick - batched).abs().mean() < 1.5 and (quick - batched).abs().max() < 40
+    assert torch.equal(quick[6:], quick[:6].flip(-1))
+
+
+def test_half_of_the_crops_are_mirrored() -> None:
+    ramp = torch.arange(64.0).expand(400, 1, 64, 64)
+    crops = augment(ramp, config(crop=32, min_area=0.5, flip=True), torch.Generator().manual_seed(0))
+    assert 160 < (crops[:, 0, 0, 0] > crops[:, 0, 0, -1]).sum() < 240
