@@ -3,6 +3,17 @@
 from acl import kernels
 from acl.arrangement import Arrangement
 from acl.convert import convert, fold, summary
+from acl.fit import Fit, fit_kernels
 from acl.layer import AnalyticConv2d, akp_parameters
 
-__all__ = ["AnalyticConv2d", "Arrangement", "akp_parameters", "convert", "fold", "kernels", "summary"]
+__all__ = [
+    "AnalyticConv2d",
+    "Arrangement",
+    "Fit",
+    "akp_parameters",
+    "convert",
+    "fit_kernels",
+    "fold",
+    "kernels",
+    "summary",
+]

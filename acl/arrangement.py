@@ -23,11 +23,14 @@ class Arrangement:
         ('G30 Lg15 Lt15 Tf30 Ts6 P96', 30)
         >>> str(Arrangement.parse("G50% P50%").fill(6, 16))
         'G48 P48'
+
+    ``auto`` leaves the choice to a fit of the kernels that are replaced (``acl.convert``).
     """
 
     terms: tuple[tuple[str, Fraction], ...]
     shares: bool = False
     """True: the numbers are per cent of the layer; False: whole numbers of kernels."""
+    auto: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Arrangement":
@@ -40,6 +43,8 @@ class Arrangement:
         words = str(text).replace("_", " ").split()
         if not words:
             raise ValueError("an arrangement is empty; write for example 'G30 P66' or 'G50% P50%'")
+        if words == ["auto"]:
+            return cls((), auto=True)
         terms: list[tuple[str, Fraction]] = []
         signs: set[str] = set()
         for word in words:
@@ -66,11 +71,15 @@ class Arrangement:
         return cls(tuple(terms), shares)
 
     def __str__(self) -> str:
+        if self.auto:
+            return "auto"
         return " ".join(f"{symbol}{_plain(value)}{'%' if self.shares else ''}" for symbol, value in self.terms)
 
     @property
     def counts(self) -> dict[str, int]:
         """Kernels per kind, in slot order. Raises ValueError for shares, which first need a layer to ``fill``."""
+        if self.auto:
+            raise ValueError("arrangement 'auto' needs kernels to choose by: acl.convert has those that it replaces")
         if self.shares:
             raise ValueError(f"arrangement '{self}' is in shares; fill() turns them into counts")
         return {symbol: int(value) for symbol, value in self.terms}

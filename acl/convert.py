@@ -11,9 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from acl.arrangement import Arrangement
+from acl.fit import KernelFit, adopt, check_tolerance, counted, fit_kernels, placed
 from acl.layer import AnalyticConv2d
 
-INITS = ("random",)
+INITS = ("random", "fit")
 _HOOKS = [name for name in vars(nn.Module()) if "hook" in name and re.search("forward|backward", name)]
 
 
@@ -21,22 +22,26 @@ def convert(
     model: nn.Module,
     layers: str | Iterable[str] | Mapping[str, Arrangement | str],
     arrangement: Arrangement | str | None = None,
-    init: str = "random",
+    init: str | None = None,
+    tolerance: float | None = None,
     **options: Any,
 ) -> nn.Module:
     """Replaces convolutions of a model, in place, by analytic ones.
 
-    Plain kernels and biases come from the slots they replace; AKPs are drawn at random, as in the paper. Device,
-    dtype, memory format, train mode and hooks are kept. A subclass of nn.Conv2d goes on convolving in its own way (as
-    timm's Conv2dSame pads, and StdConv2d standardises the weight).
+    Plain kernels and biases come from the slots they replace; AKPs are drawn at random, as in the paper, or fitted to
+    the kernels they replace. Device, dtype, memory format, train mode and hooks are kept. A subclass of nn.Conv2d goes
+    on convolving in its own way (as timm's Conv2dSame pads, and StdConv2d standardises the weight).
 
     Args:
         model: any network.
         layers: names as in ``model.named_modules()``, globs of them, or rules: ``first`` and ``all`` convolutions, or
             those of a kernel size of at least some, as in ``k>=5``; or a mapping from such to an arrangement each,
             where the last that names a layer counts.
-        arrangement: the one for all of ``layers``, where these are no mapping.
-        init: ``random``.
+        arrangement: the one for all of ``layers``, where these are no mapping. ``auto``: each slot takes, of the kinds
+            that fit its kernel within ``tolerance``, the one of fewest AKPs, and stays plain where none does.
+        init: ``random``, or ``fit``: AKPs and gains fitted to the kernels that are replaced. By default ``random``, and
+            ``fit`` for ``auto``. Without ``amplitude`` a fitted kernel has the shape alone, not the size.
+        tolerance: share of a kernel's energy that ``auto`` may miss, 0 (all plain) to 1 (all analytic).
         options: ``scale``, ``amplitude``, ``family``, ``profile`` and ``learn`` of AnalyticConv2d.
 
     Returns:
@@ -55,7 +60,7 @@ def convert(
         0      G12 P12                    608    356
         2      P64                        584    584
     """
-    if init not in INITS:
+    if init not in (None, *INITS):
         raise ValueError(f"unknown init '{init}'; known: {', '.join(INITS)}")
     if isinstance(layers, Mapping):
         wanted = dict(layers)
@@ -74,8 +79,11 @@ def convert(
                     "from others, as by weight_norm); give it one first"
                 )
             parsed = Arrangement.parse(given) if isinstance(given, str) else given
-            filled = parsed.fill(conv.in_channels // conv.groups, conv.out_channels, name)
-            replacements[conv] = _analytic(conv, filled, options)
+            if not parsed.auto:
+                parsed = parsed.fill(conv.in_channels // conv.groups, conv.out_channels, name)
+            else:
+                check_tolerance(tolerance)
+            replacements[conv] = _analytic(conv, parsed, init, tolerance, options)
     for conv, layer in replacements.items():
         if type(conv) is not nn.Conv2d:
             layer.host = conv
@@ -148,7 +156,20 @@ def _named(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module
 
 
 @torch.no_grad()
-def _analytic(conv: nn.Conv2d, arrangement: Arrangement, options: dict[str, Any]) -> AnalyticConv2d:
+def _analytic(
+    conv: nn.Conv2d, arrangement: Arrangement, init: str | None, tolerance: float | None, options: dict[str, Any]
+) -> AnalyticConv2d:
+    fitting: dict[str, Any] = {
+        "family": options.get("family", "paper"),
+        "profile": options.get("profile", "exponential"),
+    }
+    fitting["signed"] = not options.get("amplitude", False)
+    placement: torch.Tensor | None = None
+    fits: list[KernelFit] | None = None
+    if arrangement.auto:
+        assert tolerance is not None
+        fits = list(fit_kernels(conv.weight, **fitting).choose(tolerance, conv.weight).kernels)
+        arrangement, placement = counted(fit.kind for fit in fits), placed(fit.kind for fit in fits)
     layer = AnalyticConv2d(
         conv.in_channels,
         conv.out_channels,
@@ -162,14 +183,20 @@ def _analytic(conv: nn.Conv2d, arrangement: Arrangement, options: dict[str, Any]
         conv.weight.device,
         conv.weight.dtype,
         arrangement=arrangement,
+        placement=placement,
         **options,
     )
-    slot = 0
-    for symbol, count in arrangement.counts.items():
-        if symbol == "P" and layer.plain is not None:
-            layer.plain.copy_(conv.weight.flatten(0, 1)[slot : slot + count])
-            layer.plain.requires_grad_(conv.weight.requires_grad)
-        slot += count
+    kernels = conv.weight.flatten(0, 1)
+    if layer.plain is not None:
+        layer.plain.copy_(kernels[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+    if fits is None and init == "fit":
+        fits = [KernelFit("P", {}, 1.0, None)] * len(kernels)
+        for symbol in layer.akps():
+            slots = layer.slots_of(symbol)
+            for slot, fit in zip(slots, fit_kernels(kernels[slots, None], [symbol], **fitting).kernels, strict=True):
+                fits[slot] = fit
+    if fits is not None and init != "random":
+        adopt(layer, fits)
     if layer.bias is not None and conv.bias is not None:
         layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
     if conv.weight.is_contiguous(memory_format=torch.channels_last):

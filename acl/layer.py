@@ -34,6 +34,7 @@ class AnalyticConv2d(nn.Module):
         family: ``paper``, or ``extended``: a centre offset for every ACK and an aspect ratio for Gabor.
         profile: the TGD kernel function: ``exponential``, ``gaussian`` or ``linear``.
         learn: which AKPs learn: ``"all"``, ``"none"``, or their names, as in ``("theta", "sigma")``.
+        placement: for each slot, which of the kernels in the arrangement's order is in it, (slots,); None: in order.
 
     Shape:
         Input (N, in_channels, H, W) or (in_channels, H, W), output as nn.Conv2d's.
@@ -71,6 +72,7 @@ class AnalyticConv2d(nn.Module):
         family: str = "paper",
         profile: str = "exponential",
         learn: str | Iterable[str] = "all",
+        placement: Tensor | None = None,
     ) -> None:
         super().__init__()
         # nn.Conv2d checks and normalises the arguments they share, at no cost on the meta device.
@@ -110,6 +112,10 @@ class AnalyticConv2d(nn.Module):
         self.plain = nn.Parameter(torch.empty(plain, *self.kernel_size, **kwargs)) if plain else None
         """The plain kernels in slot order, (count, kh, kw); None where there are none."""
         self.bias = nn.Parameter(torch.empty(out_channels, **kwargs)) if bias else None
+        self.placement: Tensor | None
+        if placement is not None and sorted(placement.tolist()) != list(range(in_channels // groups * out_channels)):
+            raise ValueError(f"placement is no permutation of the layer's {in_channels // groups * out_channels} slots")
+        self.register_buffer("placement", None if placement is None else placement.to(device))
         # Module.to() gives every 4-D tensor its memory format: this one tells which format the weight is to have.
         self._format: Tensor
         self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **kwargs), persistent=False)
@@ -152,6 +158,19 @@ class AnalyticConv2d(nn.Module):
             if KINDS[symbol].function is not None
         }
 
+    @property
+    def slot_kinds(self) -> list[str]:
+        """The symbol of the kind in each slot, row-major over (out channel, in channel of the group)."""
+        kinds = [symbol for symbol, count in self.arrangement.counts.items() for _ in range(count)]
+        return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
+
+    def slots_of(self, symbol: str) -> list[int]:
+        """The slots of a kind's kernels, in the order of its parameters."""
+        counts = self.arrangement.counts
+        before = sum(count for other, count in counts.items() if list(counts).index(other) < list(counts).index(symbol))
+        slots = list(range(sum(counts.values()))) if self.placement is None else self.placement.argsort().tolist()
+        return slots[before : before + counts[symbol]]
+
     def _sources(self) -> list[Tensor]:
         """The parameters that the weight is made of."""
         return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
@@ -180,6 +199,8 @@ class AnalyticConv2d(nn.Module):
         else:
             assert self.plain is not None
             weight = self.plain
+        if self.placement is not None:
+            weight = weight[self.placement]
         weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self._format.is_contiguous(memory_format=torch.channels_last):
             # clone, not contiguous(): that leaves a weight with one in channel as it is, and the convolution slow.

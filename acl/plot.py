@@ -5,13 +5,18 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
 
 from acl.kernels import KINDS
 
 if TYPE_CHECKING:
     from acl.layer import AnalyticConv2d
+
+
+_RED_BLUE = colormaps["RdBu_r"]
 
 
 def to_png(figure: Figure) -> bytes:
@@ -37,7 +42,7 @@ def mosaic(layer: "AnalyticConv2d", title: str | None = None) -> Figure:
         The figure, to show or save; it belongs to no window.
     """
     weight = layer.weight.detach().float().cpu()
-    kinds = [symbol for symbol, count in layer.arrangement.counts.items() for _ in range(count)]
+    kinds = layer.slot_kinds
     colour = weight.shape[1] == 3
     if colour:
         tiles = weight.permute(0, 2, 3, 1)
@@ -80,4 +85,45 @@ def mosaic(layer: "AnalyticConv2d", title: str | None = None) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     if title:
         figure.suptitle(title)
+    return figure
+
+
+@torch.no_grad()
+def approximation(target: Tensor, fitted: Tensor, title: str | None = None) -> Figure:
+    """Kernels, the formulas fitted to them, and what is left, side by side, best to worst.
+
+    Kernels of three input channels are drawn as RGB tiles, an output channel each (grey is 0), others one by one (blue
+    is negative, red positive). A tile has one scale in all three panels.
+
+    Args:
+        target, fitted: (out, in / groups, kh, kw).
+    """
+    target, fitted = target.detach().float().cpu(), fitted.detach().float().cpu()
+    colour = target.shape[1] == 3
+    tiles = [w if colour else w.flatten(0, 1)[:, None] for w in (target, fitted, target - fitted)]
+    energy = tiles[0].square().sum((1, 2, 3))
+    r2 = 1 - tiles[2].square().sum((1, 2, 3)) / energy.clamp(min=1e-20)
+    order = r2.argsort(descending=True)
+    scale = tiles[0].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    columns = math.ceil(math.sqrt(len(order)))
+    height, width = target.shape[2:]
+    rows = math.ceil(len(order) / columns)
+    figure = Figure(figsize=(12, 4.4 * rows * height / (columns * width) + 0.5), layout="constrained")
+    for axis, panel, name in zip(figure.subplots(1, 3), tiles, ("kernels", "formulas", "residuals"), strict=True):
+        # One picture of all tiles, with a white line between them.
+        canvas = torch.ones(rows * (height + 1), columns * (width + 1), 3)
+        for place, i in enumerate(order.tolist()):
+            tile = (panel[i] / scale[i]).clamp(-1, 1)
+            picture = (
+                (tile.permute(1, 2, 0) + 1) / 2 if colour else torch.from_numpy(_RED_BLUE(tile[0].numpy() / 2 + 0.5))
+            )
+            top, left = place // columns * (height + 1), place % columns * (width + 1)
+            canvas[top : top + height, left : left + width] = picture[..., :3]
+        axis.imshow(canvas.numpy(), interpolation="nearest")
+        axis.set_axis_off()
+        axis.set_title(name)
+    whole = 1 - tiles[2].square().sum() / energy.sum().clamp(min=1e-20)
+    figure.suptitle(
+        f"{title + ': ' if title else ''}R² {whole:.3f}; best {r2.max():.3f} (top left) to worst {r2.min():.3f}"
+    )
     return figure

@@ -78,20 +78,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         ValueError: a file that is not there, cannot be read, or is of another architecture (names the keys).
     """
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".npy": _read_npy,
-        ".safetensors": load_file,
-        ".pth": _read_pth,
-        ".pt": _read_pth,
-    }
-    if file.suffix not in readers:
-        raise ValueError(f"weights in '{file}'? Known: {', '.join(readers)}")
-    try:
-        state = readers[file.suffix](file)
-    except FileNotFoundError as error:
-        raise ValueError(f"no weights in {file}: there is no such file") from error
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
+    state = _read(file)
     if isinstance(state, Tensor):
         shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         name = next((n for n, shape in shapes.items() if shape == tuple(state.shape)), None)
@@ -102,6 +89,29 @@ def load_weights(model: nn.Module, file: Path) -> None:
             model.get_parameter(f"{name}.weight").copy_(state)
     else:
         _adopt(model, state, file)
+
+
+def read_kernels(file: Path) -> Tensor:
+    """One convolution's weight from ``.npy``, float32. Raises ValueError for a file that is none."""
+    kernels: Tensor = _read(file)
+    return kernels
+
+
+def _read(file: Path) -> Any:
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".npy": _read_npy,
+        ".safetensors": load_file,
+        ".pth": _read_pth,
+        ".pt": _read_pth,
+    }
+    if file.suffix not in readers:
+        raise ValueError(f"weights in '{file}'? Known: {', '.join(readers)}")
+    try:
+        return readers[file.suffix](file)
+    except FileNotFoundError as error:
+        raise ValueError(f"no weights in {file}: there is no such file") from error
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
 
 
 def _read_npy(file: Path) -> Tensor:

@@ -29,6 +29,10 @@ _OUTSIDE = (
 )
 
 
+# Options that came later; at null they change nothing, so runs of before keep their identity.
+_LATER = (("model", "layer", "init"), ("model", "layer", "tolerance"))
+
+
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain values, as written to config.yaml."""
     values = OmegaConf.to_container(cfg, resolve=True)
@@ -44,6 +48,12 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         for key in path:
             node = node.get(key, {})
         node.pop(last, None)
+    for *path, last in _LATER:
+        node = values
+        for key in path:
+            node = node.get(key) or {}
+        if node.get(last, 0) is None:
+            del node[last]
     return values
 
 
