@@ -13,7 +13,7 @@ defaults give the ``paper`` family.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, get_args
@@ -339,6 +339,29 @@ class Kind:
     extended: tuple[AKP, ...] = ()  # what family="extended" adds
     function: Callable[..., Tensor] | None = None  # None: k*k free weights
     profiled: bool = False  # takes ``profile``
+    terms: str = ""  # the formula, for ``text``
+
+    def text(self, akps: Mapping[str, float], profile: str = "exponential") -> str:
+        """The formula with its AKPs in numbers: px, and degrees for a direction."""
+
+        def w(t: str) -> str:
+            s = akps["s"]
+            known = {
+                "exponential": f"exp(-{t}/{s:.2f})",
+                "gaussian": f"exp(-{t}^2/(2 * {s:.2f}^2))",
+                "linear": f"max(0, 1 - {t}/{s:.2f})",
+            }
+            return known[profile]
+
+        round_ = akps.get("gamma", 1.0) == 1.0
+        radius = "r^2" if round_ else f"(x'^2 + {akps['gamma']:.2f}^2 y'^2)"
+        profiles = {"w_r": w("r"), "w_x": w("|x'|")} if self.profiled else {}
+        text = self.terms.format(**akps, **profiles, radius=radius)
+        if "theta" in akps:
+            text += f", theta = {math.degrees(akps['theta']):.0f} deg"
+        if "x0" in akps:
+            text += f", centre ({akps['x0']:.2f}, {akps['y0']:.2f})"
+        return text
 
     def parameters(self, family: str = "paper", amplitude: bool = False) -> tuple[AKP, ...]:
         """The AKPs of one kernel of this kind; none for a plain kernel."""
@@ -362,9 +385,27 @@ KINDS: dict[str, Kind] = {
             ),
             (AKP("gamma", "", 0.1, lambda k: (0.5, 1.5)), *_OFFSET),
             gabor,
+            terms="exp(-{radius}/(2 * {sigma:.2f}^2)) * cos(2 pi x'/{wavelength:.2f} + {psi:.2f})",
         ),
-        Kind("Lg", "LoG", "purple", (_width("sigma", 0.1, 0.3),), _OFFSET, log),
-        Kind("Lt", "LoT", "deeppink", (_reach(0.1, 0.4),), _OFFSET, lot, profiled=True),
+        Kind(
+            "Lg",
+            "LoG",
+            "purple",
+            (_width("sigma", 0.1, 0.3),),
+            _OFFSET,
+            log,
+            terms="((q - 1) * exp(-q) - mean), q = r^2/(2 * {sigma:.2f}^2)",
+        ),
+        Kind(
+            "Lt",
+            "LoT",
+            "deeppink",
+            (_reach(0.1, 0.4),),
+            _OFFSET,
+            lot,
+            profiled=True,
+            terms="(M/sum(M) - C/sum(C)), C = tri(x) tri(y), M = {w_r} * (1 - C)",
+        ),
         Kind(
             "Tf",
             "TGD 1st",
@@ -373,6 +414,7 @@ KINDS: dict[str, Kind] = {
             _OFFSET,
             tgd1,
             profiled=True,
+            terms="step(x') * {w_x} * exp(-y'^2/(2 * {sigma:.2f}^2))",
         ),
         Kind(
             "Ts",
@@ -382,6 +424,8 @@ KINDS: dict[str, Kind] = {
             _OFFSET,
             tgd2,
             profiled=True,
+            terms="(A/sum(A) - D/sum(D)), D = tri(x') * n, A = {w_x} * (1 - tri(x')) * n, "
+            "n = exp(-y'^2/(2 * {sigma:.2f}^2))",
         ),
         Kind("P", "Plain", "orange", ()),
     )

@@ -227,13 +227,19 @@ class AnalyticConv2d(nn.Module):
         return hit[2]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: bool = True) -> Tensor:
+        """What the layer would answer with another weight of its shape, with or without its bias."""
+        own = self.bias if bias else None
         if self.host is not None:
-            own = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
-            return functional_call(self.host, own, (x,))
+            return functional_call(
+                self.host, {"weight": weight} if own is None else {"weight": weight, "bias": own}, (x,)
+            )
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._edges, mode=self.padding_mode), (0, 0)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, own, self.stride, padding, self.dilation, self.groups)
 
     def fold(self) -> nn.Conv2d:
         """An nn.Conv2d with the same weight, bias, device, dtype, memory format and mode, free of acl."""

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from acl.kernels import KINDS
 
 if TYPE_CHECKING:
+    from acl.explain import Attribution
     from acl.layer import AnalyticConv2d
 
 
@@ -85,6 +87,69 @@ def mosaic(layer: "AnalyticConv2d", title: str | None = None) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     if title:
         figure.suptitle(title)
+    return figure
+
+
+def contributions(attribution: "Attribution", title: str | None = None) -> Figure:
+    """What each kind of kernel does for the accuracy, in points: Shapley values, and what is lost without it alone."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    whole, values = attribution.accuracy(KINDS), attribution.shapley()
+    for i, symbol in enumerate(attribution.kinds):
+        lost = whole - attribution.accuracy(set(KINDS) - {symbol})
+        bars = axes.bar(i - 0.2, values[symbol], 0.4, color=KINDS[symbol].colour)
+        axes.bar_label(bars, fmt="%+.2f", padding=2)
+        axes.bar(i + 0.2, lost, 0.4, color="none", edgecolor=KINDS[symbol].colour, hatch="///")
+    axes.bar(0, 0, color="grey", label="share of the whole (Shapley value)")
+    axes.bar(0, 0, color="none", edgecolor="grey", hatch="///", label="lost without this kind alone")
+    axes.set_xticks(range(len(attribution.kinds)), [KINDS[symbol].name for symbol in attribution.kinds])
+    axes.set_ylabel("points of top-1 accuracy")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False)
+    axes.set_title(
+        f"{title + ': ' if title else ''}{attribution.accuracy(()):.2f}% without kernels, {whole:.2f}% with all"
+        f" ({attribution.images:,} images)",
+        fontsize=10,
+    )
+    return figure
+
+
+def paths(layer: "AnalyticConv2d", history: Mapping[str, Tensor], title: str | None = None) -> Figure:
+    """How a layer's AKPs moved: one panel an AKP and kind, a line a kernel, and their distribution at both ends.
+
+    Args:
+        history: "<symbol>/<akp>" -> (times, count), natural units; the first time is the start.
+    """
+    names = [name for name in history if name.split("/")[0] in layer.akps()]
+    kinds = list(dict.fromkeys(name.split("/")[0] for name in names))
+    columns = max(sum(name.startswith(f"{symbol}/") for name in names) for symbol in kinds)
+    figure = Figure(figsize=(3 * columns, 2.3 * len(kinds)), layout="constrained")
+    grid = figure.subplots(len(kinds), columns, squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for row, symbol in enumerate(kinds):
+        akps = {akp.name: akp for akp in KINDS[symbol].parameters("extended", True)}
+        for axis, name in zip(grid[row], [n for n in names if n.startswith(f"{symbol}/")], strict=False):
+            values, akp = history[name].float().cpu(), akps[name.split("/")[1]]
+            axis.set_axis_on()
+            axis.plot(values[:, :200].numpy(), color=KINDS[symbol].colour, alpha=0.4, linewidth=0.8)
+            beside = axis.inset_axes((1.02, 0, 0.25, 1), sharey=axis)
+            for time, style in ((0, "step"), (-1, "stepfilled")):
+                beside.hist(
+                    values[time].numpy(),
+                    bins=15,
+                    orientation="horizontal",
+                    histtype=style,
+                    color=KINDS[symbol].colour if time else "grey",
+                    alpha=0.6,
+                )
+            beside.set_axis_off()
+            axis.set_title(f"{KINDS[symbol].name}: {akp.name}" + (f" ({akp.unit})" if akp.unit else ""), fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.set_xlabel("epoch", fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
 
 

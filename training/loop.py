@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 import models
-from acl import akp_parameters
+from acl import AnalyticConv2d, akp_parameters
 from training import checkpoint
 from training import data as datasets
 from training.config import check, one_line
@@ -49,6 +49,7 @@ class Progress:
     step: int = 0  # done, of this epoch
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
+    akps: list[dict[str, torch.Tensor]] = field(default_factory=list)  # at the start and after each epoch
     seconds: float = 0.0
 
 
@@ -109,8 +110,10 @@ def _train(
             part.load_state_dict(saved[name])
         set_random_state(fabric, saved["random"])
         now.hits *= rank == 0  # the checkpoint has the sum over processes
-    elif writes:
-        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    else:
+        now.akps.append(akps_of(model))
+        if writes:
+            write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     saved_at = time.monotonic()
     started = saved_at - now.seconds
 
@@ -182,12 +185,16 @@ def _train(
             better = not now.best or (val["top1"], -val["loss"]) > (now.best["val_top1"], -now.best["val_loss"])
             now.best = row if better else now.best
             now.history.append(row)
+            now.akps.append(akps_of(model))
             now.epoch, now.step = now.epoch + 1, 0
             if writes:
                 if better:
                     save_model(folder / "model.safetensors", model)
                     write_atomic(folder / "optimizer.pt", checkpoint.to_bytes(optimizer.state_dict()))
                 write_atomic(folder / "metrics.csv", _csv(now.history))
+                if now.akps[0]:
+                    paths = {name: torch.stack([akps[name] for akps in now.akps]) for name in now.akps[0]}
+                    write_atomic(folder / "akps.safetensors", save(paths))
             logger.log(row)
             saved_at = save_checkpoint()
 
@@ -290,18 +297,22 @@ def build(cfg: DictConfig, data: datasets.Data) -> nn.Module:
     return model.train()
 
 
+def run_of(folder: Path) -> Path:
+    """A run's folder, also by its mere id where it is in ``runs/``."""
+    return here if not folder.exists() and (here := Path("runs") / folder).exists() else folder
+
+
 def finished(folder: Path, **data: Any) -> tuple[DictConfig, datasets.Data, nn.Module]:
-    """A finished run's configuration, data and trained network, in eval mode.
+    """A finished run's configuration, data and trained network (its best epoch), in eval mode.
 
     Args:
-        folder: the run's, with its config.yaml and record.json; a mere id means the one of ``runs/``.
+        folder: the run's, as ``run_of`` takes it.
         data: what to change of the data's configuration, as ``root``, where that is elsewhere now; None for nothing.
 
     Raises:
         UsageError: no such run, one that is not finished, or data that are not there.
     """
-    if not folder.exists() and (here := Path("runs") / folder).exists():
-        folder = here
+    folder = run_of(folder)
     for name, what in (("config.yaml", "is no folder of a run"), ("record.json", "has a run that is not finished")):
         if not (folder / name).exists():
             raise UsageError(f"{folder} {what}: it has no {name}")
@@ -385,6 +396,17 @@ def evaluate(
 def save_model(path: Path, model: nn.Module) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(path, save(state))
+
+
+def akps_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """<layer>/<symbol>/<akp> -> its values in natural units (px, rad), (count,), on the CPU."""
+    return {
+        f"{layer}/{symbol}/{akp}": values.detach().float().cpu()
+        for layer, module in model.named_modules()
+        if isinstance(module, AnalyticConv2d)
+        for symbol, akps in module.akps().items()
+        for akp, values in akps.items()
+    }
 
 
 def _csv(rows: list[dict[str, float]]) -> str:

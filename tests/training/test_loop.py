@@ -36,6 +36,7 @@ def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str,
     assert record["parameters"] == {"conv": 310, "total": 59444}
     folder = run_folder(cfg)
     assert sorted(p.name for p in folder.iterdir()) == [
+        "akps.safetensors",
         "config.yaml",
         "lock",
         "metrics.csv",
@@ -51,6 +52,15 @@ def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str,
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     best = rows[record["best_epoch"] - 1]
     assert float(best["val_top1"]) == record["val"]["top1"] == max(float(row["val_top1"]) for row in rows)
+
+
+def test_the_paths_of_akps_end_where_the_weights_are(finished: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished
+    paths = load_file(run_folder(cfg) / "akps.safetensors")
+    model = loop.finished(run_folder(cfg))[2]
+    for name, values in loop.akps_of(model).items():
+        assert paths[name].shape == (4, len(values))  # the start and three epochs
+        assert torch.equal(paths[name][record["best_epoch"]], values) and not torch.equal(paths[name][0], values)
 
 
 def test_the_kept_weights_are_those_that_were_tested(finished: tuple[DictConfig, dict[str, Any]]) -> None:
