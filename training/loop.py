@@ -319,10 +319,11 @@ def finished(folder: Path, **data: Any) -> tuple[DictConfig, datasets.Data, nn.M
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)
     cfg.data.update({name: value for name, value in data.items() if value is not None})
-    if "pretrained" in cfg.model:
-        cfg.model.pretrained = False  # the run's own weights come instead
     loaded = datasets.load(cfg.data)
-    model = build(cfg, loaded)
+    bare = cfg.copy()
+    if "pretrained" in cfg.model:
+        bare.model.pretrained = False  # the run's own weights come instead
+    model = build(bare, loaded)
     weights = folder / "model.safetensors"
     try:
         # Layers without a plain kernel once kept an empty parameter for it.
@@ -401,7 +402,7 @@ def save_model(path: Path, model: nn.Module) -> None:
 def akps_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """<layer>/<symbol>/<akp> -> its values in natural units (px, rad), (count,), on the CPU."""
     return {
-        f"{layer}/{symbol}/{akp}": values.detach().float().cpu()
+        f"{layer}/{symbol}/{akp}": values.detach().to("cpu", torch.float32, copy=True)
         for layer, module in model.named_modules()
         if isinstance(module, AnalyticConv2d)
         for symbol, akps in module.akps().items()
