@@ -3,6 +3,7 @@
 Writes a table (.md, .csv) of R^2 against the numbers a kernel is given by, the kernels' formulas (.json) and a picture.
 """
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ def main(cfg: DictConfig) -> None:
                     f"all {len(fit.kernels)} kernels of {name} are zero or constant: there is nothing to fit"
                 )
             fits[setting] = fit
-            held = sum(len(options.get("fixed", {})) for kernel in fit.kernels if kernel.akps)
-            gains = len(fit.kernels) if options.get("signed") else 0
-            rows.append(row(setting, fit, fit.numbers - held - gains, time.perf_counter() - started))
+            given = len(options.get("fixed", {})) + options.get("signed", False)  # AKPs and gains that are no numbers
+            given *= sum(bool(kernel.akps) for kernel in fit.kernels)
+            rows.append(row(setting, fit, fit.numbers - given, time.perf_counter() - started))
         for setting in ("five kinds, amplitude", "five kinds, extended and amplitude"):
             for tolerance in cfg.tolerances:
                 chosen = fits[setting].choose(tolerance, weight)
@@ -70,12 +71,15 @@ def kernels(cfg: DictConfig) -> tuple[Tensor, str]:
     """(out, in / groups, kh, kw), and what to call them. Raises ValueError for what is not there."""
     if str(cfg.source).endswith(".npy"):
         return read_kernels(Path(cfg.source)), Path(cfg.source).stem
+    if cfg.source not in models.TORCHVISION and not cfg.source.startswith("timm/"):
+        known = ", ".join(models.TORCHVISION)
+        raise ValueError(f"source={cfg.source} is neither a network ({known}, timm/<name>) nor a .npy file")
     model = models.build(cfg.source, 3, 1000, {}, pretrained=cfg.weights)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     layer = next(iter(convolutions)) if cfg.layer == "first" else cfg.layer
     if layer not in convolutions:
         raise ValueError(f"no convolution is named '{layer}'; there are: {', '.join(convolutions)}")
-    return convolutions[layer].weight.detach(), f"{cfg.source}-{layer}".replace("/", "-")
+    return convolutions[layer].weight.detach(), re.sub("[/.]", "-", f"{cfg.source}-{layer}")
 
 
 def row(setting: str, fit: acl.Fit, numbers: int, seconds: float | None) -> dict[str, object]:
