@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
-	@echo "  TABLE=digits|mnist|fashion_mnist picks the table; ARGS='...' adds Hydra overrides, as in ARGS='data.root=/data seed=3'"
+	@echo "  TABLE=digits|mnist|cifar10|... (configs/table) picks the table; ARGS='...' adds Hydra overrides, as in ARGS='data.root=/data seed=3'"
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -33,8 +33,11 @@ def main(cfg: DictConfig) -> None:
     split: Split = getattr(data, cfg.split)
     split = Split(split.images[: cfg.images], split.labels[: cfg.images])
 
+    pixels = centre(split.images[:1], run.data)[0, 0].numel()
+    size = max(1, min(500, 2**20 // pixels))  # an attribution holds 16 answers of a layer to a batch
+
     def feed() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches(split, 250):
+        for batch in batches(split, size):
             yield prepare(centre(batch.images, run.data), data, run), batch.labels
 
     try:

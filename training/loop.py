@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 import time
 import warnings
@@ -32,6 +33,7 @@ from training.loggers import Logger, open_logger
 from training.records import FORMAT, environment, identity, recorded, run_folder, run_id, write_json
 
 warnings.filterwarnings("ignore", message="The `srun` command is available")  # right for a single process
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells the precision of each run of a table
 
 CHECK_EVERY = 50
 """Steps between looks at the loss: each look waits for the device."""
