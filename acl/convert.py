@@ -69,7 +69,7 @@ def convert(
             raise ValueError("convert needs an arrangement, as in 'G50% P50%', where layers is no mapping to one each")
         wanted = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
     convolutions = _convolutions(model)
-    replacements: dict[nn.Conv2d, AnalyticConv2d] = {}
+    arrangements: dict[str, Arrangement] = {}
     for pattern, given in wanted.items():
         for name in _named(pattern, convolutions, model):
             conv = convolutions[name]
@@ -79,11 +79,15 @@ def convert(
                     "from others, as by weight_norm); give it one first"
                 )
             parsed = Arrangement.parse(given) if isinstance(given, str) else given
-            if not parsed.auto:
-                parsed = parsed.fill(conv.in_channels // conv.groups, conv.out_channels, name)
-            else:
+            if parsed.auto:
                 check_tolerance(tolerance)
-            replacements[conv] = _analytic(conv, parsed, init, tolerance, options)
+                arrangements[name] = parsed
+            else:
+                arrangements[name] = parsed.fill(conv.in_channels // conv.groups, conv.out_channels, name)
+    replacements = {
+        convolutions[name]: _analytic(convolutions[name], parsed, init, tolerance, options)
+        for name, parsed in arrangements.items()
+    }
     for conv, layer in replacements.items():
         if type(conv) is not nn.Conv2d:
             layer.host = conv

@@ -217,10 +217,11 @@ class AnalyticConv2d(nn.Module):
             return self._synthesise()
         # Compared by value: an in-place edit through .data leaves no other trace, and a stale weight is a wrong answer.
         key = (self._format.device, self._format.dtype, self._format.stride(), self.scale, self.profile)
+        held = parameters if self.placement is None else [*parameters, self.placement]
         hit = self._cache
-        if hit is None or hit[0] != key or not all(map(torch.equal, hit[1], parameters)):
+        if hit is None or hit[0] != key or not all(map(torch.equal, hit[1], held)):
             with torch.inference_mode(False), torch.no_grad():
-                hit = (key, [p.detach().clone() for p in parameters], self._synthesise())
+                hit = (key, [tensor.detach().clone() for tensor in held], self._synthesise())
             self._cache = hit
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return _Synthesised.apply(hit[2], self, *parameters)

@@ -191,3 +191,10 @@ def test_auto_asks_for_a_tolerance() -> None:
         AnalyticConv2d(3, 10, 7, arrangement="auto")
     with pytest.raises(ValueError, match="placement is no permutation of the layer's 4 slots"):
         AnalyticConv2d(2, 2, 3, arrangement="G4", placement=torch.tensor([0, 1, 2, 2]))
+
+
+def test_another_placement_is_another_weight_in_eval_too() -> None:
+    layer = AnalyticConv2d(2, 3, 5, arrangement="G3 P3", placement=torch.arange(6)).eval()
+    before = layer.weight.detach().clone()
+    layer.load_state_dict({**layer.state_dict(), "placement": torch.arange(5, -1, -1)})
+    assert torch.equal(layer.weight.flatten(0, 1), before.flatten(0, 1).flip(0))
