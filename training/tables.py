@@ -5,7 +5,7 @@ import json
 import math
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,15 @@ class Table:
         self.cfg = cfg
         self.started = time.time()
         self.rows = [
-            Row(row.name, [*cfg.overrides, *row.overrides, *overrides], row.get("against")) for row in cfg.rows
+            Row(row.name, [*cfg.overrides, *row.overrides, *overrides], row.get("against"))
+            for row in cfg.rows
+            if row.name not in cfg.get("without", ())
         ]
         for row in self.rows:
             if row.against not in (None, *(other.name for other in self.rows)):
                 raise UsageError(f"row '{row.name}' is against '{row.against}', which is no row of this table")
+        if cfg.get("also_against") not in (None, *(row.name for row in self.rows)):
+            raise UsageError(f"also_against '{cfg.also_against}' is no row of this table")
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         data = None
         for row in self.rows:
@@ -244,19 +248,25 @@ class Table:
     def markdown(self, frame: pd.DataFrame) -> str:
         """The table for people, with how it came about."""
         text = io.StringIO()
-        against = {row.name: row.against or self.rows[0].name for row in self.rows}
-        others = " or ".join(dict.fromkeys(against.values()))
+        others = [[row.against or self.rows[0].name for row in self.rows]]
+        if also := self.cfg.get("also_against"):
+            others.append([also] * len(self.rows))
+        frames = [
+            summary([replace(row, against=o) for row, o in zip(self.rows, other, strict=True)]) for other in others
+        ]
+        headings = [f"points against {' or '.join(dict.fromkeys(other))}" for other in others]
         text.write(f"# {self.cfg.title}\n\n")
-        text.write(f"| row | arrangement | conv. parameters | plain / row | top-1 test % | points against {others} |")
-        text.write("\n|---|---|---:|---:|---:|---:|\n")
-        for row in frame.itertuples():
+        text.write(f"| row | arrangement | conv. parameters | plain / row | top-1 test % | {' | '.join(headings)} |\n")
+        text.write("|---|---|---:|---:|---:|" + "---:|" * len(others) + "\n")
+        for i, row in enumerate(frame.itertuples()):
             top1 = f"{row.top1_mean:.2f}" + ("" if math.isnan(row.top1_std) else f" ± {row.top1_std:.2f}")
-            difference = f"{row.diff_mean:+.2f}"
-            if not math.isnan(row.diff_ci95_low):
-                difference += f" [{row.diff_ci95_low:+.2f}, {row.diff_ci95_high:+.2f}]"
+            differences = [
+                "" if row.row == other[i] else difference(compared.iloc[i])
+                for other, compared in zip(others, frames, strict=True)
+            ]
             text.write(
                 f"| {row.row} | {row.arrangement} | {row.conv_params:,} | {row.conv_ratio:.2f} | {top1} | "
-                f"{'' if row.row == against[row.row] else difference} |\n"
+                f"{' | '.join(differences)} |\n"
             )
         seeds = len(self.cfg.seeds)
         text.write(
@@ -284,6 +294,14 @@ class Table:
             f"minutes for the rows' runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}.\n"
         )
         return text.getvalue()
+
+
+def difference(row: "pd.Series[Any]") -> str:
+    """A row's difference in words, with its interval where there is one."""
+    text = f"{row['diff_mean']:+.2f}"
+    if not math.isnan(row["diff_ci95_low"]):
+        text += f" [{row['diff_ci95_low']:+.2f}, {row['diff_ci95_high']:+.2f}]"
+    return text
 
 
 def summary(rows: list[Row]) -> pd.DataFrame:

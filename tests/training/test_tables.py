@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from omegaconf import OmegaConf
 from scipy import stats
 
 from tests.training import trees
@@ -48,7 +49,7 @@ def table(folder: Path, *overrides: str, **changes: Any) -> Table:
     cfg.rows = cfg.rows[:2]
     cfg.seeds = [0, 1]
     for key, value in changes.items():
-        cfg[key] = value
+        OmegaConf.update(cfg, key, value, force_add=True)
     paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
     return Table("digits", cfg, [*paths, "trainer.epochs=1", *overrides])
 
@@ -221,6 +222,25 @@ def test_a_row_against_one_that_is_not_there(tmp_path: Path) -> None:
     rows = [{"name": "plain", "overrides": ["model=lenet"], "against": "nobody"}]
     with pytest.raises(UsageError, match="row 'plain' is against 'nobody', which is no row of this table"):
         table(tmp_path, rows=rows)
+
+
+def test_a_table_may_do_without_rows_that_it_shares(tmp_path: Path) -> None:
+    assert [row.name for row in table(tmp_path, without=["conv1 Gabor"]).rows] == ["LeNet-5 plain"]
+
+
+def test_a_second_comparison(tmp_path: Path) -> None:
+    made = table(tmp_path, also_against="conv1 Gabor", search=None)
+    plain, other = made.rows
+    for row, values in ((plain, (90.0, 92.0)), (other, (91.0, 94.0))):
+        row.records = [
+            {**record(s, v), "machine": {"device": "a", "threads": 2}, "commit": None, "versions": {}, "seconds": 1.0}
+            for s, v in enumerate(values)
+        ]
+    lines = made.markdown(summary(made.rows)).splitlines()
+    assert lines[2].endswith("| points against LeNet-5 plain | points against conv1 Gabor |")
+    assert lines[4].endswith("|  | -1.50 [-7.85, +4.85] |") and lines[5].endswith("| +1.50 [-4.85, +7.85] |  |")
+    with pytest.raises(UsageError, match="also_against 'nobody' is no row of this table"):
+        table(tmp_path, also_against="nobody")
 
 
 def test_rows_are_compared_with_the_row_they_name() -> None:
