@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
-import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
@@ -50,6 +49,8 @@ def from_timm(name: str, channels: int, classes: int, pretrained: bool | str = F
 
     timm itself fits pretrained weights to other numbers of channels.
     """
+    import timm  # here alone: it takes over a second, which other networks need not wait for
+
     bare = name.split(".")[0]
     if not timm.is_model(bare):
         close = difflib.get_close_matches(bare, timm.list_models(), 3)

@@ -10,7 +10,6 @@ from urllib.error import URLError
 import torch
 from omegaconf import DictConfig
 from scipy.io import loadmat
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
@@ -209,6 +208,8 @@ def _imagefolder(cfg: DictConfig) -> Splits:
 
 def _held_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     """Takes a share of each class out of a listing, always the same."""
+    from sklearn.model_selection import train_test_split  # here alone: it takes over a second
+
     kinds = [kind for _, kind in listing]
     count = max(round(share * len(listing)), len(set(kinds)))
     try:

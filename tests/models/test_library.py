@@ -3,12 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
 
 import models
-from models import library
 
 OPTIONS = {"scale": "unit"}
 
@@ -102,7 +102,7 @@ def test_without_a_network_the_file_and_its_place_are_named(tmp_path: Path, monk
     with pytest.raises(ValueError) as error:
         models.build("resnet50", 3, 5, {}, pretrained=True)
     assert f"put resnet50-11ad3fa6.pth into {tmp_path}/checkpoints" in str(error.value)
-    monkeypatch.setattr(library.timm, "create_model", offline)
+    monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(
         ValueError, match=r"no pretrained resnet18: .*timm/resnet18 on the Hugging Face hub.*\(OSError\)"
     ):

@@ -50,7 +50,7 @@ def test_train_sweeps(tmp_path: Path, script: Script) -> None:
     ("name", "arguments", "message"),
     [
         ("train.py", ["arrangement.conv1=G5"], "error: arrangement 'G5' fills 5 of 6 kernels of conv1 (1 x 6)"),
-        ("train.py", ["model=vgg"], "error: unknown model 'vgg'; known: ana_alexnet, "),
+        ("train.py", ["model=vgg"], "error: unknown model 'vgg'; known: alexnet, "),
         ("train.py", ["hydra/launcher=moon"], "error: unknown hydra/launcher 'moon'; known: "),
         (
             "train.py",

@@ -14,9 +14,9 @@ def test_layers_are_named_freely_and_values_keep_their_signs() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data=nope", "unknown data 'nope'; known: digits, fashion_mnist, mnist"),
-        ("model=nope", "unknown model 'nope'; known: ana_lenet, lenet"),
-        ("arrangement=nope", "unknown arrangement 'nope'; known: gabor, half_plain, mosaic, plain"),
+        ("data=nope", "unknown data 'nope'; known: cifar10, digits, "),
+        ("model=nope", "unknown model 'nope'; known: alexnet, ana_alexnet, "),
+        ("arrangement=nope", "unknown arrangement 'nope'; known: auto, exp1, "),
         ("trainer.epoch=3", "trainer.epoch"),
         ("seed", "seed"),
     ],
