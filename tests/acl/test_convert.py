@@ -122,7 +122,7 @@ def test_hooks_are_kept_there_and_back() -> None:
         model[0].register_forward_pre_hook(lambda m, a, k: calls.append("pre"), with_kwargs=True),
         model[0].register_full_backward_hook(lambda *_: calls.append("backward")),
     ]
-    x = torch.randn(1, 3, 16, 16)
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
     for change in (lambda m: convert(m, "first", "G100%"), fold):
         calls.clear()
         change(model)(x).sum().backward()

@@ -148,7 +148,7 @@ def test_auto_chooses_kinds_and_is_monotone() -> None:
     sizes, errors = [], []
     torch.manual_seed(2)
     noise = 0.3 * torch.randn(10, 3, 7, 7)
-    for tolerance in (0.0, 0.05, 0.2, 0.6, 1.0):
+    for tolerance in (0.0, 0.2, 1.0):
         model = pretrained()
         scale = model[0].weight.data.flatten(2).norm(dim=2) / 7
         model[0].weight.data += noise * scale[..., None, None]

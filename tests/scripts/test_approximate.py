@@ -35,6 +35,7 @@ def test_a_file_of_kernels(tmp_path: Path, script: Script) -> None:
     assert (tmp_path / "out/conv.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_networks_layer(tmp_path: Path, script: Script) -> None:
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "weights.pth")
     arguments = ["source=timm/mobilenetv3_small_050", f"weights={tmp_path}/weights.pth", f"folder={tmp_path}"]
