@@ -1,6 +1,6 @@
 """The analytic convolutional layer (ACL): convolutions whose kernels are formulas with a few learned parameters."""
 
-from acl import kernels
+from acl import explain, kernels
 from acl.arrangement import Arrangement
 from acl.convert import convert, fold, summary
 from acl.fit import Fit, fit_kernels
@@ -12,6 +12,7 @@ __all__ = [
     "Fit",
     "akp_parameters",
     "convert",
+    "explain",
     "fit_kernels",
     "fold",
     "kernels",

@@ -90,7 +90,7 @@ def mosaic(layer: "AnalyticConv2d", title: str | None = None) -> Figure:
     return figure
 
 
-def contributions(attribution: "Attribution", title: str | None = None) -> Figure:
+def contributions(attribution: "Attribution") -> Figure:
     """What each kind of kernel does for the accuracy, in points: Shapley values, and what is lost without it alone."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -108,14 +108,13 @@ def contributions(attribution: "Attribution", title: str | None = None) -> Figur
     axes.margins(y=0.15)
     axes.legend(frameon=False)
     axes.set_title(
-        f"{title + ': ' if title else ''}{attribution.accuracy(()):.2f}% without kernels, {whole:.2f}% with all"
-        f" ({attribution.images:,} images)",
+        f"{attribution.accuracy(()):.2f}% without kernels, {whole:.2f}% with all ({attribution.images:,} images)",
         fontsize=10,
     )
     return figure
 
 
-def paths(layer: "AnalyticConv2d", history: Mapping[str, Tensor], title: str | None = None) -> Figure:
+def paths(layer: "AnalyticConv2d", history: Mapping[str, Tensor]) -> Figure:
     """How a layer's AKPs moved: one panel an AKP and kind, a line a kernel, and their distribution at both ends.
 
     Args:
@@ -148,8 +147,6 @@ def paths(layer: "AnalyticConv2d", history: Mapping[str, Tensor], title: str | N
             axis.set_title(f"{KINDS[symbol].name}: {akp.name}" + (f" ({akp.unit})" if akp.unit else ""), fontsize=9)
             axis.tick_params(labelsize=7)
             axis.set_xlabel("epoch", fontsize=7)
-    if title:
-        figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -163,7 +163,7 @@ def _flowers102(cfg: DictConfig) -> Splits:
 
 
 def _food101(cfg: DictConfig) -> Splits:
-    """Food-101 with its official split; the validation images are a tenth of each class's training images."""
+    """Food-101 with its official split; the validation images come out of each class's training images."""
     folder = Path(cfg.root) / "food-101"
     files = [folder / "meta" / "train.json", folder / "meta" / "test.json", folder / "images"]
     wanted = "images/ and meta/, of food-101.tar.gz"
@@ -177,7 +177,7 @@ def _food101(cfg: DictConfig) -> Splits:
             )
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{file} is corrupt or cut short; delete it and get it anew") from error
-    train, val = _held_out(listings[0], 0.1)
+    train, val = _held_out(listings[0], cfg.validation)
     return _from_files(cfg, folder, train, val, listings[1])
 
 
