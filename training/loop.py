@@ -323,8 +323,9 @@ def finished(folder: Path, **data: Any) -> tuple[DictConfig, datasets.Data, nn.M
     cfg.data.update({name: value for name, value in data.items() if value is not None})
     loaded = datasets.load(cfg.data)
     bare = cfg.copy()
-    if "pretrained" in cfg.model:
+    if "pretrained" in cfg.model and "auto" not in _flat(cfg.arrangement).values():
         bare.model.pretrained = False  # the run's own weights come instead
+    seed_everything(cfg.seed, verbose=False)  # auto chooses its kinds by the weights that a run begins with
     model = build(bare, loaded)
     weights = folder / "model.safetensors"
     try:

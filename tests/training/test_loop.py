@@ -187,3 +187,13 @@ def test_identity_leaves_out_what_does_not_change_the_result(tmp_path: Path) -> 
         == 4
     )
     assert "paths" not in identity(base)
+
+
+def test_a_finished_run_of_chosen_kinds_comes_back(tmp_path: Path) -> None:
+    options = ["arrangement.conv2=auto", "model.layer.tolerance=0.5", "model.layer.amplitude=true", "trainer.epochs=1"]
+    cfg = compose([*options, "trainer.accelerator=cpu", f"paths.runs={tmp_path}", "seed=5"])
+    record, _ = run(cfg)
+    torch.manual_seed(99)
+    _, data, model = loop.finished(run_folder(cfg))
+    assert len(set(model.conv2.slot_kinds)) > 1
+    assert evaluate(model, data.test, data, cfg)["top1"] == record["test"]["top1"]
