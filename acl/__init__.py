@@ -2,15 +2,16 @@
 
 from acl import explain, kernels
 from acl.arrangement import Arrangement
-from acl.convert import convert, fold, summary
+from acl.convert import akp_parameters, analytic_layers, convert, fold, summary
 from acl.fit import Fit, fit_kernels
-from acl.layer import AnalyticConv2d, akp_parameters
+from acl.layer import AnalyticConv2d
 
 __all__ = [
     "AnalyticConv2d",
     "Arrangement",
     "Fit",
     "akp_parameters",
+    "analytic_layers",
     "convert",
     "explain",
     "fit_kernels",

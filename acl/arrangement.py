@@ -1,8 +1,12 @@
-"""The notation of a mosaic: how many of a layer's 2-D kernels are of which kind."""
+"""The arrangement of a mosaic: how many of a layer's 2-D kernels are of which kind."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+
+import torch
+from torch import Tensor
 
 from acl.kernels import KINDS
 
@@ -11,11 +15,13 @@ _TERM = re.compile(r"([A-Za-z]+)([+-]?[0-9]*\.?[0-9]+)(%?)")
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How many kernels ("slots") of a layer are of which kind, in the order in which they fill it.
+    """How many kernels ("slots") of a layer are of which kind, in the order in which they fill the layer.
 
-    Counts as in ``G30 Lg15 Lt15 Tf30 Ts6 P96`` (the paper's notation) or shares of a layer of any size as in
-    ``G50% P50%`` (ours). A count is of 2-D kernels, not of output channels. Slots are filled row-major over
-    (out channel, in channel of the group), in the order written.
+    Written as counts, as in ``G30 Lg15 Lt15 Tf30 Ts6 P96`` (the paper's notation), or as shares of a layer of any
+    size, as in ``G50% P50%`` (ours). A count refers to 2-D kernels, not to output channels. Slots are filled
+    row-major over (output channel, input channel of the group), in the order written.
+
+    ``auto`` leaves the choice to a fit of the kernels being replaced (see ``acl.convert``).
 
     Example:
         >>> arrangement = Arrangement.parse("G30_Lg15_Lt15_Tf30_Ts6_P96")
@@ -23,29 +29,27 @@ class Arrangement:
         ('G30 Lg15 Lt15 Tf30 Ts6 P96', 30)
         >>> str(Arrangement.parse("G50% P50%").fill(6, 16))
         'G48 P48'
-
-    ``auto`` leaves the choice to a fit of the kernels that are replaced (``acl.convert``).
     """
 
     terms: tuple[tuple[str, Fraction], ...]
     shares: bool = False
-    """True: the numbers are per cent of the layer; False: whole numbers of kernels."""
+    """Whether the numbers are percentages of the layer rather than counts."""
     auto: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Arrangement":
-        """Reads an arrangement; terms are separated by spaces or underscores.
+        """Parses an arrangement; spaces or underscores separate the terms.
 
         Raises:
-            ValueError: an unknown or repeated kind, a count that is not whole or below 0, counts mixed with shares,
-                shares that do not add up to 100%, or text that is no arrangement.
+            ValueError: for an unknown or repeated kind, a count that is not a whole number of at least 0, a mix of
+                counts and shares, shares that do not add up to 100%, or any other text.
         """
         words = str(text).replace("_", " ").split()
         if not words:
-            raise ValueError("an arrangement is empty; write for example 'G30 P66' or 'G50% P50%'")
+            raise ValueError("the arrangement is empty; write, for example, 'G30 P66' or 'G50% P50%'")
         if words == ["auto"]:
             return cls((), auto=True)
-        terms: list[tuple[str, Fraction]] = []
+        terms: dict[str, Fraction] = {}
         signs: set[str] = set()
         for word in words:
             match = _TERM.fullmatch(word)
@@ -56,41 +60,69 @@ class Arrangement:
             if symbol not in KINDS:
                 known = ", ".join(f"{kind.symbol} ({kind.name})" for kind in KINDS.values())
                 raise ValueError(f"unknown kind '{symbol}' in arrangement '{text}'; known: {known}")
-            if symbol in dict(terms):
-                raise ValueError(f"kind '{symbol}' stands twice in arrangement '{text}'")
+            if symbol in terms:
+                raise ValueError(f"kind '{symbol}' appears twice in arrangement '{text}'")
             if value < 0 or (not sign and value.denominator != 1):
-                raise ValueError(f"'{word}' in arrangement '{text}' is not a whole number of at least 0")
-            terms.append((symbol, value))
+                raise ValueError(f"'{word}' in arrangement '{text}': the count must be a whole number of at least 0")
+            terms[symbol] = value
             signs.add(sign)
         if len(signs) > 1:
             raise ValueError(f"arrangement '{text}' mixes counts and shares (%)")
         shares = signs == {"%"}
-        total = sum(value for _, value in terms)
+        total = sum(terms.values())
         if shares and total != 100:
             raise ValueError(f"the shares of arrangement '{text}' add up to {float(total):g}%, not 100%")
-        return cls(tuple(terms), shares)
+        return cls(tuple(terms.items()), shares)
+
+    @classmethod
+    def from_slot_kinds(cls, slot_kinds: Sequence[str]) -> tuple["Arrangement", Tensor | None]:
+        """The arrangement and ``placement`` of a layer whose slots hold these kinds.
+
+        Args:
+            slot_kinds: the symbol of the kind in each slot.
+
+        Returns:
+            The counts, with kinds in the registry's order, and the ``placement`` (slots,) that AnalyticConv2d needs
+            to put the kernels into their slots; None if they are in order already.
+        """
+        rank = {symbol: i for i, symbol in enumerate(KINDS)}
+        ranks = torch.tensor([rank[symbol] for symbol in slot_kinds])
+        counts = tuple((symbol, Fraction(list(slot_kinds).count(symbol))) for symbol in KINDS if symbol in slot_kinds)
+        slot_of_kernel = ranks.argsort(stable=True)
+        is_ordered = bool((ranks.diff() >= 0).all())
+        return cls(counts), None if is_ordered else slot_of_kernel.argsort()
 
     def __str__(self) -> str:
         if self.auto:
             return "auto"
-        return " ".join(f"{symbol}{_plain(value)}{'%' if self.shares else ''}" for symbol, value in self.terms)
+        percent = "%" if self.shares else ""
+        return " ".join(f"{symbol}{_format_number(value)}{percent}" for symbol, value in self.terms)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kernels per kind, in slot order. Raises ValueError for shares, which first need a layer to ``fill``."""
+        """Kernels per kind, in slot order. Raises ValueError for ``auto`` and for shares, which ``fill`` resolves."""
         if self.auto:
-            raise ValueError("arrangement 'auto' needs kernels to choose by: acl.convert has those that it replaces")
+            raise ValueError("arrangement 'auto' needs kernels to choose from; acl.convert provides them")
         if self.shares:
-            raise ValueError(f"arrangement '{self}' is in shares; fill() turns them into counts")
+            raise ValueError(f"arrangement '{self}' is given in shares; fill() turns them into counts")
         return {symbol: int(value) for symbol, value in self.terms}
 
-    def fill(self, in_channels: int, out_channels: int, layer: str = "the layer") -> "Arrangement":
-        """This arrangement in counts for a layer of in_channels (of a group) x out_channels kernels.
+    @property
+    def kernel_ranges(self) -> dict[str, range]:
+        """For each kind, the positions of its kernels in the order of the arrangement."""
+        ranges, start = {}, 0
+        for symbol, count in self.counts.items():
+            ranges[symbol] = range(start, start + count)
+            start += count
+        return ranges
 
-        Shares are rounded by largest remainder, so that they fill the layer exactly.
+    def fill(self, in_channels: int, out_channels: int, layer: str = "the layer") -> "Arrangement":
+        """This arrangement as counts for a layer of in_channels (per group) x out_channels kernels.
+
+        Shares are rounded by the largest-remainder method, so they fill the layer exactly.
 
         Raises:
-            ValueError: the counts do not add up to the layer's kernels; ``layer`` names it in the message.
+            ValueError: if the counts do not add up to the layer's kernels; ``layer`` names it in the message.
         """
         kernels = in_channels * out_channels
         if not self.shares:
@@ -109,6 +141,6 @@ class Arrangement:
         return Arrangement(tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True)))
 
 
-def _plain(value: Fraction) -> str:
-    """A decimal as a person writes it: 30, 33.3."""
+def _format_number(value: Fraction) -> str:
+    """A decimal as people write it: 30, 33.3."""
     return str(value.numerator) if value.denominator == 1 else str(float(value))

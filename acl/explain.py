@@ -1,24 +1,25 @@
-"""Explains an analytic network: what its kinds of kernels, and single ones, do for its accuracy; and its formulas."""
+"""Explains an analytic network: how much each kind of kernel, and each single kernel, contributes to its accuracy."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial, reduce
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from acl.convert import analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives the data anew at each call: inputs as the model takes them, and labels (n,)."""
-Sums = list[dict[frozenset[str], Tensor]]
+"""Iterates over the data from the start at each call: inputs as the model takes them, and labels (n,)."""
+WeightParts = dict[AnalyticConv2d, dict[str, Tensor]]
+"""For each layer and kind, the layer's weight with the kernels of all other kinds set to zero."""
 REPLACEMENTS = ("zero", "mean")
 
 
@@ -27,26 +28,26 @@ class Attribution:
     """Accuracies of a network with kinds of kernels removed from all its analytic layers."""
 
     kinds: tuple[str, ...]
-    """Symbols of the kinds that the network has."""
+    """Symbols of the kinds present in the network."""
     correct: dict[frozenset[str], int]
-    """Kinds that were kept -> images told right."""
+    """For each subset of kinds that is kept, the number of correctly classified images."""
     images: int
     replaced_by: str
 
     def accuracy(self, kept: Iterable[str]) -> float:
-        """Top-1 in per cent with these kinds alone; kinds that the network has not make no difference."""
+        """Top-1 accuracy in percent with only these kinds; kinds absent from the network have no effect."""
         return 100 * self.correct[frozenset(kept) & frozenset(self.kinds)] / self.images
 
     @property
     def drop(self) -> float:
-        """Points of accuracy that all kinds together make."""
+        """The accuracy lost, in points, if all kinds are removed."""
         return self.accuracy(KINDS) - self.accuracy(())
 
     def shapley(self) -> dict[str, float]:
-        """Each kind's exact Shapley value, in points of accuracy; they add up to ``drop``.
+        """Each kind's exact Shapley value, in points of accuracy; the values add up to ``drop``.
 
-        The mean, over all orders in which the kinds could join, of what a kind adds as it does. A kind that the
-        network has not adds nothing. Source: Shapley, A value for n-person games, 1953.
+        This is the mean gain from adding a kind, over all orders in which the kinds can be added. A kind absent from
+        the network has value 0. Source: Shapley, A value for n-person games, 1953.
         """
         n = len(self.kinds)
         values = dict.fromkeys(KINDS, 0.0)
@@ -65,104 +66,104 @@ class Attribution:
 def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progress: bool = True) -> Attribution:
     """The accuracy of a network for every subset of its kinds of kernels, with the others removed from all layers.
 
-    In one pass over the data. A convolution is linear in its kernels, so the first analytic layer's answer to each
-    kind is computed once per batch and added up for each subset; later layers see inputs that differ by subset, and
-    convolve those with the kernels of the kept kinds.
+    This takes one pass over the data. A convolution is linear in its kernels, so the first analytic layer's output
+    for each kind is computed once per batch and summed for each subset. The inputs of later layers depend on the
+    subset; these layers convolve with the kernels of the kinds that are kept.
 
     Args:
-        model: with at least one analytic layer.
-        replace: ``zero``: a removed kernel answers nothing; ``mean``: each output channel keeps the mean, over all
-            images and positions, of what the removed kernels answered in the whole network (a pass of its own).
+        model: a network with at least one analytic layer.
+        batches: iterates over the data.
+        replace: what a removed kernel outputs: ``zero``, or ``mean``, its mean output per output channel over all
+            images and positions in the intact network (which takes another pass).
+        progress: show progress bars on stderr if that is a terminal.
 
     Raises:
-        ValueError: a network without an analytic layer, no data, an unknown ``replace``.
+        ValueError: for a network without analytic layers, no data, or an unknown ``replace``.
     """
     if replace not in REPLACEMENTS:
         raise ValueError(f"unknown replace '{replace}'; known: {', '.join(REPLACEMENTS)}")
-    layers = analytic_layers(model)
-    kinds = tuple(symbol for symbol in KINDS if any(symbol in layer.slot_kinds for layer in layers.values()))
+    layers = require_analytic_layers(model).values()
+    kinds = tuple(symbol for symbol in KINDS if any(symbol in layer.slot_kinds for layer in layers))
     subsets = [frozenset(kept) for size in range(len(kinds) + 1) for kept in combinations(kinds, size)]
     correct = dict.fromkeys(subsets, 0)
     images = 0
-    with _evaluating(model):
-        first = _first(model, layers.values(), batches)
-        parts = {layer: _by_kind(layer, kinds) for layer in layers.values()}
-        means = _mean_answers(model, parts, batches, progress) if replace == "mean" else None
+    with _eval_mode(model):
+        parts: WeightParts = {layer: _split_by_kind(layer, kinds) for layer in layers}
+        first = _find_first_layer(model, layers, batches)
+        means = _mean_outputs(model, parts, batches, progress) if replace == "mean" else {}
         bar = tqdm(desc=f"{len(subsets)} subsets", unit="image", disable=None if progress else True)
         for inputs, labels in batches():
             images += len(labels)
-            sums: Sums = []
+            first_outputs = _SubsetOutputs()
             for kept in subsets:
-                with _answering(_masked(parts, kept, means, first, sums)):
-                    correct[kept] += int((model(inputs).argmax(1) == labels).sum())
+                overrides: dict[AnalyticConv2d, Callable[[Tensor], Tensor]] = {
+                    layer: partial(
+                        _reduced_output,
+                        layer,
+                        parts[layer],
+                        kept,
+                        means.get(layer, {}),
+                        first_outputs if layer is first else None,
+                    )
+                    for layer in layers
+                }
+                with _override_forward(overrides):
+                    correct[kept] += _count_correct(model, inputs, labels)
             bar.update(len(labels))
         bar.close()
     if not images:
-        raise ValueError("there are no data to explain the network by")
+        raise ValueError("there is no data to explain the network with")
     return Attribution(kinds, correct, images, replace)
 
 
 @torch.no_grad()
 def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> dict[str, Tensor]:
-    """What the accuracy loses without a single kernel, in points, for every slot of every analytic layer.
+    """The accuracy lost without each single kernel, in points, for every slot of every analytic layer.
 
     Returns:
-        Layer's name -> (slots,) float64; below 0 where the network is better without.
+        Layer name -> (slots,) float64; negative if the network is better without the kernel.
 
     Raises:
-        ValueError: a network without an analytic layer, no data.
+        ValueError: for a network without analytic layers, or no data.
     """
-    layers = analytic_layers(model)
-    held = {name: layer.weight.detach() for name, layer in layers.items()}
-    lost = {name: torch.zeros(weight.shape[0] * weight.shape[1], dtype=torch.float64) for name, weight in held.items()}
+    layers = require_analytic_layers(model)
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    lost = {name: torch.zeros(w.shape[0] * w.shape[1], dtype=torch.float64) for name, w in weights.items()}
     images = 0
-    with _evaluating(model):
+    with _eval_mode(model):
         for inputs, labels in batches():
             images += len(labels)
-            whole = int((model(inputs).argmax(1) == labels).sum())
+            correct = _count_correct(model, inputs, labels)
             bar = tqdm(
                 desc=f"kernels, {images} images", total=sum(map(len, lost.values())), disable=None if progress else True
             )
             for name, layer in layers.items():
                 for slot in range(len(lost[name])):
-                    weight = held[name].clone()
+                    weight = weights[name].clone()
                     weight[divmod(slot, weight.shape[1])] = 0
-                    with _answering({layer: partial(layer.convolve, weight=weight)}):
-                        lost[name][slot] += whole - int((model(inputs).argmax(1) == labels).sum())
+                    with _override_forward({layer: partial(layer.convolve, weight=weight, bias=layer.bias)}):
+                        lost[name][slot] += correct - _count_correct(model, inputs, labels)
                     bar.update()
             bar.close()
     if not images:
-        raise ValueError("there are no data to explain the network by")
+        raise ValueError("there is no data to explain the network with")
     return {name: 100 * values / images for name, values in lost.items()}
 
 
-@torch.no_grad()
-def formula(layer: AnalyticConv2d, slot: int) -> str:
-    """A slot's kernel as it enters the weight, in numbers, as in ``0.21 * exp(-r^2/(2 * 1.83^2)) * cos(...)``."""
-    symbol = layer.slot_kinds[slot]
-    kind = KINDS[symbol]
-    if kind.function is None:
-        return f"{layer.kernel_size[0]} x {layer.kernel_size[1]} free weights"
-    i = layer.slots_of(symbol).index(slot)
-    values = {name: float(akp[i]) for name, akp in layer.akps()[symbol].items()}
-    options: dict[str, Any] = {"profile": layer.profile} if kind.profiled else {}
-    bare = {name: torch.tensor(value) for name, value in values.items() if name != "amplitude"}
-    kernel = kind.function(**bare, size=layer.kernel_size, **options)
-    drawn = layer.weight.detach().flatten(0, 1)[slot].to(kernel)
-    gain = float((drawn * kernel).sum() / kernel.square().sum().clamp(min=1e-20))
-    return f"{gain:.3g} * {kind.text(values, layer.profile)}"
-
-
-def analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
-    """By name, in the model's order. Raises ValueError where there is none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AnalyticConv2d)}
+def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
+    """The analytic layers of a model by name. Raises ValueError if there are none."""
+    layers = analytic_layers(model)
     if not layers:
         raise ValueError("the network has no analytic layer to explain")
     return layers
 
 
+def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
+    return int((model(inputs).argmax(1) == labels).sum())
+
+
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -173,30 +174,30 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(answers: dict[AnalyticConv2d, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Lets layers answer otherwise than they do."""
-    for layer, answer in answers.items():
-        vars(layer)["forward"] = answer
+def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replaces the forward pass of layers; hooks still run."""
+    for layer, forward in overrides.items():
+        layer.forward = forward  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        for layer in answers:
-            del vars(layer)["forward"]
+        for layer in overrides:
+            del layer.forward
 
 
-def _by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Tensor]:
-    """The layer's weight with the kernels of all kinds but one at zero, for each that it has."""
-    weight, held = layer.weight.detach(), layer.slot_kinds
+def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Tensor]:
+    """For each kind in the layer, its weight with the kernels of all other kinds set to zero."""
+    weight, slot_kinds = layer.weight.detach(), layer.slot_kinds
     parts = {}
     for symbol in kinds:
-        if symbol in held:
-            mask = torch.tensor([kind == symbol for kind in held], device=weight.device).view(weight.shape[:2])
+        if symbol in slot_kinds:
+            mask = torch.tensor([kind == symbol for kind in slot_kinds], device=weight.device).view(weight.shape[:2])
             parts[symbol] = weight * mask[..., None, None]
     return parts
 
 
-def _first(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches) -> AnalyticConv2d | None:
-    """The analytic layer that runs first, if its input and its answers are those of one call and linear in kernels."""
+def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches) -> AnalyticConv2d | None:
+    """The analytic layer that runs first, if it runs once per pass and its output is linear in its kernels."""
     calls: list[AnalyticConv2d] = []
     handles = [layer.register_forward_pre_hook(lambda layer, _: calls.append(layer)) for layer in layers]
     inputs, _ = next(iter(batches()), (None, None))
@@ -207,75 +208,76 @@ def _first(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches)
     return calls[0] if calls and calls.count(calls[0]) == 1 and calls[0].host is None else None
 
 
-def _masked(
-    parts: dict[AnalyticConv2d, dict[str, Tensor]],
-    kept: frozenset[str],
-    means: dict[AnalyticConv2d, dict[str, Tensor]] | None,
-    first: AnalyticConv2d | None,
-    sums: Sums,
-) -> dict[AnalyticConv2d, Callable[[Tensor], Tensor]]:
-    """How layers answer with the kernels of the kept kinds; ``sums`` holds those of the first to this batch."""
+@dataclass
+class _SubsetOutputs:
+    """One layer's outputs for one batch, for every subset of kinds.
 
-    def answer(layer: AnalyticConv2d, x: Tensor) -> Tensor:
-        own = parts[layer]
-        if layer is first:
-            out = _added(layer, x, own, kept, sums)
-        else:
-            weights = list(own.values())
-            out = layer.convolve(x, _total([own[symbol] for symbol in own if symbol in kept], weights[0]))
-        for symbol in own if means else ():
-            if means and symbol not in kept:
-                out = out + means[layer][symbol][:, None, None]
-        return out
-
-    return {layer: partial(answer, layer) for layer in parts}
-
-
-def _added(layer: AnalyticConv2d, x: Tensor, own: dict[str, Tensor], kept: frozenset[str], sums: Sums) -> Tensor:
-    """The layer's answer with some kinds: a sum of two, for one half of its kinds and for the other.
-
-    So 64 subsets take one addition each, of 16 tensors that are held, and each kind's convolution is done once.
+    The kinds are split into two halves and the output for each subset of a half is stored, so that the output for any
+    subset takes one addition, and each kind is convolved once.
     """
-    symbols = list(own)
-    halves = symbols[: len(symbols) // 2], symbols[len(symbols) // 2 :]
-    if not sums:
-        single = {symbol: layer.convolve(x, weight, bias=False) for symbol, weight in own.items()}
-        nothing = torch.zeros_like(single[symbols[0]])
-        bias = nothing if layer.bias is None else nothing + layer.bias[:, None, None]
-        for half, start in zip(halves, (nothing, bias), strict=True):
-            subsets = [some for size in range(len(half) + 1) for some in combinations(half, size)]
-            sums.append({frozenset(some): sum((single[symbol] for symbol in some), start) for some in subsets})
-    return sums[0][kept & frozenset(halves[0])] + sums[1][kept & frozenset(halves[1])]
+
+    halves: list[dict[frozenset[str], Tensor]] = field(default_factory=list)
+
+    def get(self, layer: AnalyticConv2d, x: Tensor, parts: Mapping[str, Tensor], kept: frozenset[str]) -> Tensor:
+        symbols = list(parts)
+        split = symbols[: len(symbols) // 2], symbols[len(symbols) // 2 :]
+        if not self.halves:
+            single = {symbol: layer.convolve(x, weight) for symbol, weight in parts.items()}
+            zero = torch.zeros_like(single[symbols[0]])
+            bias = zero if layer.bias is None else zero + layer.bias[:, None, None]
+            for half, start in zip(split, (zero, bias), strict=True):
+                subsets = [subset for size in range(len(half) + 1) for subset in combinations(half, size)]
+                self.halves.append(
+                    {frozenset(subset): sum((single[symbol] for symbol in subset), start) for subset in subsets}
+                )
+        return self.halves[0][kept & frozenset(split[0])] + self.halves[1][kept & frozenset(split[1])]
 
 
-def _total(tensors: list[Tensor], like: Tensor) -> Tensor:
-    return reduce(torch.add, tensors) if tensors else torch.zeros_like(like)
+def _reduced_output(
+    layer: AnalyticConv2d,
+    parts: Mapping[str, Tensor],
+    kept: frozenset[str],
+    means: Mapping[str, Tensor],
+    outputs: _SubsetOutputs | None,
+    x: Tensor,
+) -> Tensor:
+    """A layer's output with only the kept kinds, plus the mean output of each removed kind in ``means``."""
+    if outputs is not None:
+        output = outputs.get(layer, x, parts, kept)
+    else:
+        kept_parts = [part for symbol, part in parts.items() if symbol in kept]
+        weight = reduce(torch.add, kept_parts) if kept_parts else torch.zeros_like(layer.weight)
+        output = layer.convolve(x, weight, layer.bias)
+    for symbol, mean in means.items():
+        if symbol not in kept:
+            output = output + mean[:, None, None]
+    return output
 
 
-def _mean_answers(
-    model: nn.Module, parts: dict[AnalyticConv2d, dict[str, Tensor]], batches: Batches, progress: bool
+def _mean_outputs(
+    model: nn.Module, parts: WeightParts, batches: Batches, progress: bool
 ) -> dict[AnalyticConv2d, dict[str, Tensor]]:
-    """Each kind's mean answer per output channel in the whole network, (out,)."""
+    """Each kind's mean output per output channel in the intact network, (out,)."""
     if any(layer.host is not None for layer in parts):
-        raise ValueError("replace='mean' needs layers that convolve as nn.Conv2d does; replace='zero' needs nothing")
+        raise ValueError("replace='mean' needs layers that convolve as nn.Conv2d does; use replace='zero'")
     sums = {
-        layer: {symbol: torch.zeros(layer.out_channels, dtype=torch.float64) for symbol in own}
-        for layer, own in parts.items()
+        layer: {symbol: torch.zeros(layer.out_channels, dtype=torch.float64) for symbol in by_kind}
+        for layer, by_kind in parts.items()
     }
     counts = dict.fromkeys(parts, 0)
 
-    def note(layer: AnalyticConv2d, inputs: tuple[Tensor, ...]) -> None:
+    def accumulate(layer: AnalyticConv2d, inputs: tuple[Tensor, ...]) -> None:
         for symbol, weight in parts[layer].items():
-            answer = layer.convolve(inputs[0], weight, bias=False)
-            sums[layer][symbol] += answer.double().sum((0, -2, -1)).cpu()
-        counts[layer] += answer.numel() // layer.out_channels
+            output = layer.convolve(inputs[0], weight)
+            sums[layer][symbol] += output.double().sum((0, -2, -1)).cpu()
+        counts[layer] += output.numel() // layer.out_channels
 
-    handles = [layer.register_forward_pre_hook(note) for layer in parts]
-    for inputs, _ in tqdm(batches(), desc="mean answers", disable=None if progress else True):
+    handles = [layer.register_forward_pre_hook(accumulate) for layer in parts]
+    for inputs, _ in tqdm(batches(), desc="mean outputs", disable=None if progress else True):
         model(inputs)
     for handle in handles:
         handle.remove()
     return {
-        layer: {s: (total / max(counts[layer], 1)).to(layer.weight) for s, total in own.items()}
-        for layer, own in sums.items()
+        layer: {symbol: (total / max(counts[layer], 1)).to(layer.weight) for symbol, total in by_kind.items()}
+        for layer, by_kind in sums.items()
     }

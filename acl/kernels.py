@@ -1,14 +1,14 @@
-"""Analytic convolution kernels (ACKs) as pure functions, and the registry of their kinds.
+"""Analytic convolution kernels (ACKs) as pure functions, and the registry of kernel kinds.
 
-A kernel is written down in one place: its function and its entry in ``KINDS``. Parser, layer, plots and tests
-read the registry, so a further kind is one function and one entry.
+Each kernel is defined in one place: its function and its entry in ``KINDS``. The parser, the layer, the fit, the
+plots, the printed formulas and the tests all read the registry, so a new kind takes one function and one entry.
 
-Coordinates: rows i and columns j of a kh x kw grid sit at x = j - (kw-1)/2 to the right and y = i - (kh-1)/2
-downward, in pixels. The oriented axes are x' = x cos(theta) + y sin(theta) and y' = -x sin(theta) + y cos(theta).
+Coordinates: rows i and columns j of a kh x kw grid sit at x = j - (kw-1)/2 (to the right) and y = i - (kh-1)/2
+(downward), in pixels. The oriented axes are x' = x cos(theta) + y sin(theta) and y' = -x sin(theta) + y cos(theta).
 
-Every kernel function takes tensors of natural units (pixels, radians) that broadcast to one shape (...), returns
-(..., kh, kw) before scaling and gain, computes in float32 at least, and is differentiable in every parameter.
-``x0``, ``y0`` (centre offset, px) and Gabor's ``gamma`` (aspect ratio) make up the ``extended`` family; their
+Every kernel function takes tensors in natural units (pixels, radians) that broadcast to one shape (...), returns
+(..., kh, kw) before scaling and gain, computes in at least float32, and is differentiable in every parameter.
+``x0`` and ``y0`` (center offset, px) and Gabor's ``gamma`` (aspect ratio) form the ``extended`` family; their
 defaults give the ``paper`` family.
 """
 
@@ -29,10 +29,10 @@ FAMILIES: tuple[str, ...] = get_args(Family)
 
 
 def _on_grid(size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y0: Tensor | float) -> list[Tensor]:
-    """The AKPs shaped (..., 1, 1), then x (..., 1, kw) and y (..., kh, 1) about the centre (x0, y0)."""
+    """The AKPs shaped (..., 1, 1), then x (..., 1, kw) and y (..., kh, 1) about the center (x0, y0)."""
     kh, kw = size
     if kh < 1 or kw < 1:
-        raise ValueError(f"a kernel's size is at least (1, 1), got {tuple(size)}")
+        raise ValueError(f"a kernel size must be at least (1, 1), got {tuple(size)}")
     tensors = [a for a in (*akps, x0, y0) if isinstance(a, Tensor)]
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     device = tensors[0].device if tensors else None
@@ -42,12 +42,12 @@ def _on_grid(size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y
 
     x = torch.arange((1 - kw) / 2, (1 + kw) / 2, dtype=dtype, device=device)
     y = torch.arange((1 - kh) / 2, (1 + kh) / 2, dtype=dtype, device=device)[:, None]
-    if not _centred(x0, y0):
+    if not _is_centered(x0, y0):
         x, y = x - expand(x0), y - expand(y0)
     return [*map(expand, akps), x, y]
 
 
-def _centred(x0: Tensor | float, y0: Tensor | float) -> bool:
+def _is_centered(x0: Tensor | float, y0: Tensor | float) -> bool:
     return not isinstance(x0, Tensor) and not isinstance(y0, Tensor) and x0 == y0 == 0
 
 
@@ -57,7 +57,7 @@ def _rotate(x: Tensor, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tri(t: Tensor) -> Tensor:
-    """The impulse as a pixel grid sees it under linear interpolation."""
+    """The impulse on a pixel grid under linear interpolation."""
     return (1 - t.abs()).clamp(min=0)
 
 
@@ -81,7 +81,7 @@ def _total(t: Tensor) -> Tensor:
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a / sum(a) - b / sum(b): zero-sum by construction; all zero, with zero gradient, where either sum vanishes."""
+    """a / sum(a) - b / sum(b): zero-sum by construction; all zero, with zero gradient, if either sum vanishes."""
     total_a, total_b = _total(a), _total(b)
     tiny = torch.finfo(a.dtype).eps
     exists = (total_a > tiny) & (total_b > tiny)
@@ -108,15 +108,15 @@ def gabor(
         psi: phase, rad, (...).
         sigma: width of the envelope, px, (...).
         size: (kh, kw).
-        gamma: aspect ratio of the envelope, 1 is round.
-        x0: centre to the right of the grid's middle, px.
-        y0: centre below the grid's middle, px.
+        gamma: aspect ratio of the envelope; 1 is round.
+        x0: horizontal offset of the center, positive to the right, px.
+        y0: vertical offset of the center, positive downward, px.
 
     Returns:
         (..., kh, kw).
 
     Raises:
-        ValueError: the size is below (1, 1).
+        ValueError: if the size is below (1, 1).
 
     Example:
         >>> gabor(torch.zeros(30), torch.full((30,), 4.0), torch.zeros(30), torch.ones(30), size=(7, 7)).shape
@@ -131,20 +131,20 @@ def gabor(
 def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tensor | float = 0.0) -> Tensor:
     """Laplacian of Gaussian: (q - 1) exp(-q), q = r^2 / (2 sigma^2), minus its mean over the grid.
 
-    Source: the field's textbook definition, up to a positive factor; negative at the centre, so that it answers
-    positively to x^2 as the Laplacian does.
+    Source: the textbook definition, up to a positive factor. The kernel is negative at the center, so its response
+    to x^2 is positive, like that of the Laplacian.
 
     Args:
         sigma: px, (...).
         size: (kh, kw).
-        x0: centre to the right of the grid's middle, px.
-        y0: centre below the grid's middle, px.
+        x0: horizontal offset of the center, positive to the right, px.
+        y0: vertical offset of the center, positive downward, px.
 
     Returns:
         (..., kh, kw), sum 0.
 
     Raises:
-        ValueError: the size is below (1, 1).
+        ValueError: if the size is below (1, 1).
 
     Example:
         >>> kernel = log(torch.tensor(1.0), size=(5, 5))
@@ -166,31 +166,32 @@ def lot(
 ) -> Tensor:
     """Laplacian of TGD: M / sum(M) - C with C = tri(x) tri(y) and M = w(r; s) (1 - C).
 
-    Source: the isotropic second difference of the TGD theory (arXiv 2305.08098). C is divided by its sum too: that
-    is 1 for a centred kernel, and keeps one that is off centre zero-sum.
+    Source: the isotropic second difference of the TGD theory (arXiv 2305.08098). C is divided by its sum as well:
+    the sum is 1 for a centered kernel, and the division keeps an off-center kernel zero-sum.
 
     Args:
         s: width of the TGD kernel function w, px, (...).
         size: (kh, kw).
-        profile: w, one of ``PROFILES``.
-        x0: centre to the right of the grid's middle, px.
-        y0: centre below the grid's middle, px.
+        profile: the function w, one of ``PROFILES``.
+        x0: horizontal offset of the center, positive to the right, px.
+        y0: vertical offset of the center, positive downward, px.
 
     Returns:
-        (..., kh, kw), sum 0; all zero where M vanishes (a 1 x 1 grid, or a linear profile narrower than a pixel).
+        (..., kh, kw), sum 0; all zero if M vanishes (a 1 x 1 grid, or a linear profile narrower than a pixel).
 
     Raises:
-        ValueError: the size is below (1, 1), or the profile is not known.
+        ValueError: if the size is below (1, 1) or the profile is unknown.
 
     Example:
         >>> lot(torch.ones(2, 3), size=(5, 7)).shape
         torch.Size([2, 3, 5, 7])
     """
     s, x, y = _on_grid(size, s, x0=x0, y0=y0)
-    centre = _tri(x) * _tri(y)
-    # The root's slope at r = 0 is infinite; 1e-12 px there makes it 0 and is lost to rounding everywhere else.
+    center = _tri(x) * _tri(y)
+    # The square root has an infinite slope at r = 0. Adding (1e-12 px)^2 makes the slope 0 there; elsewhere the term
+    # is lost to rounding.
     r = torch.sqrt(x.square() + y.square() + 1e-24)
-    return _difference(_profile(r, s, profile) * (1 - centre), centre)
+    return _difference(_profile(r, s, profile) * (1 - center), center)
 
 
 def tgd1(
@@ -202,26 +203,26 @@ def tgd1(
     x0: Tensor | float = 0.0,
     y0: Tensor | float = 0.0,
 ) -> Tensor:
-    """TGD of 1st order: step(x') w(|x'|; s) n(y'; sigma), an oriented, smoothed difference.
+    """TGD of 1st order: step(x') w(|x'|; s) n(y'; sigma), an oriented, smoothed first difference.
 
-    Source: the T operator in its orthogonal construction (arXiv 2305.08098, 2401.15287). step is the sign averaged
-    over one pixel (ours: it makes the kernel continuous in theta). A kernel off centre is cut off unevenly by its
-    window; its positive and negative halves are then scaled to weigh the same, so that it stays zero-sum.
+    Source: the T operator in its orthogonal construction (arXiv 2305.08098, 2401.15287). step is the sign function
+    averaged over one pixel (ours: it makes the kernel continuous in theta). The window cuts an off-center kernel
+    unevenly, so its positive and negative halves are rescaled to equal sums, which keeps it zero-sum.
 
     Args:
         theta: direction of the difference, rad, (...).
         s: width of the TGD kernel function w along the direction, px, (...).
         sigma: width of the smoothing across it, px, (...).
         size: (kh, kw).
-        profile: w, one of ``PROFILES``.
-        x0: centre to the right of the grid's middle, px.
-        y0: centre below the grid's middle, px.
+        profile: the function w, one of ``PROFILES``.
+        x0: horizontal offset of the center, positive to the right, px.
+        y0: vertical offset of the center, positive downward, px.
 
     Returns:
-        (..., kh, kw), sum 0; all zero on a 1 x 1 grid, or where a half lies outside its window.
+        (..., kh, kw), sum 0; all zero on a 1 x 1 grid or if one half lies outside the window.
 
     Raises:
-        ValueError: the size is below (1, 1), or the profile is not known.
+        ValueError: if the size is below (1, 1) or the profile is unknown.
 
     Example:
         >>> angle = torch.tensor([0.0, 0.5])
@@ -231,7 +232,7 @@ def tgd1(
     theta, s, sigma, x, y = _on_grid(size, theta, s, sigma, x0=x0, y0=y0)
     along, across = _rotate(x, y, theta)
     kernel = (2 * along).clamp(-1, 1) * _profile(along.abs(), s, profile) * _gauss(across, sigma)
-    if _centred(x0, y0):
+    if _is_centered(x0, y0):
         return kernel
     rise, fall = kernel.clamp(min=0), (-kernel).clamp(min=0)
     return _difference(rise, fall) * (_total(rise) + _total(fall)) / 2
@@ -248,7 +249,7 @@ def tgd2(
 ) -> Tensor:
     """TGD of 2nd order: A / sum(A) - D / sum(D).
 
-    D = tri(x') n(y'; sigma) is the middle, A = w(|x'|; s) (1 - tri(x')) n(y'; sigma) what lies around it.
+    D = tri(x') n(y'; sigma) is the center line, A = w(|x'|; s) (1 - tri(x')) n(y'; sigma) its surroundings.
     Source: the R operator in its orthogonal construction (arXiv 2305.08098, 2401.15287). tri is the impulse on a
     pixel grid (ours: it makes the kernel continuous in theta).
 
@@ -257,15 +258,15 @@ def tgd2(
         s: width of the TGD kernel function w along the direction, px, (...).
         sigma: width of the smoothing across it, px, (...).
         size: (kh, kw).
-        profile: w, one of ``PROFILES``.
-        x0: centre to the right of the grid's middle, px.
-        y0: centre below the grid's middle, px.
+        profile: the function w, one of ``PROFILES``.
+        x0: horizontal offset of the center, positive to the right, px.
+        y0: vertical offset of the center, positive downward, px.
 
     Returns:
-        (..., kh, kw), sum 0; all zero where A or D vanishes.
+        (..., kh, kw), sum 0; all zero if A or D vanishes.
 
     Raises:
-        ValueError: the size is below (1, 1), or the profile is not known.
+        ValueError: if the size is below (1, 1) or the profile is unknown.
 
     Example:
         >>> tgd2(torch.zeros(6), torch.ones(6), torch.ones(6), size=(7, 7)).shape
@@ -279,47 +280,52 @@ def tgd2(
 
 @dataclass(frozen=True)
 class AKP:
-    """One analytic kernel parameter: how it is held, and where it starts.
+    """One analytic kernel parameter: its unit, its range and its initialization.
 
-    A parameter with a floor is held as floor + softplus(raw), so any raw value is in range; one without is free.
+    A parameter with a floor is stored as raw = softplus^-1(value - floor), so any raw value maps into the valid range.
+    A parameter without one is stored as it is.
     """
 
     name: str
-    unit: str  # "px", "rad" or "" for a plain number
+    unit: str
+    """``px``, ``rad``, or empty for a plain number."""
     floor: float | None
-    start: Callable[[int], tuple[float, float]]
-    """Longer side of the kernel -> the range from which ``init="random"`` draws."""
+    """Exclusive lower bound in the natural unit; None if the parameter is unbounded."""
+    init_range: Callable[[int], tuple[float, float]]
+    """Maps the longer side of the kernel to the range that ``init="random"`` samples from."""
 
-    def natural(self, raw: Tensor) -> Tensor:
-        """The value in its natural unit, same shape as ``raw``."""
+    def to_natural(self, raw: Tensor) -> Tensor:
+        """Converts stored values to the natural unit; same shape."""
         return raw if self.floor is None else self.floor + F.softplus(raw)
 
-    def raw(self, natural: Tensor) -> Tensor:
-        """Inverse of ``natural``. Raises ValueError for a value at or below the floor."""
+    def to_raw(self, natural: Tensor) -> Tensor:
+        """Inverse of ``to_natural``. Raises ValueError for a value at or below the floor."""
         if self.floor is None:
             return natural
         above = natural - self.floor
         if not bool((above > 0).all()):
-            raise ValueError(f"{self.name} is above {self.floor:g} {self.unit}, got {natural.min().item():g}".rstrip())
+            raise ValueError(
+                f"{self.name} must be above {self.floor:g} {self.unit}".rstrip() + f", got {natural.min().item():g}"
+            )
         return above + torch.log(-torch.expm1(-above))
 
-    def draw(self, count: int, size: tuple[int, int]) -> Tensor:
-        """``count`` starting values in natural units, uniform over ``start``."""
-        return torch.empty(count, device="cpu").uniform_(*self.start(max(size)))
+    def sample(self, count: int, size: tuple[int, int]) -> Tensor:
+        """``count`` initial values in the natural unit, uniform over ``init_range``."""
+        return torch.empty(count, device="cpu").uniform_(*self.init_range(max(size)))
 
 
-def _angle(name: str, turn: float) -> AKP:
-    return AKP(name, "rad", None, lambda k: (0.0, turn))
+def _angle(name: str, period: float) -> AKP:
+    return AKP(name, "rad", None, lambda k: (0.0, period))
 
 
-def _width(name: str, low: float, high: float, least: float = 0.5) -> AKP:
-    """A width in px that starts between ``low`` and ``high`` times the kernel's size, and above ``least``."""
-    return AKP(name, "px", 0.3, lambda k: (max(least, low * k), max(1.5 * least, high * k)))
+def _width(name: str, low: float, high: float, minimum: float = 0.5) -> AKP:
+    """A width in px, initialized between ``low`` and ``high`` times the kernel size and above ``minimum``."""
+    return AKP(name, "px", 0.3, lambda k: (max(minimum, low * k), max(1.5 * minimum, high * k)))
 
 
 def _reach(low: float, high: float) -> AKP:
-    """The width of a TGD kernel function; it starts above a pixel, below which a linear one reaches no neighbour."""
-    return _width("s", low, high, least=1.1)
+    """The width s of a TGD kernel function. It starts above one pixel: a narrower linear profile has no neighbors."""
+    return _width("s", low, high, minimum=1.1)
 
 
 _OFFSET = tuple(AKP(name, "px", None, lambda k: (-k / 8, k / 8)) for name in ("x0", "y0"))
@@ -327,107 +333,150 @@ _OFFSET = tuple(AKP(name, "px", None, lambda k: (-k / 8, k / 8)) for name in ("x
 AMPLITUDE = AKP("amplitude", "", None, lambda k: (1.0, 1.0))
 """The gain that ``amplitude=True`` adds to every ACK."""
 
+_PROFILE_FORMULAS = {
+    "exponential": "exp(-t/{s})",
+    "gaussian": "exp(-t^2/(2*{s}^2))",
+    "linear": "max(0, 1 - t/{s})",
+}
+
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of 2-D kernel in a mosaic."""
 
-    symbol: str  # as arrangements write it
+    symbol: str
+    """As written in an arrangement."""
     name: str
-    colour: str  # of its outline in figures, as in the paper
-    akps: tuple[AKP, ...]
-    extended: tuple[AKP, ...] = ()  # what family="extended" adds
-    function: Callable[..., Tensor] | None = None  # None: k*k free weights
-    profiled: bool = False  # takes ``profile``
-    terms: str = ""  # the formula, for ``text``
+    color: str
+    """Outline color in figures, as in the paper."""
+    paper_akps: tuple[AKP, ...] = ()
+    extended_akps: tuple[AKP, ...] = ()
+    """The AKPs that ``family="extended"`` adds."""
+    function: Callable[..., Tensor] | None = None
+    """Takes the AKPs and ``size`` (and ``profile``) as keyword arguments; None for free weights."""
+    takes_profile: bool = False
+    formula_template: str = ""
+    """The expression, then its definitions, separated by semicolons; ``{name}`` stands for the AKP's value."""
+    extended_template: str = ""
+    """The template of ``family="extended"``, if it differs."""
 
-    def text(self, akps: Mapping[str, float], profile: str = "exponential") -> str:
-        """The formula with its AKPs in numbers: px, and degrees for a direction."""
+    @property
+    def is_analytic(self) -> bool:
+        """Whether a formula gives the kernel; False for plain kernels."""
+        return self.function is not None
 
-        def w(t: str) -> str:
-            s = akps["s"]
-            known = {
-                "exponential": f"exp(-{t}/{s:.2f})",
-                "gaussian": f"exp(-{t}^2/(2 * {s:.2f}^2))",
-                "linear": f"max(0, 1 - {t}/{s:.2f})",
-            }
-            return known[profile]
-
-        round_ = akps.get("gamma", 1.0) == 1.0
-        radius = "r^2" if round_ else f"(x'^2 + {akps['gamma']:.2f}^2 y'^2)"
-        profiles = {"w_r": w("r"), "w_x": w("|x'|")} if self.profiled else {}
-        text = self.terms.format(**akps, **profiles, radius=radius)
-        if "theta" in akps:
-            text += f", theta = {math.degrees(akps['theta']):.0f} deg"
-        if "x0" in akps:
-            text += f", centre ({akps['x0']:.2f}, {akps['y0']:.2f})"
-        return text
-
-    def parameters(self, family: str = "paper", amplitude: bool = False) -> tuple[AKP, ...]:
+    def akps(self, family: str = "paper", amplitude: bool = False) -> tuple[AKP, ...]:
         """The AKPs of one kernel of this kind; none for a plain kernel."""
-        if self.function is None:
+        if not self.is_analytic:
             return ()
-        return self.akps + (self.extended if family == "extended" else ()) + ((AMPLITUDE,) if amplitude else ())
+        extended = self.extended_akps if family == "extended" else ()
+        return self.paper_akps + extended + ((AMPLITUDE,) if amplitude else ())
+
+    def synthesize(self, akps: Mapping[str, Tensor], size: tuple[int, int], profile: str = "exponential") -> Tensor:
+        """Kernels (..., kh, kw) from AKPs (...) in natural units, before scaling and gain.
+
+        Raises:
+            ValueError: if the kind is plain, the size is below (1, 1) or the profile is unknown.
+        """
+        if self.function is None:
+            raise ValueError(f"kind {self.symbol} ({self.name}) has no formula to synthesize a kernel from")
+        if self.takes_profile:
+            return self.function(**akps, size=size, profile=profile)
+        return self.function(**akps, size=size)
+
+    def formula(self, akps: Mapping[str, float], profile: str = "exponential", digits: int = 3) -> str:
+        """The kernel as text, with numbers in place of the AKPs: an expression, then its definitions.
+
+        ``sum`` and ``mean`` run over the grid; ``tri(t) = max(0, 1 - |t|)`` and ``step(t) = min(1, max(-1, 2t))``;
+        x' and y' are the axes rotated by theta, about the center.
+
+        Args:
+            akps: values in natural units (px, rad), of the paper family or the extended one.
+            profile: the TGD kernel function.
+            digits: significant digits of each number.
+
+        Example:
+            >>> KINDS["Lg"].formula({"sigma": 1.5})
+            'L - mean(L); L = (q - 1)*exp(-q); q = (x^2 + y^2)/(2*1.5^2)'
+        """
+        values = {name: f"{value:.{digits}g}" for name, value in akps.items()}
+        is_extended = any(akp.name in akps for akp in self.extended_akps)
+        parts = [(is_extended and self.extended_template) or self.formula_template]
+        if self.takes_profile:
+            parts.append(f"w(t) = {_PROFILE_FORMULAS[profile]}")
+        if "theta" in akps:
+            parts.append(f"theta = {math.degrees(akps['theta']):.{digits}g} deg")
+        if "x0" in akps:
+            parts.append("center = ({x0}, {y0})")
+        return "; ".join(parts).format(**values)
 
 
 KINDS: dict[str, Kind] = {
     kind.symbol: kind
     for kind in (
         Kind(
-            "G",
-            "Gabor",
-            "red",
-            (
+            symbol="G",
+            name="Gabor",
+            color="red",
+            paper_akps=(
                 _angle("theta", math.pi),
                 AKP("wavelength", "px", 2.0, lambda k: (3.0, max(4.5, 1.5 * k))),
                 _angle("psi", 2 * math.pi),
                 _width("sigma", 0.15, 0.4),
             ),
-            (AKP("gamma", "", 0.1, lambda k: (0.5, 1.5)), *_OFFSET),
-            gabor,
-            terms="exp(-{radius}/(2 * {sigma:.2f}^2)) * cos(2 pi x'/{wavelength:.2f} + {psi:.2f})",
+            extended_akps=(AKP("gamma", "", 0.1, lambda k: (0.5, 1.5)), *_OFFSET),
+            function=gabor,
+            formula_template="exp(-(x'^2 + y'^2)/(2*{sigma}^2))*cos(2*pi*x'/{wavelength} + {psi})",
+            extended_template="exp(-(x'^2 + ({gamma}*y')^2)/(2*{sigma}^2))*cos(2*pi*x'/{wavelength} + {psi})",
         ),
         Kind(
-            "Lg",
-            "LoG",
-            "purple",
-            (_width("sigma", 0.1, 0.3),),
-            _OFFSET,
-            log,
-            terms="((q - 1) * exp(-q) - mean), q = r^2/(2 * {sigma:.2f}^2)",
+            symbol="Lg",
+            name="LoG",
+            color="purple",
+            paper_akps=(_width("sigma", 0.1, 0.3),),
+            extended_akps=_OFFSET,
+            function=log,
+            formula_template="L - mean(L); L = (q - 1)*exp(-q); q = (x^2 + y^2)/(2*{sigma}^2)",
         ),
         Kind(
-            "Lt",
-            "LoT",
-            "deeppink",
-            (_reach(0.1, 0.4),),
-            _OFFSET,
-            lot,
-            profiled=True,
-            terms="(M/sum(M) - C/sum(C)), C = tri(x) tri(y), M = {w_r} * (1 - C)",
+            symbol="Lt",
+            name="LoT",
+            color="deeppink",
+            paper_akps=(_reach(0.1, 0.4),),
+            extended_akps=_OFFSET,
+            function=lot,
+            takes_profile=True,
+            formula_template="M/sum(M) - C/sum(C); M = w(sqrt(x^2 + y^2))*(1 - C); C = tri(x)*tri(y)",
         ),
         Kind(
-            "Tf",
-            "TGD 1st",
-            "blue",
-            (_angle("theta", 2 * math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
-            _OFFSET,
-            tgd1,
-            profiled=True,
-            terms="step(x') * {w_x} * exp(-y'^2/(2 * {sigma:.2f}^2))",
+            symbol="Tf",
+            name="TGD 1st",
+            color="blue",
+            paper_akps=(_angle("theta", 2 * math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
+            extended_akps=_OFFSET,
+            function=tgd1,
+            takes_profile=True,
+            formula_template="step(x')*w(abs(x'))*n(y'); n(t) = exp(-t^2/(2*{sigma}^2))",
+            extended_template="(U/sum(U) - V/sum(V))*(sum(U) + sum(V))/2; U = max(0, T); V = max(0, -T); "
+            "T = step(x')*w(abs(x'))*n(y'); n(t) = exp(-t^2/(2*{sigma}^2))",
         ),
         Kind(
-            "Ts",
-            "TGD 2nd",
-            "green",
-            (_angle("theta", math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
-            _OFFSET,
-            tgd2,
-            profiled=True,
-            terms="(A/sum(A) - D/sum(D)), D = tri(x') * n, A = {w_x} * (1 - tri(x')) * n, "
-            "n = exp(-y'^2/(2 * {sigma:.2f}^2))",
+            symbol="Ts",
+            name="TGD 2nd",
+            color="green",
+            paper_akps=(_angle("theta", math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
+            extended_akps=_OFFSET,
+            function=tgd2,
+            takes_profile=True,
+            formula_template="A/sum(A) - D/sum(D); A = w(abs(x'))*(1 - tri(x'))*n(y'); D = tri(x')*n(y'); "
+            "n(t) = exp(-t^2/(2*{sigma}^2))",
         ),
-        Kind("P", "Plain", "orange", ()),
+        Kind(symbol="P", name="Plain", color="orange"),
     )
 }
 """Every kind of kernel, by its symbol in an arrangement."""
+
+
+def analytic_kinds() -> dict[str, Kind]:
+    """The registered kinds that have a formula, by symbol."""
+    return {symbol: kind for symbol, kind in KINDS.items() if kind.is_analytic}

@@ -2,14 +2,12 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from acl.arrangement import Arrangement
 from acl.kernels import AKP, FAMILIES, KINDS, PROFILES
@@ -17,40 +15,44 @@ from acl.kernels import AKP, FAMILIES, KINDS, PROFILES
 SCALES = ("unit", "raw")
 
 
-class AnalyticConv2d(nn.Module):
-    """nn.Conv2d with a weight synthesised from an arrangement of analytic convolution kernels (ACKs).
+class AnalyticConv2d(nn.Conv2d):
+    """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
-    The weight's 2-D kernels ("slots") are filled in the arrangement's order, row-major over (out channel, in channel
-    of the group). Each analytic one is drawn from a few learned parameters (AKPs), each plain one (``P``) is k x k
-    free weights. Source: Cui et al., arXiv 2407.06087; ``scale``, ``amplitude``, ``family`` and ``learn`` are ours.
+    The weight consists of 2-D kernels ("slots"), filled in the arrangement's order, row-major over (output channel,
+    input channel of the group). Each analytic kernel is computed from a few learned parameters (AKPs); each plain
+    kernel (``P``) has k x k free weights.
+
+    Source: Cui et al., arXiv 2407.06087. ``scale``, ``amplitude``, ``family``, ``learn`` and ``placement`` are ours.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in nn.Conv2d.
-        arrangement: text as in ``G30 Lg15 Lt15 Tf30 Ts6 P96`` or ``G50% P50%``, or an ``Arrangement``.
-        scale: ``unit`` divides each ACK by its L2 norm and by sqrt(in_channels / groups), so that unit variance in
-            gives about unit variance out; ``raw`` leaves the formula as it stands.
-        amplitude: one more AKP per ACK, its gain.
-        family: ``paper``, or ``extended``: a centre offset for every ACK and an aspect ratio for Gabor.
+        arrangement: text such as ``G30 Lg15 Lt15 Tf30 Ts6 P96`` or ``G50% P50%``, or an ``Arrangement``.
+        scale: ``unit`` divides each ACK by its L2 norm and by sqrt(in_channels / groups), so that the layer roughly
+            preserves unit variance; ``raw`` uses the formula as it is.
+        amplitude: adds one AKP per ACK, its gain.
+        family: ``paper``, or ``extended``, which adds a center offset to every ACK and an aspect ratio to Gabor.
         profile: the TGD kernel function: ``exponential``, ``gaussian`` or ``linear``.
-        learn: which AKPs learn: ``"all"``, ``"none"``, or their names, as in ``("theta", "sigma")``.
-        placement: for each slot, which of the kernels in the arrangement's order is in it, (slots,); None: in order.
+        learn: which AKPs learn: ``"all"``, ``"none"``, or their names, such as ``("theta", "sigma")``.
+        placement: (slots,), for each slot the index of its kernel in the arrangement's order. None: in order.
 
     Shape:
-        Input (N, in_channels, H, W) or (in_channels, H, W), output as nn.Conv2d's.
+        Input (N, in_channels, H, W) or (in_channels, H, W); output as for nn.Conv2d.
 
     Raises:
-        ValueError: an arrangement that cannot be read or does not fill the layer, an unknown option, or what
-            nn.Conv2d refuses.
+        ValueError: for an arrangement that cannot be parsed or does not fill the layer, an unknown option, or
+            arguments that nn.Conv2d rejects.
 
-    The weight is synthesised once per forward in training, and in eval once until a parameter changes. Angles and
-    widths are computed in float32 at least, then cast to the layer's dtype.
+    In training mode, each forward pass synthesizes the weight. In eval mode, the weight is cached until a parameter
+    changes. AKPs are evaluated in at least float32; the result is cast to the layer's dtype.
 
     Example:
         >>> layer = AnalyticConv2d(3, 64, 7, stride=2, padding=3, arrangement="G30 Lg15 Lt15 Tf30 Ts6 P96", bias=False)
         >>> layer.weight.shape, sum(p.numel() for p in layer.parameters())
         (torch.Size([64, 3, 7, 7]), 4962)
     """
+
+    kernel_size: tuple[int, int]
 
     def __init__(
         self,
@@ -74,22 +76,18 @@ class AnalyticConv2d(nn.Module):
         learn: str | Iterable[str] = "all",
         placement: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        # nn.Conv2d checks and normalises the arguments they share, at no cost on the meta device.
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta"
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
         )
-        _check("scale", scale, SCALES)
-        _check("family", family, FAMILIES)
-        _check("profile", profile, PROFILES)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size: tuple[int, int] = _pair(kernel_size)
-        self.stride: tuple[int, int] = _pair(stride)
-        self.padding: str | tuple[int, int] = padding if isinstance(padding, str) else _pair(padding)
-        self.dilation: tuple[int, int] = _pair(dilation)
-        self.groups = groups
-        self.padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = padding_mode
+        del self.weight  # from here on, the property below computes it
+        for option, value, known in (
+            ("scale", scale, SCALES),
+            ("family", family, FAMILIES),
+            ("profile", profile, PROFILES),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {option} '{value}'; known: {', '.join(known)}")
         self.scale = scale
         self.amplitude = amplitude
         self.family = family
@@ -97,52 +95,51 @@ class AnalyticConv2d(nn.Module):
         if isinstance(arrangement, str):
             arrangement = Arrangement.parse(arrangement)
         self.arrangement = arrangement.fill(in_channels // groups, out_channels)
-        self._edges: list[int] = conv._reversed_padding_repeated_twice
-
-        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        slots = in_channels // groups * out_channels
+        if placement is not None and sorted(placement.tolist()) != list(range(slots)):
+            raise ValueError(f"placement must be a permutation of the layer's {slots} slots")
+        self.placement: Tensor | None
+        self.register_buffer("placement", None if placement is None else placement.to(device))
         self.raw = nn.ParameterDict(
             {
-                f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **kwargs))
+                f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
                 for symbol, count in self.arrangement.counts.items()
                 for akp in self._akps_of(symbol)
             }
         )
-        """The AKPs as they are held, named ``<symbol>_<akp>``; ``akps()`` gives them in natural units."""
-        plain = self.arrangement.counts.get("P", 0)
-        self.plain = nn.Parameter(torch.empty(plain, *self.kernel_size, **kwargs)) if plain else None
-        """The plain kernels in slot order, (count, kh, kw); None where there are none."""
-        self.bias = nn.Parameter(torch.empty(out_channels, **kwargs)) if bias else None
-        self.placement: Tensor | None
-        if placement is not None and sorted(placement.tolist()) != list(range(in_channels // groups * out_channels)):
-            raise ValueError(f"placement is no permutation of the layer's {in_channels // groups * out_channels} slots")
-        self.register_buffer("placement", None if placement is None else placement.to(device))
-        # Module.to() gives every 4-D tensor its memory format: this one tells which format the weight is to have.
+        """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
+        plain_count = self.arrangement.counts.get("P", 0)
+        self.plain = nn.Parameter(torch.empty(plain_count, *self.kernel_size, **factory)) if plain_count else None
+        """The plain kernels in slot order, (count, kh, kw); None if there are none."""
+        # Module.to() applies a memory format to every 4-D tensor, so this buffer records the one the weight should use.
         self._format: Tensor
-        self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **kwargs), persistent=False)
+        self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **factory), persistent=False)
         self.host: nn.Conv2d | None = None
-        """The convolution that this layer replaced and convolves as, where that is of a subclass of nn.Conv2d."""
+        """The replaced convolution, if it is of a subclass of nn.Conv2d; it then performs the convolution."""
         self._cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None = None
-        self._freeze(learn)
+        self._select_learned(learn)
         self.reset_parameters()
 
     def _akps_of(self, symbol: str) -> tuple[AKP, ...]:
-        return KINDS[symbol].parameters(self.family, self.amplitude)
+        return KINDS[symbol].akps(self.family, self.amplitude)
 
-    def _freeze(self, learn: str | Iterable[str]) -> None:
-        names = {name.split("_", 1)[1] for name in self.raw}
-        known = {akp.name for kind in KINDS.values() for akp in kind.parameters("extended", True)}
-        learning = {"all": names, "none": set()}.get(learn, {learn}) if isinstance(learn, str) else set(learn)
-        if unknown := learning - known:
+    def _select_learned(self, learn: str | Iterable[str]) -> None:
+        akp_names = {key: key.split("_", 1)[1] for key in self.raw}
+        known = {akp.name for kind in KINDS.values() for akp in kind.akps("extended", amplitude=True)}
+        learned = {"all": known, "none": set()}.get(learn, {learn}) if isinstance(learn, str) else set(learn)
+        if unknown := learned - known:
             raise ValueError(f"unknown AKP '{min(unknown)}' in learn; known: all, none, {', '.join(sorted(known))}")
-        for name, parameter in self.raw.items():
-            parameter.requires_grad_(name.split("_", 1)[1] in learning)
+        for key, parameter in self.raw.items():
+            parameter.requires_grad_(akp_names[key] in learned)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the AKPs over their useful ranges for this kernel size, plain kernels and bias as nn.Conv2d does."""
+        """Samples the AKPs over their useful ranges for this kernel size, and plain kernels and bias as nn.Conv2d."""
+        if "raw" not in self._modules:
+            return  # nn.Conv2d's constructor calls this before the AKPs exist
         for symbol, count in self.arrangement.counts.items():
             for akp in self._akps_of(symbol):
-                self.raw[f"{symbol}_{akp.name}"].copy_(akp.raw(akp.draw(count, self.kernel_size)))
+                self.raw[f"{symbol}_{akp.name}"].copy_(akp.to_raw(akp.sample(count, self.kernel_size)))
         fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         for parameter in (self.plain, self.bias):
@@ -150,51 +147,70 @@ class AnalyticConv2d(nn.Module):
                 parameter.uniform_(-bound, bound)
 
     def akps(self) -> dict[str, dict[str, Tensor]]:
-        """The AKPs in natural units (px, rad), per kind and name, each (count,), in slot order; differentiable."""
+        """The AKPs in natural units (px, rad), by kind and name, each (count,) in slot order; differentiable."""
         dtype = torch.promote_types(self._format.dtype, torch.float32)
         return {
-            symbol: {akp.name: akp.natural(self.raw[f"{symbol}_{akp.name}"].to(dtype)) for akp in self._akps_of(symbol)}
+            symbol: {
+                akp.name: akp.to_natural(self.raw[f"{symbol}_{akp.name}"].to(dtype)) for akp in self._akps_of(symbol)
+            }
             for symbol in self.arrangement.counts
-            if KINDS[symbol].function is not None
+            if KINDS[symbol].is_analytic
         }
+
+    @torch.no_grad()
+    def set_akps(self, symbol: str, akps: Mapping[str, Tensor], index: Tensor | slice = slice(None)) -> None:
+        """Sets AKPs of one kind from values in natural units (px, rad).
+
+        Args:
+            symbol: the kind.
+            akps: by name, each of the shape that ``index`` selects.
+            index: which of the kind's kernels; all by default.
+
+        Raises:
+            ValueError: for a value at or below an AKP's floor.
+        """
+        for akp in self._akps_of(symbol):
+            if akp.name in akps:
+                stored = self.raw[f"{symbol}_{akp.name}"]
+                stored[index] = akp.to_raw(akps[akp.name]).to(stored)
 
     @property
     def slot_kinds(self) -> list[str]:
-        """The symbol of the kind in each slot, row-major over (out channel, in channel of the group)."""
+        """The symbol of the kind in each slot, row-major over (output channel, input channel of the group)."""
         kinds = [symbol for symbol, count in self.arrangement.counts.items() for _ in range(count)]
         return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
 
     def slots_of(self, symbol: str) -> list[int]:
         """The slots of a kind's kernels, in the order of its parameters."""
-        counts = self.arrangement.counts
-        before = sum(count for other, count in counts.items() if list(counts).index(other) < list(counts).index(symbol))
-        slots = list(range(sum(counts.values()))) if self.placement is None else self.placement.argsort().tolist()
-        return slots[before : before + counts[symbol]]
+        kernels = self.arrangement.kernel_ranges[symbol]
+        if self.placement is None:
+            return list(kernels)
+        slot_of_kernel = self.placement.argsort().tolist()
+        return [slot_of_kernel[i] for i in kernels]
 
-    def _sources(self) -> list[Tensor]:
-        """The parameters that the weight is made of."""
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the weight is synthesized from: stored AKPs, then plain kernels."""
         return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
 
-    def _synthesise(self) -> Tensor:
-        tiles, gains = [], []
-        for symbol, akps in self.akps().items():
-            kind = KINDS[symbol]
-            assert kind.function is not None
-            if self.amplitude:
-                gains.append(akps.pop("amplitude"))
-            options = {"profile": self.profile} if kind.profiled else {}
-            tiles.append(kind.function(**akps, size=self.kernel_size, **options))
-        if tiles:
-            weight = torch.cat(tiles)
-            if self.scale == "unit":
-                energy = weight.square().sum((-2, -1), keepdim=True) * (self.in_channels // self.groups)
-                weight = weight * torch.rsqrt(energy + 1e-12)
+    def scale_factors(self, kernels: Tensor) -> Tensor:
+        """What ``scale`` multiplies analytic kernels (count, kh, kw) by, (count, 1, 1)."""
+        if self.scale == "raw":
+            return kernels.new_ones(len(kernels), 1, 1)
+        energy = kernels.square().sum((-2, -1), keepdim=True) * (self.in_channels // self.groups)
+        return torch.rsqrt(energy + 1e-12)
+
+    def _synthesize(self) -> Tensor:
+        akps = self.akps()
+        gains = [values.pop("amplitude") for values in akps.values()] if self.amplitude else []
+        kernels = [KINDS[symbol].synthesize(values, self.kernel_size, self.profile) for symbol, values in akps.items()]
+        if kernels:
+            weight = torch.cat(kernels)
+            weight = weight * self.scale_factors(weight)
             if gains:
                 weight = weight * torch.cat(gains)[:, None, None]
             weight = weight.to(self._format.dtype)
             if self.plain is not None:
-                counts = self.arrangement.counts
-                before = sum(list(counts.values())[: list(counts).index("P")])
+                before = self.arrangement.kernel_ranges["P"].start
                 weight = torch.cat([weight[:before], self.plain, weight[before:]])
         else:
             assert self.plain is not None
@@ -203,47 +219,67 @@ class AnalyticConv2d(nn.Module):
             weight = weight[self.placement]
         weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self._format.is_contiguous(memory_format=torch.channels_last):
-            # clone, not contiguous(): that leaves a weight with one in channel as it is, and the convolution slow.
+            # contiguous() would leave the weight of a single input channel as it is, and the convolution slow.
             weight = weight.clone(memory_format=torch.channels_last)
         return weight
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override] # nn.Conv2d's is a parameter, this one is computed
         """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
-        parameters = self._sources()
-        cached = not (self.training or torch.compiler.is_compiling() or self._format.is_meta)
-        # Tensors in the place of parameters (functional_call, torch.func, fake and distributed ones) are not compared.
-        if not (cached and all(type(p) is nn.Parameter for p in parameters)):
-            return self._synthesise()
-        # Compared by value: an in-place edit through .data leaves no other trace, and a stale weight is a wrong answer.
+        parameters = self.weight_parameters()
+        use_cache = not (self.training or torch.compiler.is_compiling() or self._format.is_meta)
+        # Tensors that stand in for parameters (functional_call, torch.func, fake tensors) cannot be compared.
+        if not (use_cache and all(type(p) is nn.Parameter for p in parameters)):
+            return self._synthesize()
+        # Compare by value: an in-place edit through .data leaves no other trace, and a stale weight is a wrong answer.
         key = (self._format.device, self._format.dtype, self._format.stride(), self.scale, self.profile)
-        held = parameters if self.placement is None else [*parameters, self.placement]
-        hit = self._cache
-        if hit is None or hit[0] != key or not all(map(torch.equal, hit[1], held)):
+        sources: list[Tensor] = [*parameters, *([] if self.placement is None else [self.placement])]
+        cache = self._cache
+        if cache is None or cache[0] != key or not all(map(torch.equal, cache[1], sources)):
             with torch.inference_mode(False), torch.no_grad():
-                hit = (key, [tensor.detach().clone() for tensor in held], self._synthesise())
-            self._cache = hit
+                cache = (key, [tensor.detach().clone() for tensor in sources], self._synthesize())
+            self._cache = cache
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return _Synthesised.apply(hit[2], self, *parameters)
-        return hit[2]
+            return _CachedWeight.apply(cache[2], self, *parameters)
+        return cache[2]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.weight)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
+        return _forward(self, input)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: bool = True) -> Tensor:
-        """What the layer would answer with another weight of its shape, with or without its bias."""
-        own = self.bias if bias else None
-        if self.host is not None:
-            return functional_call(
-                self.host, {"weight": weight} if own is None else {"weight": weight, "bias": own}, (x,)
-            )
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._edges, mode=self.padding_mode), (0, 0)
-        return F.conv2d(x, weight, own, self.stride, padding, self.dilation, self.groups)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's convolution with another weight of the same shape, and another bias or none."""
+        if self.host is None:
+            return self._conv_forward(x, weight, bias)
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return functional_call(self.host, tensors, (x,))
+
+    @torch.no_grad()
+    def formula(self, slot: int, digits: int = 3) -> str:
+        """A slot's kernel as text, with its gain and its AKPs in numbers.
+
+        Args:
+            slot: row-major over (output channel, input channel of the group).
+            digits: significant digits of each number.
+
+        Returns:
+            Such as ``0.21*(exp(-(x'^2 + y'^2)/(2*1.83^2))*cos(2*pi*x'/4.1 + 0.5)); theta = 30 deg``; the notation is
+            that of ``acl.kernels.Kind.formula``. A plain kernel has no formula: ``7 x 7 free weights``.
+        """
+        symbol = self.slot_kinds[slot]
+        kind = KINDS[symbol]
+        if not kind.is_analytic:
+            return f"{self.kernel_size[0]} x {self.kernel_size[1]} free weights"
+        i = self.slots_of(symbol).index(slot)
+        akps = {name: values[i : i + 1] for name, values in self.akps()[symbol].items()}
+        amplitude = akps.pop("amplitude", torch.ones(1))
+        kernel = kind.synthesize(akps, self.kernel_size, self.profile)
+        gain = float(amplitude * self.scale_factors(kernel).flatten())
+        text = kind.formula({name: value.item() for name, value in akps.items()}, self.profile, digits)
+        expression, separator, definitions = text.partition("; ")
+        return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
 
     def fold(self) -> nn.Conv2d:
-        """An nn.Conv2d with the same weight, bias, device, dtype, memory format and mode, free of acl."""
+        """An nn.Conv2d with the same weight, bias, device, dtype, memory format and mode, independent of acl."""
         if self.host is not None:
             conv = copy.deepcopy(self.host)
         else:
@@ -251,9 +287,9 @@ class AnalyticConv2d(nn.Module):
                 self.in_channels,
                 self.out_channels,
                 self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
+                (self.stride[0], self.stride[1]),
+                self.padding if isinstance(self.padding, str) else (self.padding[0], self.padding[1]),
+                (self.dilation[0], self.dilation[1]),
                 self.groups,
                 self.bias is not None,
                 self.padding_mode,
@@ -265,52 +301,37 @@ class AnalyticConv2d(nn.Module):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        parts.append(f"arrangement='{self.arrangement}'")
-        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-        defaults |= {"scale": "unit", "amplitude": False, "family": "paper", "profile": "exponential"}
-        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
-        if self.bias is None:
-            parts.append("bias=False")
-        return ", ".join(parts)
+        defaults = {"scale": "unit", "amplitude": False, "family": "paper", "profile": "exponential"}
+        options = [
+            f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value
+        ]
+        return ", ".join([super().extra_repr(), f"arrangement='{self.arrangement}'", *options])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}
 
 
-class _Synthesised(torch.autograd.Function):
-    """Gives a cached weight, and synthesises it anew only when a gradient is asked of it."""
+@torch.fx.wrap
+def _forward(layer: AnalyticConv2d, x: Tensor) -> Tensor:
+    """One node in a graph traced by torch.fx, which cannot follow the synthesis itself."""
+    return layer.convolve(x, layer.weight, layer.bias)
+
+
+class _CachedWeight(torch.autograd.Function):
+    """Returns the cached weight and synthesizes it again only if a gradient is needed."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: AnalyticConv2d, *parameters: Tensor) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(*parameters)
-        return weight.detach()  # a view would forget the strides of a single channel
+        return weight.detach()  # unlike a view, it keeps the strides of a weight with a single input channel
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if a parameter was changed in place since, as autograd does for any layer
-        parameters = ctx.layer._sources()
-        wanted = [p for p in parameters if p.requires_grad]
+        parameters = ctx.layer.weight_parameters()
+        learned = [p for p in parameters if p.requires_grad]
         with torch.enable_grad():
-            weight = ctx.layer._synthesise()
-        grads = iter(torch.autograd.grad(weight, wanted, grad, allow_unused=True))
+            weight = ctx.layer._synthesize()
+        grads = iter(torch.autograd.grad(weight, learned, grad, allow_unused=True))
         return None, None, *(next(grads) if p.requires_grad else None for p in parameters)
-
-
-def _check(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {option} '{value}'; known: {', '.join(known)}")
-
-
-def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The AKPs of every analytic layer in a model, as held: they want a learning rate of their own.
-
-    Example:
-        >>> layer = AnalyticConv2d(1, 6, 5, arrangement="G6")
-        >>> [p.numel() for p in akp_parameters(layer)]
-        [6, 6, 6, 6]
-    """
-    for module in model.modules():
-        if isinstance(module, AnalyticConv2d):
-            yield from module.raw.values()

@@ -1,4 +1,4 @@
-"""Networks: plain ones, and the analytic networks (AnaNNs) made of them."""
+"""Networks: plain ones, and the analytic networks (AnaNNs) converted from them."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -6,20 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from acl import AnalyticConv2d, convert
+from acl import convert
 from models.four_layer import FourLayer
 from models.lenet import LeNet
-from models.library import from_timm, from_torchvision
+from models.library import create_from_timm, create_from_torchvision
 
 TORCHVISION = ("resnet18", "resnet50", "alexnet")
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "four_layer": FourLayer,
-    **{name: partial(from_torchvision, name) for name in TORCHVISION},
+    **{name: partial(create_from_torchvision, name) for name in TORCHVISION},
 }
+"""Each takes ``channels`` and ``classes`` of the data, and options of its own."""
 
 
-def build(
+def create_model(
     backbone: str,
     channels: int,
     classes: int,
@@ -27,40 +28,40 @@ def build(
     layer: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Builds a network for images of ``channels`` channels and ``classes`` classes.
+    """Creates a network for images with ``channels`` channels and ``classes`` classes.
 
     Args:
         backbone: one of ``BACKBONES``, or ``timm/<name>``.
         channels, classes: of the data.
-        arrangement: convolution's name -> arrangement; those not named stay plain.
+        arrangement: convolution name -> arrangement; convolutions that are not named stay plain.
         layer: options of ``acl.convert`` for an AnaNN; None for a plain network.
-        options: the backbone's own: ``kernel_size`` of the four-layer network, ``pretrained`` of the libraries'.
+        options: of the backbone, such as ``kernel_size`` of the four-layer network or ``pretrained`` of a library's.
 
     Raises:
-        ValueError: an unknown backbone, an arrangement for a plain network or none for an AnaNN, or what the backbone
-            or ``acl.convert`` refuses.
+        ValueError: for an unknown backbone, an arrangement for a plain network, no arrangement for an AnaNN, or
+            arguments that the backbone or ``acl.convert`` rejects.
     """
     if backbone.startswith("timm/"):
-        make: Callable[..., nn.Module] = partial(from_timm, backbone.removeprefix("timm/"))
+        create: Callable[..., nn.Module] = partial(create_from_timm, backbone.removeprefix("timm/"))
     elif backbone in BACKBONES:
-        make = BACKBONES[backbone]
+        create = BACKBONES[backbone]
     else:
         raise ValueError(f"unknown backbone '{backbone}'; known: {', '.join(BACKBONES)}, timm/<name>")
-    short = backbone.split("/")[0]
-    model = make(channels, classes, **options)
+    config_name = backbone.split("/")[0]
+    model = create(channels, classes, **options)
     if layer is None:
         if arrangement:
-            raise ValueError(f"model={short} is plain and takes no arrangement; model=ana_{short} does")
+            raise ValueError(f"model={config_name} is plain and takes no arrangement; use model=ana_{config_name}")
         return model
     if not arrangement:
         raise ValueError(
-            f"model=ana_{short} needs an arrangement: one of configs/arrangement, as in arrangement=mosaic, "
-            "or one per layer, as in arrangement.conv1=G6"
+            f"model=ana_{config_name} needs an arrangement: one of configs/arrangement, such as arrangement=mosaic, "
+            "or one per layer, such as arrangement.conv1=G6"
         )
     return convert(model, arrangement, **layer)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters, frozen ones and biases included: (of all convolutions, of the whole model)."""
-    convolutions = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.Conv2d | AnalyticConv2d))
+    convolutions = nn.ModuleList(module for module in model.modules() if isinstance(module, nn.Conv2d))
     return sum(p.numel() for p in convolutions.parameters()), sum(p.numel() for p in model.parameters())

@@ -1,17 +1,20 @@
-"""The four-layer CNN for small colour images."""
+"""The four-layer CNN for small color images."""
 
 from torch import Tensor, nn
 
 
 class FourLayer(nn.Module):
-    """Four convolutions (32, 64, 128, 128 channels) with batch norm and ReLU, global average pooling, one linear layer.
+    """Four convolutions (32, 64, 128, 128 channels) with batch norm and ReLU, global average pooling, a linear layer.
 
-    Max-pooling halves the image after the first three. The paper's figure 5b gives "four-layer" alone; the widths,
-    the norm and the pooling are ours.
+    Max-pooling halves the image after each of the first three. The paper's figure 5b only says "four-layer"; the
+    widths, the normalization and the pooling are ours.
 
     Args:
         channels, classes: of the data.
-        kernel_size: of all four convolutions, odd.
+        kernel_size: of all four convolutions; odd.
+
+    Raises:
+        ValueError: if the kernel size is even.
 
     Shape:
         Input (N, channels, H, W) with H, W >= 8, output (N, classes).
@@ -20,10 +23,10 @@ class FourLayer(nn.Module):
     def __init__(self, channels: int = 3, classes: int = 10, kernel_size: int = 5) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size={kernel_size} is even; an odd one keeps the image's size")
+            raise ValueError(f"model.kernel_size={kernel_size} is even; it must be odd to keep the size of the image")
 
-        def conv(incoming: int, outgoing: int) -> nn.Conv2d:
-            return nn.Conv2d(incoming, outgoing, kernel_size, padding=kernel_size // 2, bias=False)
+        def conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+            return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
 
         self.conv1, self.norm1 = conv(channels, 32), nn.BatchNorm2d(32)
         self.conv2, self.norm2 = conv(32, 64), nn.BatchNorm2d(64)
@@ -34,7 +37,7 @@ class FourLayer(nn.Module):
         self.fc = nn.Linear(128, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        # ReLU and max-pooling commute; in this order ReLU has a quarter of the work.
+        # ReLU and max-pooling commute; in this order ReLU processes a quarter of the values.
         x = self.relu(self.pool(self.norm1(self.conv1(x))))
         x = self.relu(self.pool(self.norm2(self.conv2(x))))
         x = self.relu(self.pool(self.norm3(self.conv3(x))))

@@ -4,9 +4,9 @@ from torch import Tensor, nn
 
 
 class LeNet(nn.Module):
-    """LeNet-5 with ReLU and max-pooling: two 5 x 5 convolutions (6 and 16 channels) and three linear layers.
+    """LeNet-5: two 5 x 5 convolutions (6 and 16 channels) and three linear layers.
 
-    Source: LeCun et al., 1998, in its present-day form (ReLU, max-pooling, padding 2 so that 28 x 28 images fit).
+    Source: LeCun et al., 1998, in its common modern form (ReLU, max-pooling, and padding 2 for 28 x 28 images).
 
     Shape:
         Input (N, channels, 28, 28), output (N, classes).
@@ -23,7 +23,7 @@ class LeNet(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # ReLU and max-pooling commute; in this order ReLU has a quarter of the work.
+        # ReLU and max-pooling commute; in this order ReLU processes a quarter of the values.
         x = self.relu(self.pool(self.conv1(x)))
         x = self.relu(self.pool(self.conv2(x)))
         x = self.relu(self.fc1(x.flatten(1)))

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, from scratch, with the library's pretrained weights, or with one's own file."""
+"""Networks of torchvision and timm, from scratch or with pretrained weights of the library or from a file."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -13,19 +13,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
-def from_torchvision(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
-    """A classifier of torchvision for RGB images.
+def create_from_torchvision(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
+    """Creates a torchvision classifier for RGB images.
 
     Args:
         name: as in ``torchvision.models.get_model``.
-        classes: the last linear layer is drawn anew where the weights are for another number of classes.
-        pretrained: True for torchvision's weights, or the path of a file, see ``load_weights``.
+        channels: of the images; must be 3.
+        classes: the last linear layer is initialized at random if the weights are for another number of classes.
+        pretrained: True for torchvision's weights, or the path of a file (see ``load_weights``).
 
     Raises:
-        ValueError: images of another number of channels, or weights that are not to be had or do not fit.
+        ValueError: for images that do not have 3 channels, or weights that are unavailable or do not fit.
     """
     if channels != 3:
-        raise ValueError(f"{name} takes images of 3 channels, not {channels}")
+        raise ValueError(f"{name} takes images with 3 channels, not {channels}")
     model = torchvision.models.get_model(name, num_classes=classes)
     if pretrained is True:
         weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -33,37 +34,37 @@ def from_torchvision(name: str, channels: int, classes: int, pretrained: bool | 
         try:
             state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except Exception as error:
-            told = f"{file} cannot be read" if file.exists() else f"{file.name} could not be downloaded ({error})"
+            reason = f"{file} cannot be read" if file.exists() else f"{file.name} could not be downloaded ({error})"
             raise ValueError(
-                f"no pretrained {name}: {told}; put {file.name} into {file.parent}, or name a file of weights with "
-                "model.pretrained=<path>"
+                f"no pretrained {name}: {reason}; put {file.name} into {file.parent}, or set model.pretrained=<path> "
+                "to a file of weights"
             ) from error
-        _adopt(model, state, file)
+        _load_state(model, state, file)
     elif pretrained:
         load_weights(model, Path(pretrained))
     return model
 
 
-def from_timm(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
-    """A network of timm by its name, as in ``timm.list_models()``; arguments and errors as ``from_torchvision``.
+def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
+    """Creates a timm network by its name in ``timm.list_models()``; arguments and errors as for torchvision.
 
-    timm itself fits pretrained weights to other numbers of channels.
+    timm adapts pretrained weights to other numbers of channels.
     """
-    import timm  # here alone: it takes over a second, which other networks need not wait for
+    import timm  # imported here because it takes over a second, which other networks need not spend
 
-    bare = name.split(".")[0]
-    if not timm.is_model(bare):
-        close = difflib.get_close_matches(bare, timm.list_models(), 3)
-        raise ValueError(f"timm has no model '{name}'" + (f"; near it: {', '.join(close)}" if close else ""))
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        similar = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        raise ValueError(f"timm has no model '{name}'" + (f"; similar names: {', '.join(similar)}" if similar else ""))
     try:
         model = timm.create_model(name, pretrained=pretrained is True, num_classes=classes, in_chans=channels)
     except Exception as error:
         if pretrained is not True:
-            raise ValueError(f"timm cannot make '{name}': {' '.join(str(error).split())}") from error
+            raise ValueError(f"timm cannot create '{name}': {' '.join(str(error).split())}") from error
         raise ValueError(
-            f"no pretrained {name}: its weights (model.safetensors of timm/{name} on the Hugging Face hub) are neither "
-            f"in the hub's cache nor could they be downloaded ({type(error).__name__}); get them where there is a "
-            "network, and name the file with model.pretrained=<path>"
+            f"no pretrained {name}: its weights (model.safetensors of timm/{name} on the Hugging Face hub) are not in "
+            f"the hub's cache and could not be downloaded ({type(error).__name__}); download them elsewhere and set "
+            "model.pretrained=<path> to the file"
         ) from error
     if pretrained and pretrained is not True:
         load_weights(model, Path(pretrained))
@@ -71,34 +72,34 @@ def from_timm(name: str, channels: int, classes: int, pretrained: bool | str = F
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Loads a model's weights from ``.safetensors``, ``.pth`` (tensors alone), or one convolution's from ``.npy``.
+    """Loads a model's weights from ``.safetensors`` or ``.pth`` (tensors only), or one convolution's from ``.npy``.
 
-    The last linear layer may be for another number of classes, and then stays as it is. A ``.npy`` (out, in / groups,
-    kh, kw) goes to the first convolution of its shape.
+    The last linear layer keeps its weights if those in the file are for another number of classes. A ``.npy`` array
+    (out, in / groups, kh, kw) is loaded into the first convolution with its shape.
 
     Raises:
-        ValueError: a file that is not there, cannot be read, or is of another architecture (names the keys).
+        ValueError: if the file is missing, unreadable, or for another architecture (the message names the keys).
     """
-    state = _read(file)
+    state = _read_weights(file)
     if isinstance(state, Tensor):
         shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         name = next((n for n, shape in shapes.items() if shape == tuple(state.shape)), None)
         if name is None:
             listed = ", ".join(f"{n} {shape}" for n, shape in shapes.items())
-            raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; there are: {listed}")
+            raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; the model has: {listed}")
         with torch.no_grad():
             model.get_parameter(f"{name}.weight").copy_(state)
     else:
-        _adopt(model, state, file)
+        _load_state(model, state, file)
 
 
 def read_kernels(file: Path) -> Tensor:
-    """One convolution's weight from ``.npy``, float32. Raises ValueError for a file that is none."""
-    kernels: Tensor = _read(file)
+    """Reads one convolution's weight from ``.npy`` as float32. Raises ValueError if the file is no such array."""
+    kernels: Tensor = _read_weights(file)
     return kernels
 
 
-def _read(file: Path) -> Any:
+def _read_weights(file: Path) -> Any:
     readers: dict[str, Callable[[Path], Any]] = {
         ".npy": _read_npy,
         ".safetensors": load_file,
@@ -106,13 +107,13 @@ def _read(file: Path) -> Any:
         ".pt": _read_pth,
     }
     if file.suffix not in readers:
-        raise ValueError(f"weights in '{file}'? Known: {', '.join(readers)}")
+        raise ValueError(f"cannot read weights from '{file}': its name must end in {', '.join(readers)}")
     try:
         return readers[file.suffix](file)
     except FileNotFoundError as error:
-        raise ValueError(f"no weights in {file}: there is no such file") from error
+        raise ValueError(f"cannot read weights from {file}: there is no such file") from error
     except Exception as error:
-        raise ValueError(f"{file} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot read weights from {file}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _read_npy(file: Path) -> Tensor:
@@ -124,17 +125,17 @@ def _read_pth(file: Path) -> Mapping[str, Any]:
     return state.get("state_dict", state)
 
 
-def _adopt(model: nn.Module, state: Mapping[str, Any], file: Path) -> None:
+def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path) -> None:
     own = model.state_dict()
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
-    other = [k for k in own if k in state and state[k].shape != own[k].shape and k.rpartition(".")[0] not in head]
+    other_shape = [k for k in own if k in state and state[k].shape != own[k].shape and k.rpartition(".")[0] not in head]
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own]
-    if other or missing or unknown:
-        differing = [
-            *(f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in other[:2]),
+    if other_shape or missing or unknown:
+        differences = [
+            *(f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in other_shape[:2]),
             *(f"{k} is missing" for k in missing[:2]),
             *(f"{k} is unknown" for k in unknown[:2]),
         ]
-        raise ValueError(f"{file} is of another architecture than {type(model).__name__}: {'; '.join(differing)}")
+        raise ValueError(f"{file} is for another architecture than {type(model).__name__}: {'; '.join(differences)}")
     model.load_state_dict({k: v for k, v in state.items() if v.shape == own[k].shape}, strict=False)

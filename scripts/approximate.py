@@ -1,6 +1,6 @@
-"""Models a layer's kernels by formulas: python scripts/approximate.py source=resnet18 (or source=conv1.npy)
+"""Approximates a layer's kernels by formulas: python scripts/approximate.py source=resnet18 (or source=conv1.npy)
 
-Writes a table (.md, .csv) of R^2 against the numbers a kernel is given by, the kernels' formulas (.json) and a picture.
+Writes a table (.md, .csv) of R^2 against the number of parameters per kernel, the formulas (.json) and a figure (.png).
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
+from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,76 +18,89 @@ import acl
 import models
 from acl.plot import approximation, to_png
 from models.library import read_kernels
-from training.config import entry
+from training.config import run_script
 from training.errors import UsageError
-from training.files import write_atomic
-from training.records import environment
+from training.provenance import describe_environment
+from training.run_directory import write_atomic
+from training.validation import STRICT, FilePath
 
-SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("Gabor, paper: shape alone", {"kinds": ["G"], "signed": True}),
-    ("Gabor, amplitude", {"kinds": ["G"]}),
-    ("Gabor, amplitude and offset", {"kinds": ["G"], "family": "extended", "fixed": {"gamma": 1.0}}),
-    ("Gabor, extended and amplitude", {"kinds": ["G"], "family": "extended"}),
-    ("five kinds, paper: shape alone", {"signed": True}),
-    ("five kinds, amplitude", {}),
-    ("five kinds, extended and amplitude", {"family": "extended"}),
-)
+FITS: dict[str, dict[str, Any]] = {
+    "Gabor, paper: shape alone": {"kinds": ["G"], "signed": True},
+    "Gabor, amplitude": {"kinds": ["G"]},
+    "Gabor, amplitude and offset": {"kinds": ["G"], "family": "extended", "fixed": {"gamma": 1.0}},
+    "Gabor, extended and amplitude": {"kinds": ["G"], "family": "extended"},
+    "five kinds, paper: shape alone": {"signed": True},
+    "five kinds, amplitude": {},
+    "five kinds, extended and amplitude": {"family": "extended"},
+}
+BEST = "five kinds, extended and amplitude"
 
 
-def main(cfg: DictConfig) -> None:
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class ApproximateSettings:
+    source: str
+    weights: bool | str
+    layer: str
+    tolerances: list[float]
+    profile: str
+    seed: int
+    folder: FilePath
+
+
+def main(settings: ApproximateSettings) -> None:
     try:
-        weight, name = kernels(cfg)
+        weight, name = load_target(settings.source, settings.weights, settings.layer)
         rows, fits = [], {}
-        for setting, options in tqdm(SETTINGS, desc="settings", disable=None):
+        for title, options in tqdm(FITS.items(), desc="settings", disable=None):
             started = time.perf_counter()
-            fit = acl.fit_kernels(weight, profile=cfg.profile, seed=cfg.seed, **options)
+            fit = acl.fit_kernels(weight, profile=settings.profile, seed=settings.seed, **options)
+            seconds = time.perf_counter() - started
             if fit.r2 is None:
                 raise UsageError(
                     f"all {len(fit.kernels)} kernels of {name} are zero or constant: there is nothing to fit"
                 )
-            fits[setting] = fit
-            given = len(options.get("fixed", {})) + options.get("signed", False)  # AKPs and gains that are no numbers
-            given *= sum(bool(kernel.akps) for kernel in fit.kernels)
-            rows.append(row(setting, fit, fit.numbers - given, time.perf_counter() - started))
-        for setting in ("five kinds, amplitude", "five kinds, extended and amplitude"):
-            for tolerance in cfg.tolerances:
-                chosen = fits[setting].choose(tolerance, weight)
-                rows.append(
-                    row(f"auto, {setting.split(', ')[1]}, tolerance {tolerance:g}", chosen, chosen.numbers, None)
-                )
+            fits[title] = fit
+            # Fixed AKPs do not count as parameters, nor does the gain of a fit of the shape alone.
+            not_fitted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
+            parameters = fit.num_parameters - not_fitted * sum(bool(kernel.akps) for kernel in fit.kernels)
+            rows.append(summarize_fit(title, fit, parameters, seconds))
+        for title in ("five kinds, amplitude", BEST):
+            for tolerance in settings.tolerances:
+                chosen = fits[title].choose(tolerance, weight)
+                auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"
+                rows.append(summarize_fit(auto_title, chosen, chosen.num_parameters, None))
     except ValueError as error:
         raise UsageError(str(error)) from error
     frame = pd.DataFrame(rows)
-    best = fits["five kinds, extended and amplitude"]
-    path = Path(cfg.folder) / name
+    path = settings.folder / name
     write_atomic(path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g"))
-    write_atomic(path.with_suffix(".json"), best.to_json() + "\n")
-    write_atomic(path.with_suffix(".png"), to_png(approximation(weight, best.weight(), f"{name}, {SETTINGS[-1][0]}")))
-    write_atomic(path.with_suffix(".md"), markdown(name, weight, frame, best))
+    write_atomic(path.with_suffix(".json"), fits[BEST].to_json() + "\n")
+    write_atomic(path.with_suffix(".png"), to_png(approximation(weight, fits[BEST].weight(), f"{name}, {BEST}")))
+    write_atomic(path.with_suffix(".md"), render_markdown(name, weight, frame, len(fits[BEST].degenerate_slots)))
     print(path.with_suffix(".md").read_text())
 
 
-def kernels(cfg: DictConfig) -> tuple[Tensor, str]:
-    """(out, in / groups, kh, kw), and what to call them. Raises ValueError for what is not there."""
-    if str(cfg.source).endswith(".npy"):
-        return read_kernels(Path(cfg.source)), Path(cfg.source).stem
-    if cfg.source not in models.TORCHVISION and not cfg.source.startswith("timm/"):
+def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, str]:
+    """The kernels (out, in / groups, kh, kw) and a name for them. Raises ValueError for an unknown source or layer."""
+    if source.endswith(".npy"):
+        return read_kernels(Path(source)), Path(source).stem
+    if source not in models.TORCHVISION and not source.startswith("timm/"):
         known = ", ".join(models.TORCHVISION)
-        raise ValueError(f"source={cfg.source} is neither a network ({known}, timm/<name>) nor a .npy file")
-    model = models.build(cfg.source, 3, 1000, {}, pretrained=cfg.weights)
+        raise ValueError(f"source={source} is neither a network ({known}, timm/<name>) nor a .npy file")
+    model = models.create_model(source, 3, 1000, {}, pretrained=weights)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    layer = next(iter(convolutions)) if cfg.layer == "first" else cfg.layer
-    if layer not in convolutions:
-        raise ValueError(f"no convolution is named '{layer}'; there are: {', '.join(convolutions)}")
-    return convolutions[layer].weight.detach(), re.sub("[/.]", "-", f"{cfg.source}-{layer}")
+    name = next(iter(convolutions)) if layer == "first" else layer
+    if name not in convolutions:
+        raise ValueError(f"no convolution is named '{name}'; the model has: {', '.join(convolutions)}")
+    return convolutions[name].weight.detach(), re.sub("[/.]", "-", f"{source}-{name}")
 
 
-def row(setting: str, fit: acl.Fit, numbers: int, seconds: float | None) -> dict[str, object]:
+def summarize_fit(title: str, fit: acl.Fit, parameters: int, seconds: float | None) -> dict[str, object]:
     kinds = [kernel.kind for kernel in fit.kernels]
     return {
-        "setting": setting,
-        "numbers_per_kernel": numbers / len(kinds),
-        "numbers": numbers,
+        "setting": title,
+        "numbers_per_kernel": parameters / len(kinds),
+        "numbers": parameters,
         "r2": fit.r2,
         "worst_r2": min(kernel.r2 for kernel in fit.kernels if kernel.r2 is not None),
         "kinds": " ".join(f"{symbol}{kinds.count(symbol)}" for symbol in acl.kernels.KINDS if symbol in kinds),
@@ -95,16 +108,15 @@ def row(setting: str, fit: acl.Fit, numbers: int, seconds: float | None) -> dict
     }
 
 
-def markdown(name: str, weight: Tensor, frame: pd.DataFrame, fit: acl.Fit) -> str:
-    out, inside, *size = weight.shape
+def render_markdown(name: str, weight: Tensor, frame: pd.DataFrame, degenerate: int) -> str:
+    out_channels, in_channels, *size = weight.shape
     lines = [
         f"# Kernels of {name} as formulas",
         "",
-        f"{out * inside} kernels of {size[0]} x {size[1]}, {weight.numel():,} numbers as they are. R² is "
-        "energy-weighted; "
-        "the shape alone leaves each kernel's size, and for kinds other than Gabor its sign, out of account.",
+        f"{out_channels * in_channels} kernels of size {size[0]} x {size[1]}, {weight.numel():,} weights. R² is "
+        "energy-weighted. A fit of the shape alone ignores each kernel's norm.",
         "",
-        "| setting | numbers a kernel | numbers | R² | worst kernel | kinds |",
+        "| setting | parameters per kernel | parameters | R² | worst kernel | kinds |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for line in frame.itertuples():
@@ -112,12 +124,13 @@ def markdown(name: str, weight: Tensor, frame: pd.DataFrame, fit: acl.Fit) -> st
             f"| {line.setting} | {line.numbers_per_kernel:.2f} | {line.numbers:,} | {line.r2:.4f} | "
             f"{line.worst_r2:.3f} | {line.kinds} |"
         )
-    where = environment()
+    environment = describe_environment()
+    if degenerate:
+        lines += ["", f"Zero or constant kernels, which stay plain: {degenerate}."]
     lines += [
         "",
-        *([f"{len(fit.unfit)} kernels are zero or constant and stay plain.", ""] if fit.unfit else []),
-        f"{frame['seconds'].max():.1f} s for the longest setting on {where['machine']['device']}, "
-        f"{torch.get_num_threads()} threads; commit {where['commit']}; torch {where['versions']['torch']}.",
+        f"The slowest setting took {frame['seconds'].max():.1f} s on {environment['machine']['device']}, "
+        f"{torch.get_num_threads()} threads; commit {environment['commit']}; torch {environment['versions']['torch']}.",
         "",
         f"![Kernels, formulas and residuals]({name}.png)",
     ]
@@ -125,4 +138,4 @@ def markdown(name: str, weight: Tensor, frame: pd.DataFrame, fit: acl.Fit) -> st
 
 
 if __name__ == "__main__":
-    entry(main, "approximate")
+    run_script(main, "approximate", ApproximateSettings)

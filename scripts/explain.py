@@ -2,81 +2,83 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Literal
 
 from lightning_fabric.utilities.seed import seed_everything
-from omegaconf import DictConfig
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated_dataclass
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acl.explain import REPLACEMENTS, Attribution, analytic_layers, attribute, leave_one_out
-from training.config import entry
-from training.data import batches, centre
+from acl.explain import Attribution, attribute, leave_one_out
+from reporting.run_page import render_run_page
+from training.config import run_script
 from training.errors import UsageError
-from training.files import write_atomic
-from training.loop import build, finished, prepare, run_of
-from training.report import report
-from training.sets import Split
+from training.run_directory import write_atomic
+from training.runs import DataLocation, build_model, load_finished_run
+from training.validation import STRICT, FilePath
 
 
-def main(cfg: DictConfig) -> None:
-    for name, value, known in (
-        ("split", cfg.split, ("train", "val", "test")),
-        *(("replace", how, REPLACEMENTS) for how in cfg.replace),
-    ):
-        if value not in known:
-            raise UsageError(f"{name}={value} is none of {', '.join(known)}")
-    if cfg.images is not None and cfg.images < 1:
-        raise UsageError(f"images={cfg.images} is not a whole number of at least 1")
-    folder = run_of(Path(cfg.run))
-    run, data, model = finished(folder, **cfg.data)
-    split: Split = getattr(data, cfg.split)
-    split = Split(split.images[: cfg.images], split.labels[: cfg.images])
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExplainSettings:
+    run: FilePath
+    split: Literal["train", "val", "test"]
+    replace: list[Literal["zero", "mean"]]
+    single: bool
+    data: DataLocation
+    images: int | None = Field(ge=1)
+    file: FilePath | None
 
-    pixels = centre(split.images[:1], run.data)[0, 0].numel()
-    size = max(1, min(500, 2**20 // pixels))  # an attribution holds 16 answers of a layer to a batch
 
-    def feed() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches(split, size):
-            yield prepare(centre(batch.images, run.data), data, run), batch.labels
+def main(settings: ExplainSettings) -> None:
+    run = load_finished_run(settings.run, settings.data)
+    split = getattr(run.data, settings.split)[: settings.images]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        # An attribution holds 16 outputs of a layer for a batch, so batches are small.
+        for batch in run.data.eval_batches(split, max_pixels=2**20, max_size=500):
+            yield batch.images, batch.labels
 
     try:
-        analytic_layers(model)
-        attributions = {how: attribute(model, feed, how) for how in cfg.replace}
-        lost = leave_one_out(model, feed) if cfg.single else None
+        attributions: dict[str, Attribution] = {how: attribute(run.model, batches, how) for how in settings.replace}
+        lost = leave_one_out(run.model, batches) if settings.single else None
     except ValueError as error:
-        raise UsageError(f"{folder}: {error}") from error
-    seed_everything(run.seed, verbose=False)
+        raise UsageError(f"{run.path}: {error}") from error
+    seed_everything(run.settings.seed, verbose=False)
     try:
-        start = build(run, data)  # as the run itself began
-    except UsageError:  # its pretrained weights are not there any more
-        start = None
-    paths = load_file(folder / "akps.safetensors") if (folder / "akps.safetensors").exists() else {}
-    record = json.loads((folder / "record.json").read_text())
-    file = Path(cfg.file or folder / "report.html")
-    numbers = {how: figures(attribution) for how, attribution in attributions.items()}
-    singles = None if lost is None else {name: values.tolist() for name, values in lost.items()}
-    write_atomic(
-        file.with_suffix(".json"), json.dumps({"split": cfg.split, "kinds": numbers, "kernels": singles}) + "\n"
+        initial_model = build_model(run.settings, run.data)
+    except UsageError:  # its pretrained weights are no longer available
+        initial_model = None
+    history_file = run.path / "akps.safetensors"
+    akp_history = load_file(history_file) if history_file.exists() else {}
+    page_file = settings.file or run.path / "report.html"
+    results = {
+        "split": settings.split,
+        "kinds": {how: summarize_attribution(attribution) for how, attribution in attributions.items()},
+        "kernels": None if lost is None else {name: values.tolist() for name, values in lost.items()},
+    }
+    page = render_run_page(
+        run.record, run.model, initial_model, akp_history, attributions, lost, f"{len(split):,} {settings.split}"
     )
-    write_atomic(file, report(record, model, start, paths, attributions, lost, f"{len(split):,} {cfg.split}"))
+    write_atomic(page_file.with_suffix(".json"), json.dumps(results) + "\n")
+    write_atomic(page_file, page)
     for how, attribution in attributions.items():
         values = ", ".join(
             f"{kind} {value:+.2f}" for kind, value in attribution.shapley().items() if kind in attribution.kinds
         )
         print(f"{how}: {attribution.drop:.2f} points = {values}")
-    print(file)
+    print(page_file)
 
 
-def figures(attribution: Attribution) -> dict[str, object]:
-    accuracies = {" ".join(sorted(kept)): attribution.accuracy(kept) for kept in attribution.correct}
+def summarize_attribution(attribution: Attribution) -> dict[str, object]:
+    """The numbers for the JSON file next to the page."""
     return {
         "shapley": attribution.shapley(),
         "drop": attribution.drop,
-        "top1_with": accuracies,
+        "top1_with": {" ".join(sorted(kept)): attribution.accuracy(kept) for kept in attribution.correct},
         "images": attribution.images,
     }
 
 
 if __name__ == "__main__":
-    entry(main, "explain")
+    run_script(main, "explain", ExplainSettings)

@@ -1,44 +1,49 @@
-"""Writes a finished run's network as ONNX: python scripts/export.py run=runs/<id> data.root=/data"""
-
-from pathlib import Path
+"""Exports a finished run's network to ONNX: python scripts/export.py run=runs/<id> data.root=/data"""
 
 import numpy as np
 import onnxruntime
 import torch
-from omegaconf import DictConfig
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 import acl
-from training.config import entry
-from training.data import centre
+from training.config import run_script
 from training.errors import UsageError
-from training.files import write_atomic
-from training.loop import finished
+from training.run_directory import write_atomic
+from training.runs import DataLocation, load_finished_run
+from training.validation import STRICT, FilePath
 
 
-def main(cfg: DictConfig) -> None:
-    run, data, model = finished(Path(cfg.run), **cfg.data)
-    if cfg.fold:
-        acl.fold(model)
-    images = data.normalise(centre(data.val.images[:2], run.data))
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExportSettings:
+    run: FilePath
+    file: FilePath
+    fold: bool
+    data: DataLocation
+
+
+def main(settings: ExportSettings) -> None:
+    run = load_finished_run(settings.run, settings.data)
+    if settings.fold:
+        acl.fold(run.model)
+    images = next(run.data.eval_batches(run.data.val[:2])).images.contiguous()
     exported = torch.onnx.export(
-        model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False
+        run.model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False
     )
     assert exported is not None
     content = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content)
     with torch.no_grad():
-        logits = model(images).numpy()
+        logits = run.model(images).numpy()
     difference = float(np.abs(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0] - logits).max())
     if difference > 1e-4:
         raise UsageError(f"ONNX Runtime's logits differ from torch's by {difference:.2g}; nothing was written")
-    file = Path(cfg.file)
-    write_atomic(file, content)
+    write_atomic(settings.file, content)
     print(
-        f"{file}: images (n, {', '.join(map(str, images.shape[1:]))}), normalised with mean "
-        f"{data.mean.flatten().tolist()} and standard deviation {data.std.flatten().tolist()} of 0 to 255; "
-        f"ONNX Runtime's logits are torch's to {difference:.1g}"
+        f"{settings.file}: images (n, {', '.join(map(str, images.shape[1:]))}) of 0 to 255, normalized with mean "
+        f"{run.data.mean.flatten().tolist()} and standard deviation {run.data.std.flatten().tolist()}; "
+        f"ONNX Runtime's logits equal torch's to {difference:.1g}"
     )
 
 
 if __name__ == "__main__":
-    entry(main, "export")
+    run_script(main, "export", ExportSettings)

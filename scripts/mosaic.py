@@ -1,26 +1,41 @@
-"""Draws the mosaic of a layer at its random start: python scripts/mosaic.py mosaic=G50%_P50% file=mosaic.png"""
-
-from pathlib import Path
+"""Draws the mosaic of a layer with random AKPs: python scripts/mosaic.py mosaic=G50%_P50% file=mosaic.png"""
 
 import torch
-from omegaconf import DictConfig
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from acl import AnalyticConv2d
 from acl.plot import mosaic, to_png
-from training.config import entry
+from training.config import run_script
 from training.errors import UsageError
-from training.files import write_atomic
+from training.run_directory import write_atomic
+from training.validation import STRICT, Count, FilePath
 
 
-def main(cfg: DictConfig) -> None:
-    torch.manual_seed(cfg.seed)
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class MosaicSettings:
+    in_channels: Count
+    out_channels: Count
+    kernel_size: Count
+    mosaic: str
+    seed: int
+    file: FilePath
+
+
+def main(settings: MosaicSettings) -> None:
+    torch.manual_seed(settings.seed)
     try:
-        layer = AnalyticConv2d(cfg.in_channels, cfg.out_channels, cfg.kernel_size, bias=False, arrangement=cfg.mosaic)
+        layer = AnalyticConv2d(
+            settings.in_channels,
+            settings.out_channels,
+            settings.kernel_size,
+            bias=False,
+            arrangement=settings.mosaic,
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    write_atomic(Path(cfg.file), to_png(mosaic(layer)))
-    print(cfg.file)
+    write_atomic(settings.file, to_png(mosaic(layer)))
+    print(settings.file)
 
 
 if __name__ == "__main__":
-    entry(main, "mosaic")
+    run_script(main, "mosaic", MosaicSettings)

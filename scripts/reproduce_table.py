@@ -1,6 +1,7 @@
-"""Does a table's runs and writes it: python scripts/reproduce_table.py table=mnist data.root=/data
+"""Performs the runs of a table and writes it: python scripts/reproduce_table.py table=mnist data.root=/data
 
-With --status it only says which runs are done, running, failed and left.
+With --status, it only lists which runs are done, running, failed and left. With --render, it writes the table again
+from the records in its own .jsonl file.
 """
 
 import re
@@ -9,31 +10,38 @@ import sys
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from training.config import entry
-from training.tables import Table
+from reporting.table import Table, TableSettings
+from training.config import resolve, run_script
+from training.validation import construct
 
-STATUS = "--status" in sys.argv
-if STATUS:
-    sys.argv.remove("--status")
+FLAGS = {flag for flag in ("--status", "--render") if flag in sys.argv}
+sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
 
 
 def main(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
-    own = ("table", "worker")  # the rest is the runs'
     words = [word.removeprefix("++") for word in hydra.overrides.task]
-    overrides = [word for word in words if re.split(r"[.=]", word.lstrip("+"))[0] not in own]
-    table = Table(hydra.runtime.choices["table"], cfg.table, overrides)
-    if STATUS:
+    run_overrides = [word for word in words if re.split(r"[.=]", word.lstrip("+"))[0] not in ("table", "worker")]
+    settings = construct(TableSettings, resolve(cfg)["table"], "table")
+    table = Table(hydra.runtime.choices["table"], settings, run_overrides)
+    if "--status" in FLAGS:
         status = table.status()
         print(f"{table.name}: " + ", ".join(f"{len(titles)} {state}" for state, titles in status.items()))
         for state in ("running", "failed"):
             for title in status[state]:
                 print(f"  {state}: {title}")
-        return
-    table.reproduce()
-    print(f"\n{(table.results / table.name).with_suffix('.md').read_text()}")
+    elif "--render" in FLAGS:
+        table.load_results()
+        table.write()
+        print(table.path.with_suffix(".md"))
+    else:
+        table.reproduce()
+        print(f"\n{table.path.with_suffix('.md').read_text()}")
+    outdated, recorded = table.count_outdated()
+    if outdated:
+        print(f"{outdated} of {recorded} runs were recorded with other code; fresh=true reruns them")
 
 
 if __name__ == "__main__":
-    # What a run's configuration has is known once its row is composed: its data set has keys that the default has not.
-    entry(main, "reproduce_table", ("arrangement", "data", "model", "optim", "trainer", "logger"))
+    # The keys of a run's configuration are known only once a row is composed: data sets have keys of their own.
+    run_script(main, "reproduce_table", new_key_roots=("arrangement", "data", "model", "optim", "trainer", "logger"))

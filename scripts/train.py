@@ -3,22 +3,29 @@
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from training.config import entry
+from training.config import run_script
 from training.loop import run
-from training.records import run_folder
+from training.provenance import digest_sources
+from training.runs import open_run_directory
 
 
 def main(cfg: DictConfig) -> None:
-    record, here = run(cfg)
+    record, is_new = run(cfg)
     result = f"validation {record['val']['top1']:.2f}%"
     if record["test"] is not None:
         result = f"test {record['test']['top1']:.2f}%, {result}"
+    if is_new:
+        note = ""
+    elif record.get("sources") == digest_sources():
+        note = " (recorded before)"
+    else:
+        note = " (recorded before, with other code; fresh=true reruns it)"
     parameters = record["parameters"]
     rank_zero_only(print)(
-        f"{run_folder(cfg)}{'' if here else ' (recorded before)'}: {result} (epoch {record['best_epoch']}), "
+        f"{open_run_directory(cfg).path}{note}: {result} (epoch {record['best_epoch']}), "
         f"{parameters['conv']:,} convolution parameters of {parameters['total']:,}, {record['seconds']:.0f} s"
     )
 
 
 if __name__ == "__main__":
-    entry(main)
+    run_script(main, "train")

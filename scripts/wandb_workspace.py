@@ -1,18 +1,26 @@
-"""Makes a W&B workspace with panels that compare the rows of a table: python scripts/wandb_workspace.py entity=me"""
+"""Creates a W&B workspace that compares the rows of a table: python scripts/wandb_workspace.py entity=me"""
 
 from typing import Any
 
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from omegaconf import DictConfig
+from pydantic.dataclasses import dataclass as validated_dataclass
 
-from training.config import entry
+from training.config import run_script
 from training.errors import UsageError
+from training.validation import STRICT
 
 
-def workspace(cfg: DictConfig) -> ws.Workspace:
-    """Runs grouped by table and row; curves over epochs, and accuracy against parameters."""
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class WorkspaceSettings:
+    entity: str
+    project: str
+    name: str
+
+
+def create_workspace(settings: WorkspaceSettings) -> ws.Workspace:
+    """Runs grouped by table and row, with curves over epochs and accuracy against parameters."""
     curves: list[Any] = [
         wr.LinePlot(title=metric, x="epoch", y=[metric]) for metric in ("val_top1", "val_loss", "train_loss")
     ]
@@ -26,9 +34,9 @@ def workspace(cfg: DictConfig) -> ws.Workspace:
         wr.BarPlot(title="test accuracy (%)", metrics=[wr.SummaryMetric("test.top1")]),
     ]
     return ws.Workspace(
-        name=cfg.name,
-        entity=cfg.entity,
-        project=cfg.project,
+        name=settings.name,
+        entity=settings.entity,
+        project=settings.project,
         sections=[
             ws.Section(name="Results", panels=results, is_open=True),
             ws.Section(name="Training", panels=curves, is_open=True),
@@ -37,13 +45,13 @@ def workspace(cfg: DictConfig) -> ws.Workspace:
     )
 
 
-def main(cfg: DictConfig) -> None:
-    made = workspace(cfg)
+def main(settings: WorkspaceSettings) -> None:
+    workspace = create_workspace(settings)
     if not wandb.login(prompt=False):
         raise UsageError("a workspace needs a W&B account: run `wandb login` first")
-    made.save()
-    print(made.url)
+    workspace.save()
+    print(workspace.url)
 
 
 if __name__ == "__main__":
-    entry(main, "wandb_workspace")
+    run_script(main, "wandb_workspace", WorkspaceSettings)

@@ -3,5 +3,6 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def seed_torch() -> None:
+    """Gives each test the same random numbers in every run and in every order."""
     torch.manual_seed(0)

@@ -1,1 +1,1 @@
-"""What runs an experiment: data, the loop, records and tables."""
+"""One run, from a configuration to a record: data, model, optimization, the loop and the run directory."""

@@ -1,4 +1,4 @@
-"""Configurations: composing them as the command line does, and refusing values that cannot be."""
+"""Configurations: composing them as the command line does, what identifies a run, and running scripts with them."""
 
 import functools
 import os
@@ -16,83 +16,96 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UsageError
+from training.validation import construct
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda v: _is_whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
-    "data.shift": (lambda v: _is_whole(v) and 0 <= v <= 16, "a whole number of pixels from 0 to 16"),
-    "data.flip": (lambda v: isinstance(v, bool), "true or false"),
-    "data.size": (lambda v: v is None or (_is_whole(v) and v >= 1), "a whole number of pixels of at least 1"),
-    "data.crop": (lambda v: v is None or (_is_whole(v) and v >= 1), "a whole number of pixels of at least 1, or null"),
-    "data.min_area": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number above 0 and up to 1"),
-    "data.validation": (lambda v: v is None or (_is_number(v) and 0 < v < 1), "a number between 0 and 1"),
-    "data.skip_undecodable": (lambda v: v is None or isinstance(v, bool), "true or false"),
-    "optim.lr": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-    "optim.akp_lr_scale": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-    "optim.weight_decay": (lambda v: _is_number(v) and v >= 0, "a number of at least 0"),
-    "optim.label_smoothing": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
-    "optim.schedule": (lambda v: v in ("onecycle", "cosine"), "onecycle or cosine"),
-    "trainer.epochs": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
-    "trainer.batch_size": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
-    "trainer.devices": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
-    "trainer.nodes": (lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1"),
-    "trainer.checkpoint_minutes": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-    "trainer.deterministic": (lambda v: isinstance(v, bool), "true or false"),
-    "trainer.compile": (lambda v: isinstance(v, bool), "true or false"),
-    "trainer.channels_last": (lambda v: isinstance(v, bool), "true or false"),
-    "trainer.test": (lambda v: isinstance(v, bool), "true or false"),
-}
+# These options do not change a run's result, so they are not part of its identity.
+_NOT_IN_IDENTITY = (
+    ("paths",),
+    ("logger",),
+    ("fresh",),
+    ("data", "root"),
+    ("data", "cache"),
+    *(
+        ("trainer", key)
+        for key in ("accelerator", "strategy", "devices", "nodes", "deterministic", "compile", "checkpoint_minutes")
+    ),
+)
+# An option added later is null by default and then not part of the identity, so that existing runs keep their ids.
+# These were null from the start, and are part of it.
+_NULL_IN_IDENTITY = (("model", "layer"), ("data", "crop"), ("data", "mean"), ("data", "std"))
 
 
-def check(cfg: DictConfig) -> None:
-    """Raises UsageError for the first value of a run's configuration that cannot be."""
-    for key, (valid, wanted) in _CHECKS.items():
-        value = OmegaConf.select(cfg, key)
-        if not valid(value):
-            raise UsageError(f"{key}={value} is not {wanted}")
-    if cfg.data.get("crop") and cfg.data.crop > cfg.data.size:
-        raise UsageError(f"data.crop={cfg.data.crop} is more than data.size={cfg.data.size}, what there is of an image")
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, as written to config.yaml."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
-def open_keys(overrides: list[str], roots: tuple[str, ...] = ("arrangement",)) -> list[str]:
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a run's configuration that determines its result."""
+    return _drop_irrelevant(resolve(cfg), ())
+
+
+def _drop_irrelevant(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        here = (*path, key)
+        is_later_default = value is None and here not in _NULL_IN_IDENTITY and here[0] != "arrangement"
+        if here not in _NOT_IN_IDENTITY and not is_later_default:
+            kept[key] = _drop_irrelevant(value, here) if isinstance(value, dict) else value
+    return kept
+
+
+def is_in_identity(override: str) -> bool:
+    """Whether an override such as ``data.root=/data`` can change a run's result."""
+    path = tuple(override.lstrip("+").split("=")[0].split("."))
+    return not any(path[: len(excluded)] == excluded for excluded in _NOT_IN_IDENTITY)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots: layer names contain dots, which a configuration reads as levels."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {
+        name: value
+        for key, child in node.items()
+        for name, value in flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def allow_new_keys(overrides: list[str], roots: tuple[str, ...] = ("arrangement",)) -> list[str]:
     """Lets overrides below ``roots`` name keys that the configuration does not have yet.
 
-    Layers are named by the user, so ``arrangement.<layer>=`` may name one that no configuration has.
+    Users name layers, so ``arrangement.<layer>=`` may name one that appears in no configuration.
     """
-    return [f"++{word}" if word.startswith(tuple(f"{root}." for root in roots)) else word for word in overrides]
+    prefixes = tuple(f"{root}." for root in roots)
+    return [f"++{word}" if word.startswith(prefixes) else word for word in overrides]
 
 
 def compose(overrides: list[str], config: str = "train") -> DictConfig:
     """The configuration that a command line with these overrides gives.
 
     Raises:
-        UsageError: an override that does not fit.
+        UsageError: for an override that does not fit.
     """
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(config, open_keys(overrides))
+            return hydra.compose(config, allow_new_keys(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(one_line(error)) from error
+        raise UsageError(format_error(error)) from error
     finally:
         GlobalHydra.instance().clear()
         if outer is not None:
             GlobalHydra.instance().initialize(outer)
 
 
-def one_line(error: BaseException) -> str:
-    """A configuration error in one line."""
+def format_error(error: BaseException) -> str:
+    """An error and its causes in one line."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}'; known: {', '.join(error.options)}"
@@ -102,35 +115,45 @@ def one_line(error: BaseException) -> str:
     return ": ".join(dict.fromkeys(" ".join(str(cause).split()) for cause in causes))
 
 
-def entry(
-    task: Callable[[DictConfig], None], config: str = "train", open_roots: tuple[str, ...] = ("arrangement",)
+def run_script(
+    task: Callable[[Any], None],
+    config: str,
+    settings: Callable[..., Any] | None = None,
+    new_key_roots: tuple[str, ...] = ("arrangement",),
 ) -> None:
-    """Runs a script's task under Hydra. What a user can mend is one line on stderr and exit status 2."""
-    asked = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra else prints errors its own way and exits with 1
-    sys.argv[1:] = open_keys(sys.argv[1:], open_roots)
+    """Runs a script's task under Hydra. An error that the user can fix becomes one line on stderr and exit status 2.
+
+    Args:
+        task: takes the configuration, or the ``settings`` made of it.
+        config: the name of the configuration file.
+        settings: a validated dataclass of the configuration's options.
+        new_key_roots: as for ``allow_new_keys``.
+    """
+    user_wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own way and exits with status 1
+    sys.argv[1:] = allow_new_keys(sys.argv[1:], new_key_roots)
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> None:
         try:
-            task(cfg)
+            task(cfg if settings is None else construct(settings, resolve(cfg)))
         except (UsageError, OmegaConfBaseException) as error:
-            # Hydra names the failing job in a line of its own: right in a sweep, noise for a single run.
-            if asked or HydraConfig.get().mode == RunMode.MULTIRUN:
+            # Hydra adds a line that names the failing job, which is useful in a sweep only.
+            if user_wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            _refuse(error)
+            _exit_with(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
     except (UsageError, HydraException, OmegaConfBaseException) as error:
-        if asked:
+        if user_wants_traceback:
             raise
-        _refuse(error)
+        _exit_with(error)
     except KeyboardInterrupt:
-        print("interrupted; what is recorded is kept", file=sys.stderr)
+        print("interrupted; finished work is kept", file=sys.stderr)
         sys.exit(130)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    print(f"error: {error if isinstance(error, UsageError) else one_line(error)}", file=sys.stderr)
+def _exit_with(error: Exception) -> NoReturn:
+    print(f"error: {error if isinstance(error, UsageError) else format_error(error)}", file=sys.stderr)
     sys.exit(2)

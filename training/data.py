@@ -1,30 +1,87 @@
-"""Data sets as uint8 tensors; a batch is an index, and all else is computed batched on the device."""
+"""Batches of images: uint8 tensors that are indexed, augmented and normalized in batches on the device."""
 
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from pydantic import Field, validate_call
+from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.datasets import DATASETS, Split
 from training.errors import UsageError
-from training.sets import SETS, Split
+from training.validation import STRICT, construct
 
-ON_DEVICE = 2**32
-"""Bytes up to which a data set lives on the device; a larger one stays mapped from its file."""
+MAX_BYTES_ON_DEVICE = 2**32
+"""A larger data set stays mapped from its file."""
+EVAL_PIXELS = 2**24
+"""Maximum number of pixels in a batch of evaluation."""
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Augmentation:
+    """Random changes of training images, and the center crop of test images to the same size."""
+
+    shift: int = Field(ge=0, le=16)
+    """Images are shifted by up to this many pixels; zeros fill the border."""
+    flip: bool
+    """Half of the images are mirrored."""
+    crop: int | None = Field(default=None, ge=1)
+    """The size in pixels of random resized crops; None: no crop."""
+    min_area: float | None = Field(default=None, gt=0, le=1)
+    """The smallest share of the image's area that a crop shows."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augments each image on its own.
+
+        Args:
+            images: (n, channels, height, width).
+            generator: on the CPU, so that the random numbers do not depend on the device.
+
+        Returns:
+            (n, channels, height, width); with ``crop``, (n, channels, crop, crop), float32 if the images are on a GPU.
+        """
+        n, channels, height, width = images.shape
+
+        def draw(high: int) -> Tensor:
+            return torch.randint(high, (n, 1, 1, 1), generator=generator).to(images.device)
+
+        if self.crop is not None:
+            images = _random_resized_crop(images, self.crop, self.min_area or 1.0, self.flip, generator)
+            height = width = self.crop
+        if shift := self.shift:
+            rows = draw(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
+            columns = draw(2 * shift + 1) + torch.arange(width, device=images.device)
+            pixels = (rows * (width + 2 * shift) + columns).flatten(2).expand(n, channels, -1)
+            images = F.pad(images, (shift,) * 4).flatten(2).gather(2, pixels).view_as(images)
+        if self.flip and self.crop is None:
+            images = torch.where(draw(2).bool(), images.flip(-1), images)
+        return images
+
+    def center_crop(self, images: Tensor) -> Tensor:
+        """The center of test images, of the size of training crops."""
+        if self.crop is None:
+            return images
+        top, left = ((length - self.crop) // 2 for length in images.shape[-2:])
+        return images[..., top : top + self.crop, left : left + self.crop]
 
 
 @dataclass(frozen=True)
 class Data:
+    """A data set and how its images become the input of a network."""
+
     train: Split
     val: Split
     test: Split
     classes: int
-    mean: Tensor  # (1, channels, 1, 1), of the training images unless the configuration has its own; 0 to 255
+    mean: Tensor  # (1, channels, 1, 1), 0 to 255
     std: Tensor
+    augmentation: Augmentation
+    memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def channels(self) -> int:
@@ -32,79 +89,71 @@ class Data:
 
     def to(self, device: torch.device) -> "Data":
         names = ["mean", "std"]
-        if sum(split.images.nbytes for split in (self.train, self.val, self.test)) <= ON_DEVICE:
+        if sum(split.images.nbytes for split in (self.train, self.val, self.test)) <= MAX_BYTES_ON_DEVICE:
             names += ["train", "val", "test"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images of 0 to 255 -> float32 of mean 0 and variance 1 over the training images."""
-        return images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images of 0 to 255 -> float32 input of the network, of mean 0 and variance 1 over the training images."""
+        normalized = images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
+        return normalized.contiguous(memory_format=self.memory_format)
+
+    def eval_batches(self, split: Split, max_pixels: int = EVAL_PIXELS, max_size: int = 1000) -> Iterator[Split]:
+        """A split in order, as center-cropped and normalized batches on the device."""
+        pixels = self.augmentation.center_crop(split.images[:1])[0, 0].numel() if len(split) else 1
+        for batch in iterate_batches(split, max(1, min(max_size, max_pixels // pixels))):
+            batch = batch.to(self.mean.device)
+            yield Split(self.normalize(self.augmentation.center_crop(batch.images)), batch.labels)
 
 
-def load(cfg: DictConfig) -> Data:
-    """Reads the data set that ``cfg`` (a ``configs/data`` entry) names.
+@validate_call(config=STRICT | {"arbitrary_types_allowed": True})
+def load_data(
+    name: str,
+    augmentation: Augmentation,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    **options: Any,
+) -> Data:
+    """Reads a data set.
+
+    Args:
+        name: one of ``DATASETS``.
+        augmentation: of the training images.
+        mean, std: per channel, of images of 0 to 1; None: those of the training images.
+        options: of the reader.
 
     Raises:
-        UsageError: files that are missing and cannot be downloaded, or that are corrupt; a split without a class.
+        UsageError: for an invalid option, files that are missing and cannot be downloaded or that are corrupt, or a
+            split without images of some class.
     """
-    if cfg.name not in SETS:
-        raise UsageError(f"unknown data.name '{cfg.name}'; known: {', '.join(SETS)}")
-    train, val, test = SETS[cfg.name](cfg)
-    if cfg.get("mean") is None:
-        mean, std = _moments(train.images)
+    if name not in DATASETS:
+        raise UsageError(f"unknown data.name '{name}'; known: {', '.join(DATASETS)}")
+    train, val, test = construct(DATASETS[name], options, "data")
+    if mean is None or std is None:
+        mean_tensor, std_tensor = _compute_moments(train.images)
     else:
-        mean, std = (255 * torch.tensor(list(cfg[name])).view(1, -1, 1, 1) for name in ("mean", "std"))
-    return Data(train, val, test, classes=int(train.labels.max()) + 1, mean=mean, std=std)
+        mean_tensor, std_tensor = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return Data(train, val, test, int(train.labels.max()) + 1, mean_tensor, std_tensor, augmentation)
 
 
-def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, each (1, channels, 1, 1); over evenly spaced images if they are many."""
+def _compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, each (1, channels, 1, 1); of a sample if there are many images."""
     images = images[:: math.ceil(images.numel() / 2**28)]
     std, mean = torch.std_mean(images.contiguous().float(), dim=(0, 2, 3), keepdim=True)
     return mean, std
 
 
-def batches(split: Split, size: int) -> Iterator[Split]:
-    """The split in order, in batches of ``size``, the last one as it comes."""
-    for i in range(0, len(split), size):
-        yield Split(split.images[i : i + size], split.labels[i : i + size])
+def iterate_batches(split: Split, size: int) -> Iterator[Split]:
+    """The split in order, in batches of ``size``; the last one may be smaller."""
+    for start in range(0, len(split), size):
+        yield split[start : start + size]
 
 
-def augment(images: Tensor, cfg: DictConfig, generator: torch.Generator) -> Tensor:
-    """Training images at random, each on its own: a resized crop, a shift (zeros come in), a mirroring.
+def _random_resized_crop(images: Tensor, size: int, min_area: float, flip: bool, generator: torch.Generator) -> Tensor:
+    """Scales a random box of each image, of ``min_area`` to all of its area and 3:4 to 4:3, to ``size`` x ``size``.
 
-    Args:
-        images: (n, channels, height, width).
-        cfg: ``crop`` (pixels of the result; absent: no crop) and ``min_area`` (the least share of the image that it
-            shows), ``shift`` (up to so many pixels), ``flip`` (half of them).
-        generator: on the CPU, so that any device sees the same.
-
-    Returns:
-        (n, channels, height, width), or ``crop`` x ``crop`` and float32.
-    """
-    n, channels, height, width = images.shape
-
-    def draw(high: int) -> Tensor:
-        return torch.randint(high, (n, 1, 1, 1), generator=generator).to(images.device)
-
-    if cfg.get("crop"):
-        images = _resized_crop(images, cfg.crop, cfg.min_area, cfg.flip, generator)
-        height = width = cfg.crop
-    if shift := cfg.shift:
-        rows = draw(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
-        columns = draw(2 * shift + 1) + torch.arange(width, device=images.device)
-        pixels = (rows * (width + 2 * shift) + columns).flatten(2).expand(n, channels, -1)
-        images = F.pad(images, (shift,) * 4).flatten(2).gather(2, pixels).view_as(images)
-    if cfg.flip and not cfg.get("crop"):
-        images = torch.where(draw(2).bool(), images.flip(-1), images)
-    return images
-
-
-def _resized_crop(images: Tensor, size: int, min_area: float, flip: bool, generator: torch.Generator) -> Tensor:
-    """A box of ``min_area`` to all of each image's area, 3:4 to 4:3, anywhere in it, scaled to ``size`` x ``size``.
-
-    With ``flip`` half of them are mirrored, which here costs nothing.
-    The distribution is that of torchvision's RandomResizedCrop, but for boxes that do not fit: they are made to.
+    With ``flip``, half of the boxes are mirrored, at no extra cost. The distribution is that of torchvision's
+    RandomResizedCrop, except that boxes that do not fit are clipped.
     """
     area, aspect, x, y = torch.rand(4, len(images), generator=generator)
     area = min_area + (1 - min_area) * area
@@ -115,43 +164,42 @@ def _resized_crop(images: Tensor, size: int, min_area: float, flip: bool, genera
         mirrored = torch.rand(len(images), generator=generator) < 0.5
         x, width = torch.where(mirrored, x + width, x), torch.where(mirrored, -width, width)
     boxes = torch.stack([x, y, width, height], 1)
-    return (_crops_one_by_one if images.device.type == "cpu" else _crops_at_once)(images, boxes, size)
+    if images.device.type == "cpu":
+        return crop_images_in_threads(images, boxes, size)
+    return crop_images_in_one_batch(images, boxes, size)
 
 
-def _crops_at_once(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """``boxes``: (n, 4), left, top, width and height as shares of the image's; of negative width, mirrored."""
+def crop_images_in_one_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Scales one box of each image to ``size`` x ``size`` pixels, float32, in one operation for a GPU.
+
+    Args:
+        images: (n, channels, height, width).
+        boxes: (n, 4), left, top, width and height as shares of the image's; a negative width mirrors the box.
+        size: in pixels.
+    """
     left, top, width, height = boxes.to(images.device).unbind(1)
     zero = torch.zeros_like(width)
-    # In affine_grid's coordinates an image reaches from -1 to 1.
+    # In affine_grid's coordinates, an image extends from -1 to 1.
     rows = [width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1]
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def _crops_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """The same in whole pixels and uint8, for which a CPU has a quick way; it takes no batch of different boxes."""
-    high, wide = images.shape[-2:]
-    pixels = (boxes * torch.tensor([wide, high, wide, high])).round().int().tolist()
+def crop_images_in_threads(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """As ``crop_images_in_one_batch``, but in whole pixels and uint8, for which a CPU has a fast path."""
+    image_height, image_width = images.shape[-2:]
+    pixels = (boxes * torch.tensor([image_width, image_height, image_width, image_height])).round().int().tolist()
     crops = torch.empty(len(images), size, size, images.shape[1], dtype=images.dtype).permute(0, 3, 1, 2)
+    threads = torch.get_num_threads()
 
-    workers = torch.get_num_threads()
-
-    def crop(worker: int) -> None:
-        for i in range(worker, len(images), workers):
+    def crop_every_nth(first: int) -> None:
+        for i in range(first, len(images), threads):
             left, top, width, height = pixels[i]
             right = max(left, left + width)
             box = images[i : i + 1, :, top : top + max(height, 1), right - max(abs(width), 1) : right]
             box = box.flip(-1) if width < 0 else box
             crops[i] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(crop, range(workers)))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(crop_every_nth, range(threads)))
     return crops
-
-
-def centre(images: Tensor, cfg: DictConfig) -> Tensor:
-    """The centre of test images, as large as training crops are."""
-    if not cfg.get("crop"):
-        return images
-    top, left = ((length - cfg.crop) // 2 for length in images.shape[-2:])
-    return images[..., top : top + cfg.crop, left : left + cfg.crop]

@@ -1,9 +1,9 @@
-"""What a user can mend."""
+"""Errors that the user can fix."""
 
 
 class UsageError(Exception):
-    """One line for the user: what was wrong and what would be right. Entry points print it and exit with status 2."""
+    """One line for the user: what is wrong, the value, and what would be right. Scripts exit with status 2."""
 
 
 class BusyError(UsageError):
-    """Another process is at this run."""
+    """Another process is working on this run."""

@@ -1,57 +1,74 @@
-"""Where metrics go beside metrics.csv."""
+"""Experiment trackers, which log metrics in addition to metrics.csv."""
 
 import io
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from omegaconf import DictConfig
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
-from acl import AnalyticConv2d
-from training.records import resolved, run_id
+from acl import analytic_layers
+from training.run_directory import RunDirectory
+from training.validation import STRICT
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggerSettings:
+    """The options of configs/logger."""
+
+    name: Literal["none", "wandb"]
+    project: str = "anann"
+    group: str | None = None
+    row: str | None = None
+    title: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    pictures_every: int = Field(default=5, ge=1)
 
 
 class Logger:
-    """Logs nothing; the base of those that do."""
+    """Logs nothing; the base class of loggers. Leaving its context ends the log, whether the run finished or not."""
 
     def __enter__(self) -> "Logger":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """The run is over, done or not."""
+    ) -> None: ...
 
     def start(self, epoch: int) -> None:
-        """The run starts, or goes on after ``epoch`` epochs."""
+        """Called before training; ``epoch`` is the number of epochs that an interrupted run has completed."""
 
-    def log(self, row: dict[str, float]) -> None:
-        """One epoch's metrics."""
+    def log(self, metrics: dict[str, float]) -> None:
+        """Logs the metrics of one epoch."""
 
     def finish(self, record: dict[str, Any]) -> None:
-        """The run is recorded."""
+        """Logs the record of the finished run."""
 
 
 class WandbLogger(Logger):
-    """Weights & Biases; offline, in the run's folder, where there is no API key.
+    """Logs to Weights & Biases, or offline in the run's folder if there is no API key.
 
-    A run is one W&B run, grouped by table and named by row and seed, and goes on under its own id when it is resumed.
+    Each run is one W&B run, grouped by table and named by row and seed; a resumed run keeps its id.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path, model: nn.Module) -> None:
+    def __init__(
+        self, settings: LoggerSettings, directory: RunDirectory, config: dict[str, Any], model: nn.Module
+    ) -> None:
         import wandb
 
-        self.cfg = cfg
-        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, AnalyticConv2d)}
+        self.layers = analytic_layers(model)
+        self.epochs = config["trainer"]["epochs"]
+        self.pictures_every = settings.pictures_every
+        data_name = config["data"]["name"]
         self.run = wandb.init(
-            project=cfg.logger.project,
-            id=run_id(cfg),
-            group=cfg.logger.group,
-            name=cfg.logger.title or f"{cfg.data.name} seed {cfg.seed}",
-            tags=[cfg.data.name, cfg.model.backbone, *cfg.logger.tags],
-            config={**resolved(cfg), "row": cfg.logger.row},
-            dir=str(folder),
+            project=settings.project,
+            id=directory.id,
+            group=settings.group,
+            name=settings.title or f"{data_name} seed {config['seed']}",
+            tags=[data_name, config["model"]["backbone"], *settings.tags],
+            config={**config, "row": settings.row},
+            dir=str(directory.path),
             resume="allow",
             mode=None if wandb.login(prompt=False) else "offline",
             reinit="create_new",
@@ -64,18 +81,17 @@ class WandbLogger(Logger):
 
     def start(self, epoch: int) -> None:
         if epoch == 0:
-            self.run.log(self._pictures(), step=0)
+            self.run.log(self._draw_layers(), step=0)
 
-    def log(self, row: dict[str, float]) -> None:
-        epoch = int(row["epoch"])
-        last = epoch == self.cfg.trainer.epochs
-        pictures = self._pictures() if last or epoch % self.cfg.logger.pictures_every == 0 else {}
-        self.run.log({**row, **pictures}, step=epoch)
+    def log(self, metrics: dict[str, float]) -> None:
+        epoch = int(metrics["epoch"])
+        has_pictures = epoch == self.epochs or epoch % self.pictures_every == 0
+        self.run.log({**metrics, **(self._draw_layers() if has_pictures else {})}, step=epoch)
 
     def finish(self, record: dict[str, Any]) -> None:
         self.run.summary.update({key: value for key, value in record.items() if key != "config"})
 
-    def _pictures(self) -> dict[str, Any]:
+    def _draw_layers(self) -> dict[str, Any]:
         """The mosaic of each analytic layer, and histograms of its AKPs in natural units."""
         import PIL.Image
         import wandb
@@ -87,11 +103,17 @@ class WandbLogger(Logger):
             pictures[f"{name}/mosaic"] = wandb.Image(PIL.Image.open(io.BytesIO(to_png(mosaic(layer, name)))))
             for symbol, akps in layer.akps().items():
                 for akp, values in akps.items():
-                    histogram = wandb.Histogram(values.detach().float().cpu().tolist())
-                    pictures[f"{name}/{symbol}/{akp}"] = histogram
+                    pictures[f"{name}/{symbol}/{akp}"] = wandb.Histogram(values.detach().float().cpu().tolist())
         return pictures
 
 
-def open_logger(cfg: DictConfig, folder: Path, model: nn.Module) -> Logger:
-    """The logger that ``cfg.logger`` names."""
-    return WandbLogger(cfg, folder, model) if cfg.logger.name == "wandb" else Logger()
+def open_logger(settings: LoggerSettings, directory: RunDirectory, config: dict[str, Any], model: nn.Module) -> Logger:
+    """The logger of a run.
+
+    Args:
+        settings: name the logger.
+        directory: of the run.
+        config: the run's resolved configuration.
+        model: the network, whose analytic layers are drawn.
+    """
+    return WandbLogger(settings, directory, config, model) if settings.name == "wandb" else Logger()

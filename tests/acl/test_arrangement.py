@@ -1,25 +1,24 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acl import Arrangement
+from acl import AnalyticConv2d, Arrangement
 from acl.kernels import KINDS
 
 PAPER = "G30 Lg15 Lt15 Tf30 Ts6 P96"
 
-terms = st.lists(st.sampled_from(list(KINDS)), min_size=1, unique=True).flatmap(
-    lambda symbols: st.tuples(
-        st.just(symbols), st.lists(st.integers(0, 500), min_size=len(symbols), max_size=len(symbols))
-    )
+counts_by_kind = st.lists(st.sampled_from(list(KINDS)), min_size=1, unique=True).flatmap(
+    lambda symbols: st.fixed_dictionaries({symbol: st.integers(0, 500) for symbol in symbols})
 )
+slot_kind_lists = st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=60)
 
 
-@given(terms)
-def test_printing_and_parsing_are_inverse(drawn: tuple[list[str], list[int]]) -> None:
-    text = " ".join(f"{symbol}{count}" for symbol, count in zip(*drawn, strict=True))
+@given(counts_by_kind)
+def test_parse_inverts_str(counts: dict[str, int]) -> None:
+    text = " ".join(f"{symbol}{count}" for symbol, count in counts.items())
     assert str(Arrangement.parse(text)) == text
     assert Arrangement.parse(text.replace(" ", "_")) == Arrangement.parse(text)
-    assert list(Arrangement.parse(text).counts.items()) == list(zip(*drawn, strict=True))
+    assert list(Arrangement.parse(text).counts.items()) == list(counts.items())
 
 
 @given(
@@ -28,21 +27,56 @@ def test_printing_and_parsing_are_inverse(drawn: tuple[list[str], list[int]]) ->
     st.integers(1, 64),
     st.integers(1, 64),
 )
-def test_shares_fill_any_layer_and_are_off_by_less_than_one(
-    symbols: list[str], mille: int, inside: int, out: int
+def test_fill_rounds_shares_by_less_than_one_kernel(
+    symbols: list[str], per_mille: int, in_channels: int, out_channels: int
 ) -> None:
-    shares = {symbols[0]: mille / 10, symbols[1]: (1000 - mille) / 10}
+    shares = {symbols[0]: per_mille / 10, symbols[1]: (1000 - per_mille) / 10}
     text = " ".join(f"{symbol}{share}%" for symbol, share in shares.items())
-    counts = Arrangement.parse(text).fill(inside, out).counts
-    assert sum(counts.values()) == inside * out
-    assert all(abs(counts[symbol] - share * inside * out / 100) < 1 for symbol, share in shares.items())
+    slots = in_channels * out_channels
+    counts = Arrangement.parse(text).fill(in_channels, out_channels).counts
+    assert sum(counts.values()) == slots
+    assert all(abs(counts[symbol] - share * slots / 100) < 1 for symbol, share in shares.items())
     assert Arrangement.parse(str(Arrangement.parse(text))) == Arrangement.parse(text)
 
 
-def test_the_papers_example_fills_a_resnets_first_layer() -> None:
+def test_fill_keeps_paper_example_for_resnet_stem() -> None:
     arrangement = Arrangement.parse(PAPER)
     assert arrangement.fill(3, 64) == arrangement
     assert sum(arrangement.counts.values()) == 192
+
+
+@given(counts_by_kind)
+def test_kernel_ranges_split_kernels_in_order(counts: dict[str, int]) -> None:
+    ranges = Arrangement.parse(" ".join(f"{symbol}{count}" for symbol, count in counts.items())).kernel_ranges
+    assert list(ranges) == list(counts)
+    assert [i for positions in ranges.values() for i in positions] == list(range(sum(counts.values())))
+    assert {symbol: len(positions) for symbol, positions in ranges.items()} == counts
+
+
+@given(slot_kind_lists)
+@settings(deadline=None)
+def test_from_slot_kinds_inverts_slot_kinds_of_layer(slot_kinds: list[str]) -> None:
+    arrangement, placement = Arrangement.from_slot_kinds(slot_kinds)
+    layer = AnalyticConv2d(1, len(slot_kinds), 3, arrangement=arrangement, placement=placement)
+    assert layer.slot_kinds == slot_kinds
+    for symbol in KINDS:
+        slots = [slot for slot, kind in enumerate(slot_kinds) if kind == symbol]
+        assert arrangement.counts.get(symbol, 0) == len(slots)
+        if slots:
+            assert layer.slots_of(symbol) == slots
+
+
+@given(slot_kind_lists)
+def test_from_slot_kinds_needs_no_placement_in_registry_order(slot_kinds: list[str]) -> None:
+    in_order = sorted(slot_kinds, key=list(KINDS).index)
+    arrangement, placement = Arrangement.from_slot_kinds(in_order)
+    assert placement is None
+    assert list(arrangement.counts) == list(dict.fromkeys(in_order))
+    same_arrangement, placement = Arrangement.from_slot_kinds(slot_kinds)
+    assert same_arrangement == arrangement
+    assert (placement is None) == (slot_kinds == in_order)
+    if placement is not None:
+        assert [in_order[i] for i in placement.tolist()] == slot_kinds
 
 
 @pytest.mark.parametrize(
@@ -53,9 +87,9 @@ def test_the_papers_example_fills_a_resnets_first_layer() -> None:
             r"unknown kind 'X'.*known: G \(Gabor\), Lg \(LoG\), Lt \(LoT\), Tf \(TGD 1st\), Ts .*, P \(Plain\)",
         ),
         ("g6", "unknown kind 'g'"),
-        ("G3 P1 G2", "'G' stands twice"),
-        ("G-3 P9", "'G-3'.*not a whole number of at least 0"),
-        ("G2.5 P3.5", "'G2.5'.*not a whole number"),
+        ("G3 P1 G2", "kind 'G' appears twice"),
+        ("G-3 P9", "'G-3'.*must be a whole number of at least 0"),
+        ("G2.5 P3.5", "'G2.5'.*must be a whole number"),
         ("G50% P40%", "add up to 90%, not 100%"),
         ("G150% P-50%", "'P-50%'"),
         ("G50% P3", "mixes counts and shares"),
@@ -65,13 +99,18 @@ def test_the_papers_example_fills_a_resnets_first_layer() -> None:
         ("G1e3", "not a kind and a number"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(text: str, message: str) -> None:
+def test_parse_names_what_is_invalid(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Arrangement.parse(text)
 
 
-def test_counts_that_do_not_fill_a_layer() -> None:
+def test_fill_rejects_wrong_total() -> None:
     with pytest.raises(ValueError, match=r"'G5' fills 5 of 6 kernels of conv1 \(1 x 6\)"):
         Arrangement.parse("G5").fill(1, 6, "conv1")
+
+
+def test_counts_reject_shares_and_auto() -> None:
     with pytest.raises(ValueError, match="in shares"):
         _ = Arrangement.parse("G100%").counts
+    with pytest.raises(ValueError, match="'auto' needs kernels to choose from"):
+        _ = Arrangement.parse("auto").counts

@@ -1,4 +1,8 @@
+"""acl.convert: conversion of any network into an analytic network and back, and the inspection of its layers."""
+
 import pickle
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,17 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from acl import AnalyticConv2d, convert, fold, summary
+from acl import AnalyticConv2d, analytic_layers, convert, fold, summary
+from acl.convert import _HOOK_ATTRIBUTES
 
 
-def net() -> nn.Sequential:
+def make_network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=2), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, bias=False))
     )
 
 
-def test_plain_kernels_and_biases_come_from_the_slots_they_replace() -> None:
-    model = net()
+def parameter_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_convert_copies_plain_kernels_and_bias_from_replaced_layer() -> None:
+    model = make_network()
     weight, bias = model[0].weight.clone(), model[0].bias.clone()
     assert convert(model, "0", "G5 P10 Lg9") is model
     layer = model[0]
@@ -26,104 +39,152 @@ def test_plain_kernels_and_biases_come_from_the_slots_they_replace() -> None:
     assert torch.equal(layer.bias, bias)
 
 
-def test_all_plain_is_the_same_network() -> None:
-    model = net()
+def test_convert_to_all_plain_kernels_keeps_output() -> None:
+    model = make_network()
     x = torch.randn(2, 3, 16, 16)
-    wanted = model(x)
-    assert torch.equal(convert(model, "*", "P100%")(x), wanted)
-    assert all(isinstance(model.get_submodule(name), AnalyticConv2d) for name in ("0", "1.1"))
+    expected = model(x)
+    assert torch.equal(convert(model, "*", "P100%")(x), expected)
+    assert list(analytic_layers(model)) == ["0", "1.1"]
 
 
-def test_layers_by_mapping_name_list_and_glob() -> None:
-    assert isinstance(convert(net(), {"0": "G24", "1.1": "P16"})[0], AnalyticConv2d)
-    assert isinstance(convert(net(), ["0", "1.1"], "G100%")[1][1], AnalyticConv2d)
-    only = convert(net(), "1.*", "G100%")
-    assert isinstance(only[0], nn.Conv2d) and isinstance(only[1][1], AnalyticConv2d)
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (({"0": "G24", "1.1": "P16"},), ["0", "1.1"]),
+        ((["0", "1.1"], "G100%"), ["0", "1.1"]),
+        (("1.1", "G100%"), ["1.1"]),
+        (("1.*", "G100%"), ["1.1"]),
+    ],
+    ids=["mapping", "list", "name", "glob"],
+)
+def test_convert_selects_layers_by_name(arguments: tuple[Any, ...], expected: list[str]) -> None:
+    model = convert(make_network(), *arguments)
+    assert list(analytic_layers(model)) == expected
+    assert all(isinstance(model.get_submodule(name), nn.Conv2d) for name in ("0", "1.1"))
 
 
-def test_dtype_mode_and_memory_format_are_kept() -> None:
-    model = net().double().eval().to(memory_format=torch.channels_last)
+def test_convert_keeps_dtype_mode_and_memory_format() -> None:
+    model = make_network().double().eval().to(memory_format=torch.channels_last)
     strides = model[0].weight.stride()
     layer = convert(model, "0", "G50% P50%", amplitude=True)[0]
     assert layer.weight.dtype == torch.double and not layer.training and layer.amplitude
     assert layer.weight.stride() == strides
 
 
-def test_refusals_leave_the_model_as_it_was() -> None:
-    model = net()
-    with pytest.raises(ValueError, match=r"no convolution is named 'conv1'; there are: 0 \(5 x 5\), 1\.1 \(3 x 3\)"):
+def test_convert_leaves_model_unchanged_on_error() -> None:
+    model = make_network()
+    with pytest.raises(
+        ValueError, match=r"no convolution is named 'conv1'; the model has: 0 \(5 x 5\), 1\.1 \(3 x 3\)"
+    ):
         convert(model, ["0", "conv1"], "G100%")
     with pytest.raises(ValueError, match=r"'G5' fills 5 of 16 kernels of 1\.1 \(2 x 8\)"):
         convert(model, {"0": "G24", "1.1": "G5"})
     with pytest.raises(ValueError, match="needs an arrangement"):
         convert(model, "0")
-    assert not any(isinstance(module, AnalyticConv2d) for module in model.modules())
+    assert analytic_layers(model) == {}
 
 
-class Standardised(nn.Conv2d):
-    """A convolution with a way of its own, and a parameter, as timm's StdConv2d."""
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution with its own forward pass and an extra parameter, like timm's ScaledStdConv2d."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gain = nn.Parameter(torch.full((self.out_channels, 1, 1, 1), 2.0))
-        self.scale = 0.5  # a name that AnalyticConv2d has too
+        self.scale = 0.5  # AnalyticConv2d has an attribute of the same name
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight = self.gain * self.scale * (self.weight - self.weight.mean((1, 2, 3), keepdim=True))
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_subclass_goes_on_in_its_own_way(bias: bool) -> None:
-    model = nn.Sequential(Standardised(3, 8, 5, bias=bias), nn.ReLU())
-    names = [name for name, _ in model.named_parameters()]
+def test_convert_keeps_forward_pass_of_subclass(bias: bool) -> None:
+    model = nn.Sequential(StandardizedConv2d(3, 8, 5, bias=bias), nn.ReLU())
+    names = parameter_names(model)
     x = torch.randn(2, 3, 9, 9)
-    wanted = model(x)
-    assert torch.equal(convert(model, "0", "P100%")(x), wanted)
+    expected = model(x)
+    assert torch.equal(convert(model, "0", "P100%")(x), expected)
     fold(model)
-    assert type(model[0]) is Standardised and [name for name, _ in model.named_parameters()] == names
+    assert type(model[0]) is StandardizedConv2d and parameter_names(model) == names
     convert(model, "0", "G50% P50%")(x).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    wanted = model(x)
+    expected = model(x)
     copied = pickle.loads(pickle.dumps(model))
-    assert torch.equal(copied(x), wanted)
-    torch.testing.assert_close(fold(model)(x), wanted)
+    assert torch.equal(copied(x), expected)
+    torch.testing.assert_close(fold(model)(x), expected)
     assert list(model.state_dict()) == names
 
 
-def test_rules() -> None:
-    def analytic(*layers: Any) -> list[str]:
+def test_convert_selects_layers_by_rule() -> None:
+    def names_converted_by(*arguments: Any) -> list[str]:
         model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, (3, 5)), nn.Conv2d(4, 4, 7))
-        return [name for name, m in convert(model, *layers).named_modules() if isinstance(m, AnalyticConv2d)]
+        return list(analytic_layers(convert(model, *arguments)))
 
-    assert analytic("first", "G100%") == ["0"]
-    assert analytic("all", "G100%") == ["0", "1", "2", "3"]
-    assert analytic("k>=4", "G100%") == ["0", "3"]
-    assert analytic({"k>=7": "G100%", "1": "P100%"}) == ["1", "3"]
-    with pytest.raises(ValueError, match=r"no convolution is named 'k>=9'; there are: 0 \(5 x 5\), 1 \(1 x 1\)"):
-        analytic("k>=9", "G100%")
+    assert names_converted_by("first", "G100%") == ["0"]
+    assert names_converted_by("all", "G100%") == ["0", "1", "2", "3"]
+    assert names_converted_by("k>=4", "G100%") == ["0", "3"]
+    assert names_converted_by({"k>=7": "G100%", "1": "P100%"}) == ["1", "3"]
+    with pytest.raises(ValueError, match=r"no convolution is named 'k>=9'; the model has: 0 \(5 x 5\), 1 \(1 x 1\)"):
+        names_converted_by("k>=9", "G100%")
 
 
-def test_a_layer_named_as_a_rule_is_that_layer() -> None:
+def test_layer_name_takes_precedence_over_rule() -> None:
     model = nn.ModuleDict({"other": nn.Conv2d(1, 1, 3), "first": nn.Conv2d(1, 1, 3)})
     convert(model, "first", "G1")
-    assert isinstance(model["first"], AnalyticConv2d) and not isinstance(model["other"], AnalyticConv2d)
+    assert list(analytic_layers(model)) == ["first"]
 
 
-def test_the_last_arrangement_that_names_a_layer_counts() -> None:
-    model = convert(net(), {"all": "G100%", "first": "P100%"})
-    assert [str(model.get_submodule(name).arrangement) for name in ("0", "1.1")] == ["P24", "G16"]
+def test_last_matching_arrangement_wins() -> None:
+    model = convert(make_network(), {"all": "G100%", "first": "P100%"})
+    assert [str(layer.arrangement) for layer in analytic_layers(model).values()] == ["P24", "G16"]
 
 
-def test_hooks_are_kept_there_and_back() -> None:
-    model, calls = net(), []
+@pytest.mark.parametrize("pattern", ["all", "*", "k>=1", "first"])
+def test_rules_skip_layers_that_are_already_analytic(pattern: str) -> None:
+    model = convert(make_network(), "0", "G100%")
+    layer = model[0]
+    assert isinstance(layer, nn.Conv2d)
+    convert(model, pattern, "P100%")
+    assert model[0] is layer and str(layer.arrangement) == "G24"
+    assert list(analytic_layers(model)) == ["0", "1.1"]
+    with pytest.raises(ValueError, match=re.escape(f"no convolution is named '{pattern}'; the model has: none")):
+        convert(model, pattern, "P100%")
+
+
+def test_rules_skip_convolution_inside_analytic_layer() -> None:
+    model = convert(nn.Sequential(StandardizedConv2d(3, 8, 5), nn.Conv2d(8, 8, 3)), "first", "G100%")
+    host = model[0].host
+    assert isinstance(host, StandardizedConv2d)
+    convert(model, "all", "P100%")
+    assert model[0].host is host and list(analytic_layers(model)) == ["0", "1"]
+
+
+def test_analytic_layers_lists_named_modules_in_order() -> None:
+    model = make_network()
+    assert analytic_layers(model) == {}
+    convert(model, "all", "G100%")
+    expected = [(name, module) for name, module in model.named_modules() if isinstance(module, AnalyticConv2d)]
+    assert [name for name, _ in expected] == ["0", "1.1"]
+    assert list(analytic_layers(model).items()) == expected
+    assert analytic_layers(model[0]) == {"": model[0]}
+
+
+def test_hook_attributes_are_those_of_nn_module() -> None:
+    attributes = vars(nn.Module())
+    expected = {name for name in attributes if "hook" in name and ("forward" in name or "backward" in name)}
+    assert set(_HOOK_ATTRIBUTES) == expected and len(_HOOK_ATTRIBUTES) == len(expected)
+
+
+def test_convert_and_fold_keep_hooks() -> None:
+    model, calls = make_network(), []
     handles = [
         model[0].register_forward_hook(lambda *_: calls.append("forward")),
-        model[0].register_forward_pre_hook(lambda m, a, k: calls.append("pre"), with_kwargs=True),
+        model[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("pre"), with_kwargs=True),
         model[0].register_full_backward_hook(lambda *_: calls.append("backward")),
     ]
     x = torch.randn(1, 3, 16, 16, requires_grad=True)
-    for change in (lambda m: convert(m, "first", "G100%"), fold):
+    changes: list[Callable[[nn.Module], nn.Module]] = [lambda model: convert(model, "first", "G100%"), fold]
+    for change in changes:
         calls.clear()
         change(model)(x).sum().backward()
         assert calls == ["pre", "forward", "backward"]
@@ -133,65 +194,66 @@ def test_hooks_are_kept_there_and_back() -> None:
     assert len(calls) == 3
 
 
-def test_hooks_of_a_subclass_run_once() -> None:
-    model, calls = nn.Sequential(Standardised(3, 8, 5)), []
+def test_hooks_of_subclass_run_once() -> None:
+    model, calls = nn.Sequential(StandardizedConv2d(3, 8, 5)), []
     model[0].register_forward_hook(lambda *_: calls.append(1))
     convert(model, "0", "G100%")(torch.randn(1, 3, 9, 9))
     assert calls == [1]
 
 
-def test_a_shared_layer_stays_shared() -> None:
+def test_shared_layer_stays_shared() -> None:
     shared = nn.Conv2d(3, 3, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    names = [name for name, _ in model.named_parameters()]
+    names = parameter_names(model)
     convert(model, "first", "G100%")
-    assert model[0] is model[2] and isinstance(model[0], AnalyticConv2d)
+    assert model[0] is model[2] and analytic_layers(model) == {"0": model[0]}
     fold(model)
-    assert model[0] is model[2] and [name for name, _ in model.named_parameters()] == names
+    assert model[0] is model[2] and parameter_names(model) == names
 
 
-def test_a_single_convolution_is_a_model_too() -> None:
+def test_convert_and_fold_accept_single_convolution() -> None:
     layer = convert(nn.Conv2d(3, 8, 5), "first", "G100%")
     assert isinstance(layer, AnalyticConv2d)
     assert type(fold(layer)) is nn.Conv2d
 
 
-def test_depthwise_and_frozen() -> None:
+def test_convert_keeps_depthwise_layer_frozen() -> None:
     conv = nn.Conv2d(6, 6, 3, groups=6).requires_grad_(False)
     layer = convert(nn.Sequential(conv), "0", "G3 P3")[0]
     assert layer.weight.shape == (6, 1, 3, 3)
     assert not layer.plain.requires_grad and not layer.bias.requires_grad and layer.raw["G_theta"].requires_grad
 
 
-def test_summary_counts_before_and_after() -> None:
-    model = net()
-    before = [sum(p.numel() for p in conv.parameters()) for conv in (model[0], model[1][1])]
+def test_summary_counts_parameters_before_and_after() -> None:
+    model = make_network()
+    before = [count_parameters(conv) for conv in (model[0], model[1][1])]
     convert(model, {"0": "G12 P12", "1.1": "Lg50% P50%"}, amplitude=True)
-    after = [sum(p.numel() for p in layer.parameters()) for layer in (model[0], model[1][1])]
+    after = [count_parameters(layer) for layer in (model[0], model[1][1])]
     lines = [line.split() for line in summary(model).splitlines()[1:]]
     assert [[int(n) for n in line[-2:]] for line in lines] == [list(pair) for pair in zip(before, after, strict=True)]
     assert lines[0][:3] == ["0", "G12", "P12"]
 
 
 @pytest.mark.parametrize(
-    ("model", "layer", "message"),
+    ("model", "message"),
     [
-        (nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), "0", "0 is a ConvTranspose2d; only a 2-D convolution"),
-        (nn.Sequential(nn.Conv1d(3, 3, 3)), "0", "0 is a Conv1d; only a 2-D convolution"),
-        (nn.Sequential(nn.Linear(3, 3)), "0", "no convolution is named '0'; there are: none"),
-        (nn.Sequential(nn.LazyConv2d(3, 3)), "0", "0 has no weight of its own to replace"),
-        (nn.Sequential(weight_norm(nn.Conv2d(3, 3, 3))), "0", "0 has no weight of its own to replace"),
-        (nn.Sequential(AnalyticConv2d(3, 3, 3, arrangement="G9")), "0", "0 is analytic already; acl.fold"),
+        (nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), "0 is a ConvTranspose2d; only a 2-D convolution"),
+        (nn.Sequential(nn.Conv1d(3, 3, 3)), "0 is a Conv1d; only a 2-D convolution"),
+        (nn.Sequential(nn.Linear(3, 3)), "no convolution is named '0'; the model has: none"),
+        (nn.Sequential(nn.LazyConv2d(3, 3)), "0 has no weight of its own to replace"),
+        (nn.Sequential(weight_norm(nn.Conv2d(3, 3, 3))), "0 has no weight of its own to replace"),
+        (nn.Sequential(AnalyticConv2d(3, 3, 3, arrangement="G9")), "0 is already analytic; acl.fold"),
     ],
+    ids=["transposed", "1-D", "linear", "lazy", "weight norm", "analytic"],
 )
-def test_what_cannot_be_analytic(model: nn.Module, layer: str, message: str) -> None:
+def test_convert_rejects_layers_that_cannot_be_analytic(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        convert(model, layer, "G100%")
+        convert(model, "0", "G100%")
 
 
-def test_an_unknown_init() -> None:
+def test_convert_rejects_unknown_init() -> None:
     with pytest.raises(ValueError, match="unknown init 'xavier'; known: random"):
-        convert(net(), "first", "G100%", init="xavier")
+        convert(make_network(), "first", "G100%", init="xavier")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +261,6 @@ def test_an_unknown_init() -> None:
     [(nn.Conv2d(3, 64, 7, bias=False), 9408, 4962), (nn.Conv2d(3, 64, 11), 23296, 11938)],
     ids=["ResNet", "AlexNet"],
 )
-def test_the_papers_arrangement_in_numbers(conv: nn.Module, before: int, after: int) -> None:
-    assert sum(p.numel() for p in conv.parameters()) == before
-    layer = convert(conv, "first", "G30 Lg15 Lt15 Tf30 Ts6 P96")
-    assert sum(p.numel() for p in layer.parameters()) == after
+def test_paper_arrangement_has_expected_parameter_count(conv: nn.Module, before: int, after: int) -> None:
+    assert count_parameters(conv) == before
+    assert count_parameters(convert(conv, "first", "G30 Lg15 Lt15 Tf30 Ts6 P96")) == after

@@ -1,96 +1,114 @@
+"""acl.fit: kinds, AKPs and gains fitted to given kernels, and conversion with init="fit" and arrangement "auto"."""
+
 import math
+import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import acl
 from acl import AnalyticConv2d, Fit, convert, fit_kernels
-from acl.fit import ANALYTIC
-from acl.kernels import KINDS
+from acl.kernels import KINDS, analytic_kinds
+
+PER_KIND = 6
+"""Kernels of each analytic kind in ``make_convolution()``; a multiple of its 3 input channels."""
+PIXELS = 7 * 7
 
 
-def planted(symbol: str, count: int, seed: int, family: str = "paper") -> torch.Tensor:
-    """(count, 1, 7, 7): kernels of random AKPs and gain."""
+def sample_kernels(symbol: str, count: int, seed: int, family: str = "paper") -> Tensor:
+    """(count, 1, 7, 7): kernels with random AKPs and gains."""
     torch.manual_seed(seed)
     kind = KINDS[symbol]
-    kernels = kind.function(**{akp.name: akp.draw(count, (7, 7)) for akp in kind.parameters(family)}, size=(7, 7))
+    kernels = kind.synthesize({akp.name: akp.sample(count, (7, 7)) for akp in kind.akps(family)}, (7, 7))
     return (kernels * torch.randn(count, 1, 1))[:, None]
 
 
-def test_planted_kernels_are_found() -> None:
-    weight = torch.cat([planted(symbol, 20, 1) for symbol in ANALYTIC])
+def repeat_kinds(count: int) -> list[str]:
+    """The symbol of each analytic kind, ``count`` times."""
+    return [symbol for symbol in analytic_kinds() for _ in range(count)]
+
+
+def compute_residuals(weight: Tensor, target: Tensor) -> Tensor:
+    """(out, in / groups): the share of each target kernel's energy that the weight misses."""
+    return (target - weight).square().sum((2, 3)) / target.square().sum((2, 3))
+
+
+def test_fit_recovers_sampled_kernels() -> None:
+    kinds = repeat_kinds(20)
+    weight = torch.cat([sample_kernels(symbol, 20, 1) for symbol in analytic_kinds()])
     fit = fit_kernels(weight, progress=False)
-    assert sum(kernel.r2 >= 0.999 for kernel in fit.kernels) >= 0.99 * 100
+    assert sum(kernel.r2 >= 0.999 for kernel in fit.kernels) >= 0.99 * len(kinds)
     torch.testing.assert_close(fit.weight(), weight, rtol=0, atol=0.05 * weight.abs().max().item())
-    kinds = [symbol for symbol in ANALYTIC for _ in range(20)]
     noisy = weight + 0.01 * weight.square().mean((1, 2, 3), keepdim=True).sqrt() * torch.randn_like(weight)
     fit = fit_kernels(noisy, progress=False)
-    named = [
-        k.kind == kind or k.r2 >= fit.by_kind[kind][i].r2
-        for i, (k, kind) in enumerate(zip(fit.kernels, kinds, strict=True))
-    ]
-    assert sum(named) >= 0.95 * 100
-    assert sum(k.kind == kind for k, kind in zip(fit.kernels, kinds, strict=True)) >= 0.95 * 100
+    pairs = list(zip(fit.kernels, kinds, strict=True))
+    at_least_as_good = [k.kind == kind or k.r2 >= fit.by_kind[kind][i].r2 for i, (k, kind) in enumerate(pairs)]
+    assert sum(at_least_as_good) >= 0.95 * len(kinds)
+    assert sum(kernel.kind == kind for kernel, kind in pairs) >= 0.95 * len(kinds)
 
 
-def test_planted_extended_gabors_are_found() -> None:
-    fit = fit_kernels(planted("G", 40, 2, "extended"), ["G"], "extended", progress=False)
+def test_fit_recovers_sampled_extended_gabors() -> None:
+    fit = fit_kernels(sample_kernels("G", 40, 2, "extended"), ["G"], "extended", progress=False)
     assert sum(kernel.r2 >= 0.999 for kernel in fit.kernels) >= 0.95 * 40
 
 
-def test_more_freedom_never_fits_worse() -> None:
+def test_more_kinds_or_akps_never_fit_worse() -> None:
     torch.manual_seed(0)
     weight = nn.functional.interpolate(torch.randn(8, 3, 4, 4), (7, 7), mode="bilinear")
     gabor = fit_kernels(weight, ["G"], progress=False)
     best = fit_kernels(weight, progress=False)
-    offset = fit_kernels(weight, ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
+    round_extended = fit_kernels(weight, ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
     extended = fit_kernels(weight, ["G"], "extended", progress=False)
-    assert gabor.r2 <= best.r2 and gabor.r2 <= offset.r2 + 1e-3 and offset.r2 <= extended.r2 + 1e-3
-    assert all(kernel.akps["gamma"] == 1.0 for kernel in offset.kernels)
-    assert best.by_kind["G"] == gabor.kernels
+    assert gabor.r2 <= best.r2
+    assert gabor.r2 <= round_extended.r2 + 1e-3 and round_extended.r2 <= extended.r2 + 1e-3
+    assert all(kernel.akps["gamma"] == 1.0 for kernel in round_extended.kernels)
+    assert set(best.by_kind) == set(analytic_kinds()) and best.by_kind["G"] == gabor.kernels
 
 
-def test_r2_is_that_of_the_weights_drawn() -> None:
+@pytest.mark.parametrize("family", acl.kernels.FAMILIES)
+def test_r2_matches_fitted_weight(family: str) -> None:
     torch.manual_seed(1)
     weight = torch.randn(4, 2, 5, 5)
-    for family in ("paper", "extended"):
-        fit = fit_kernels(weight, family=family, progress=False)
-        left = (weight - fit.weight()).square().sum((2, 3)) / weight.square().sum((2, 3))
-        torch.testing.assert_close(1 - left.flatten(), torch.tensor([k.r2 for k in fit.kernels]), rtol=0, atol=1e-4)
-        assert fit.r2 == pytest.approx(
-            1 - ((weight - fit.weight()).square().sum() / weight.square().sum()).item(), abs=1e-4
-        )
+    fit = fit_kernels(weight, family=family, progress=False)
+    r2 = 1 - compute_residuals(fit.weight(), weight).flatten()
+    torch.testing.assert_close(r2, torch.tensor([k.r2 for k in fit.kernels]), rtol=0, atol=1e-4)
+    total = 1 - ((weight - fit.weight()).square().sum() / weight.square().sum()).item()
+    assert fit.r2 == pytest.approx(total, abs=1e-4)
 
 
-def test_the_same_seed_gives_the_same_fit_and_leaves_random_numbers_alone() -> None:
-    weight = planted("Ts", 4, 3)
+def test_fit_is_deterministic_and_keeps_global_random_state() -> None:
+    weight = sample_kernels("Ts", 4, 3)
     torch.manual_seed(7)
-    wanted = torch.rand(1)
+    expected = torch.rand(1)
     torch.manual_seed(7)
     first = fit_kernels(weight, progress=False)
-    assert torch.equal(torch.rand(1), wanted)
+    assert torch.equal(torch.rand(1), expected)
     assert fit_kernels(weight, progress=False) == first
 
 
-def test_json_there_and_back() -> None:
-    weight = torch.cat([planted("G", 3, 4), torch.zeros(1, 1, 7, 7)])
+def test_json_round_trip_restores_fit() -> None:
+    weight = torch.cat([sample_kernels("G", 3, 4), torch.zeros(1, 1, 7, 7)])
     fit = fit_kernels(weight, progress=False)
     assert Fit.from_json(fit.to_json()) == fit
-    for text in ("", "[]", '{"shape": 3}'):
-        with pytest.raises(ValueError, match="this is no fit in JSON"):
-            Fit.from_json(text)
 
 
-def test_zero_and_constant_kernels_are_said_to_be_unfit() -> None:
-    weight = planted("Lg", 4, 5)
+@pytest.mark.parametrize("text", ["", "[]", '{"shape": 3}'])
+def test_from_json_rejects_other_text(text: str) -> None:
+    with pytest.raises(ValueError, match="not a fit in JSON"):
+        Fit.from_json(text)
+
+
+def test_zero_and_constant_kernels_are_degenerate() -> None:
+    weight = sample_kernels("Lg", 4, 5)
     weight[1], weight[2] = 0, 0.3
     fit = fit_kernels(weight, progress=False)
-    assert fit.unfit == [1, 2] and [fit.kernels[i].r2 for i in fit.unfit] == [None, None]
+    assert fit.degenerate_slots == [1, 2] and [fit.kernels[i].r2 for i in fit.degenerate_slots] == [None, None]
     assert fit.r2 == pytest.approx(1, abs=1e-4) and math.isfinite(fit.r2)
     torch.testing.assert_close(fit.weight()[1:3], weight[1:3])
+    assert fit.num_parameters == 2 * PIXELS + sum(len(fit.kernels[i].akps) + 1 for i in (0, 3))
     assert fit_kernels(torch.zeros(2, 1, 3, 3), progress=False).r2 is None
-    assert fit_kernels(torch.ones(2, 1, 1, 1), progress=False).unfit == [0, 1]
+    assert fit_kernels(torch.ones(2, 1, 1, 1), progress=False).degenerate_slots == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -100,100 +118,150 @@ def test_zero_and_constant_kernels_are_said_to_be_unfit() -> None:
         (
             torch.full((2, 2, 3, 3), math.nan),
             {},
-            r"4 kernels of the weight are not finite, the first is that of channels \(0, 0\)",
+            r"4 kernels of the weight are not finite; the first belongs to channels \(0, 0\)",
         ),
-        (torch.randn(1, 1, 3, 3), {"kinds": ["G", "X"]}, "no analytic kind 'X'; known: G, Lg, Lt, Tf, Ts"),
         (torch.randn(1, 1, 3, 3), {"kinds": "P"}, "no analytic kind 'P'"),
         (torch.randn(1, 1, 3, 3), {"family": "big"}, "unknown family 'big'; known: paper, extended"),
         (torch.randn(1, 1, 3, 3), {"profile": "box"}, "unknown profile 'box'"),
     ],
+    ids=["2-D weight", "not finite", "plain kind", "family", "profile"],
 )
-def test_what_cannot_be_fitted(weight: torch.Tensor, options: dict[str, object], message: str) -> None:
+def test_fit_rejects_invalid_arguments(weight: Tensor, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_kernels(weight, **options)
 
 
-def test_a_fitted_layer_is_any_layer() -> None:
-    fit = fit_kernels(planted("Tf", 6, 6), progress=False)
+def test_fit_lists_analytic_kinds_if_kind_is_unknown() -> None:
+    known = ", ".join(analytic_kinds())
+    with pytest.raises(ValueError, match=re.escape(f"no analytic kind 'X1'; known: {known}")):
+        fit_kernels(torch.randn(1, 1, 3, 3), ["G", "X1"])
+
+
+def test_to_layer_takes_convolution_options_and_trains() -> None:
+    fit = fit_kernels(sample_kernels("Tf", 6, 6), progress=False)
     layer = fit.to_layer(groups=2, stride=2, bias=True)
     assert isinstance(layer, AnalyticConv2d) and layer(torch.randn(1, 2, 15, 15)).shape == (1, 6, 5, 5)
     layer(torch.randn(1, 2, 15, 15)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
-def pretrained() -> nn.Sequential:
-    weight = torch.cat([planted(symbol, 6, 8) for symbol in ANALYTIC])  # 30 kernels
-    model = nn.Sequential(nn.Conv2d(3, 10, 7))
-    model[0].weight.data.copy_(weight.view(10, 3, 7, 7))
+def make_convolution(order: Tensor | None = None) -> nn.Sequential:
+    """A convolution whose kernels are sampled from every analytic kind; ``order`` gives the kernel of each slot."""
+    kernels = torch.cat([sample_kernels(symbol, PER_KIND, 8) for symbol in analytic_kinds()])
+    out_channels = len(kernels) // 3
+    model = nn.Sequential(nn.Conv2d(3, out_channels, 7))
+    model[0].weight.data.copy_((kernels if order is None else kernels[order]).view(out_channels, 3, 7, 7))
     return model
 
 
-def test_convert_fits_the_kernels_it_replaces() -> None:
-    model = pretrained()
-    wanted = model[0].weight.clone()
-    convert(model, "first", "G6 Lg6 Lt6 Tf6 Ts6", init="fit", amplitude=True)
-    torch.testing.assert_close(model[0].weight, wanted, rtol=0, atol=0.02)
-    shape = convert(pretrained(), "first", "G6 Lg6 Lt6 P12", init="fit")[0]  # no amplitude: the shape alone
-    cosine = nn.functional.cosine_similarity(shape.weight.flatten(2), wanted.flatten(2), dim=2).flatten()
-    assert (cosine[:6] > 0.99).all() and torch.equal(shape.weight.flatten(0, 1)[18:], wanted.flatten(0, 1)[18:])
+def test_init_fit_recovers_replaced_kernels() -> None:
+    model = make_convolution()
+    target = model[0].weight.clone()
+    arrangement = " ".join(f"{symbol}{PER_KIND}" for symbol in analytic_kinds())
+    convert(model, "first", arrangement, init="fit", amplitude=True)
+    torch.testing.assert_close(model[0].weight, target, rtol=0, atol=0.02)
 
 
-def test_a_zero_kernel_stays_zero_where_it_can() -> None:
-    model = pretrained()
+def test_init_fit_without_amplitude_recovers_shape_and_keeps_plain_kernels() -> None:
+    model = make_convolution()
+    target = model[0].weight.clone()
+    analytic = list(analytic_kinds())[:3]
+    plain_count = PER_KIND * (len(analytic_kinds()) - len(analytic))
+    arrangement = " ".join([*(f"{symbol}{PER_KIND}" for symbol in analytic), f"P{plain_count}"])
+    layer = convert(model, "first", arrangement, init="fit")[0]
+    cosine = nn.functional.cosine_similarity(layer.weight.flatten(2), target.flatten(2), dim=2).flatten()
+    gabors = layer.slots_of("G")  # a change of phase gives a Gabor kernel either sign, so a positive gain suffices
+    assert len(gabors) == PER_KIND and (cosine[gabors] > 0.99).all()
+    plain = layer.slots_of("P")
+    assert len(plain) == plain_count and torch.equal(layer.weight.flatten(0, 1)[plain], target.flatten(0, 1)[plain])
+
+
+def test_init_fit_with_amplitude_keeps_zero_kernel_zero() -> None:
+    model = make_convolution()
     model[0].weight.data[0] = 0
     convert(model, "first", "G100%", init="fit", amplitude=True)
     assert (model[0].weight[0] == 0).all() and (model[0].weight[1] != 0).any()
 
 
-def test_auto_chooses_kinds_and_is_monotone() -> None:
+def test_auto_meets_tolerance_and_is_monotone() -> None:
     sizes, errors = [], []
+    shape = make_convolution()[0].weight.shape
+    slots, out_channels = shape[0] * shape[1], shape[0]
     torch.manual_seed(2)
-    noise = 0.3 * torch.randn(10, 3, 7, 7)
+    noise = 0.3 * torch.randn(shape)
     for tolerance in (0.0, 0.2, 1.0):
-        model = pretrained()
+        model = make_convolution()
         scale = model[0].weight.data.flatten(2).norm(dim=2) / 7
         model[0].weight.data += noise * scale[..., None, None]
-        wanted = model[0].weight.clone()
+        target = model[0].weight.clone()
         convert(model, "first", "auto", tolerance=tolerance, amplitude=True)
-        left = (model[0].weight - wanted).square().sum((2, 3)) / wanted.square().sum((2, 3))
-        assert left.max() <= tolerance + 1e-4
+        residuals = compute_residuals(model[0].weight, target)
+        assert residuals.max() <= tolerance + 1e-4
         sizes.append(sum(p.numel() for p in model.parameters()))
-        errors.append(left.sum().item())
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 30 * 49 + 10 and sizes[-1] < 30 * 5 + 10
+        errors.append(residuals.sum().item())
+    fewest_akps = min(len(kind.akps(amplitude=True)) for kind in analytic_kinds().values())
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == slots * PIXELS + out_channels and sizes[-1] == slots * fewest_akps + out_channels
     assert errors == sorted(errors) and errors[0] == 0
 
 
-def test_a_placed_layer_survives_saving_folding_and_copies() -> None:
-    layer = convert(pretrained(), "first", "auto", tolerance=0.01, amplitude=True)[0]
-    assert layer.slot_kinds[:6] == ["G"] * 6
-    shuffled = nn.Sequential(nn.Conv2d(3, 10, 7))
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    shuffled[0].weight.data.copy_(pretrained()[0].weight.data.flatten(0, 1)[order].view(10, 3, 7, 7))
-    wanted = shuffled[0].weight.clone()
-    convert(shuffled, "first", "auto", tolerance=0.01, amplitude=True)
-    torch.testing.assert_close(shuffled[0].weight, wanted, rtol=0, atol=0.02)
-    kinds = [ANALYTIC[i // 6] for i in order.tolist()]
-    assert shuffled[0].slot_kinds == kinds
-    assert [shuffled[0].slot_kinds[slot] for slot in shuffled[0].slots_of("Tf")] == ["Tf"] * 6
-    other = nn.Sequential(nn.Conv2d(3, 10, 7))
-    other[0].weight.data.copy_(wanted)
-    convert(other, "first", "auto", tolerance=0.01, amplitude=True, init="random")
-    other.load_state_dict(shuffled.state_dict())
-    assert torch.equal(other[0].weight, shuffled[0].weight)
-    assert torch.equal(acl.fold(other)[0].weight, shuffled[0].weight)
+def test_choose_takes_fewest_akps_within_tolerance() -> None:
+    weight = make_convolution()[0].weight
+    fit = fit_kernels(weight, progress=False)
+    chosen = fit.choose(0.01, weight).kernels
+    for slot, (sampled_kind, kernel) in enumerate(zip(repeat_kinds(PER_KIND), chosen, strict=True)):
+        qualified = [fits[slot] for fits in fit.by_kind.values() if 1 - fits[slot].r2 <= 0.01]
+        assert sampled_kind in [candidate.kind for candidate in qualified]
+        fewest_akps = [c for c in qualified if len(c.akps) == min(len(candidate.akps) for candidate in qualified)]
+        assert kernel == max(fewest_akps, key=lambda candidate: candidate.r2)
 
 
-def test_auto_asks_for_a_tolerance() -> None:
-    with pytest.raises(ValueError, match="arrangement 'auto' needs a tolerance"):
-        convert(pretrained(), "first", "auto")
+def test_auto_puts_kinds_into_slots_of_shuffled_kernels() -> None:
+    ordered = convert(make_convolution(), "first", "auto", tolerance=0.01, amplitude=True)[0]
+    sampled_kinds = repeat_kinds(PER_KIND)
+    akp_counts = [(len(KINDS[a].akps()), len(KINDS[b].akps())) for a, b in zip(ordered.slot_kinds, sampled_kinds)]
+    assert all(chosen <= sampled for chosen, sampled in akp_counts) and "P" not in ordered.slot_kinds
+    order = torch.randperm(len(sampled_kinds), generator=torch.Generator().manual_seed(0))
+    model = make_convolution(order)
+    target = model[0].weight.clone()
+    layer = convert(model, "first", "auto", tolerance=0.01, amplitude=True)[0]
+    torch.testing.assert_close(layer.weight, target, rtol=0, atol=0.02)
+    assert layer.placement is not None
+    assert layer.slot_kinds == [ordered.slot_kinds[i] for i in order.tolist()]
+    for symbol in layer.arrangement.counts:
+        assert layer.slots_of(symbol) == [slot for slot, kind in enumerate(layer.slot_kinds) if kind == symbol]
+
+
+def test_state_dict_and_fold_keep_placed_weight() -> None:
+    slots = PER_KIND * len(analytic_kinds())
+    order = torch.randperm(slots, generator=torch.Generator().manual_seed(0))
+    options = {"tolerance": 0.01, "amplitude": True}
+    model = convert(make_convolution(order), "first", "auto", **options)
+    other = convert(make_convolution(order), "first", "auto", init="random", **options)
+    assert not torch.equal(other[0].weight, model[0].weight)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert torch.equal(acl.fold(other)[0].weight, model[0].weight)
+
+
+def test_auto_requires_valid_tolerance() -> None:
+    with pytest.raises(ValueError, match=r"'auto' needs a tolerance from 0 \(all plain\) to 1 \(all analytic\), got None"):
+        convert(make_convolution(), "first", "auto")
     with pytest.raises(ValueError, match=r"a tolerance from 0 \(all plain\) to 1 \(all analytic\), got 2"):
-        convert(pretrained(), "first", "auto", tolerance=2)
-    with pytest.raises(ValueError, match="arrangement 'auto' needs kernels to choose by"):
+        convert(make_convolution(), "first", "auto", tolerance=2)
+
+
+def test_auto_requires_kernels_to_choose_from() -> None:
+    with pytest.raises(ValueError, match="arrangement 'auto' needs kernels to choose from"):
         AnalyticConv2d(3, 10, 7, arrangement="auto")
-    with pytest.raises(ValueError, match="placement is no permutation of the layer's 4 slots"):
+
+
+def test_placement_must_be_permutation() -> None:
+    with pytest.raises(ValueError, match="placement must be a permutation of the layer's 4 slots"):
         AnalyticConv2d(2, 2, 3, arrangement="G4", placement=torch.tensor([0, 1, 2, 2]))
 
 
-def test_another_placement_is_another_weight_in_eval_too() -> None:
+def test_loading_another_placement_updates_weight_in_eval_mode() -> None:
     layer = AnalyticConv2d(2, 3, 5, arrangement="G3 P3", placement=torch.arange(6)).eval()
     before = layer.weight.detach().clone()
     layer.load_state_dict({**layer.state_dict(), "placement": torch.arange(5, -1, -1)})

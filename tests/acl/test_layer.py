@@ -1,37 +1,53 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from acl import AnalyticConv2d, akp_parameters, kernels
-from acl.kernels import AKP, FAMILIES, KINDS, PROFILES, Kind
-from acl.plot import mosaic
+from acl import AnalyticConv2d, akp_parameters, convert, kernels
+from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
+from acl.layer import SCALES
 
 MOSAIC = "G25% Lg10% Lt10% Tf20% Ts10% P25%"
 PAPER = "G30 Lg15 Lt15 Tf30 Ts6 P96"
 
 
-def layer(arrangement: str = MOSAIC, **options: Any) -> AnalyticConv2d:
+def arrange_all_kinds(slots: int) -> str:
+    """An arrangement of every registered kind that splits the slots as evenly as possible."""
+    count, rest = divmod(slots, len(KINDS))
+    return " ".join(f"{symbol}{count + 1 if i < rest else count}" for i, symbol in enumerate(KINDS))
+
+
+def make_layer(arrangement: str = MOSAIC, **options: Any) -> AnalyticConv2d:
     return AnalyticConv2d(4, 8, 5, arrangement=arrangement, **options)
 
 
+def take_sgd_step(layer: AnalyticConv2d) -> None:
+    layer(torch.randn(1, 4, 8, 8)).square().sum().backward()
+    torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1).step()
+
+
 @pytest.fixture
-def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one at each synthesis of a weight."""
-    calls: list[int] = []
-    original = AnalyticConv2d._synthesise
+def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[AnalyticConv2d]:
+    """Grows by one entry for each synthesis of a weight."""
+    calls: list[AnalyticConv2d] = []
+    synthesize = AnalyticConv2d._synthesize
 
-    def counted(self: AnalyticConv2d) -> Tensor:
-        calls.append(1)
-        return original(self)
+    def count_and_synthesize(self: AnalyticConv2d) -> Tensor:
+        calls.append(self)
+        return synthesize(self)
 
-    monkeypatch.setattr(AnalyticConv2d, "_synthesise", counted)
+    monkeypatch.setattr(AnalyticConv2d, "_synthesize", count_and_synthesize)
     return calls
+
+
+# The layer as a convolution
 
 
 @pytest.mark.parametrize(

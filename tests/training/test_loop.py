@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +10,47 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from training import loop
-from training.config import compose
-from training.data import load
+from training.config import compose, identity
+from training.data import Augmentation
 from training.errors import UsageError
-from training.loop import build, build_optimizer, build_schedule, evaluate, run
-from training.records import identity, recorded, run_folder, run_id
+from training.evaluate import evaluate
+from training.loop import run, snapshot_akps
+from training.optim import build_optimizer
+from training.provenance import digest_sources
+from training.run_directory import compute_run_id
+from training.runs import build_model, load_finished_run, load_run_data, open_run_directory, parse_run
 
 SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.accelerator=cpu"]
 
 
-def config(folder: Path, *overrides: str) -> DictConfig:
-    return compose([*SMALL, f"paths.runs={folder}", *overrides])
+def compose_run(runs: Path, *overrides: str) -> DictConfig:
+    return compose([*SMALL, f"paths.runs={runs}", *overrides])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any]]:
-    cfg = config(tmp_path_factory.mktemp("runs"), "trainer.epochs=3", "trainer.batch_size=32")
-    record, here = run(cfg)
-    assert here
+    cfg = compose_run(tmp_path_factory.mktemp("runs"), "trainer.epochs=3", "trainer.batch_size=32")
+    record, is_new = run(cfg)
+    assert is_new
     return cfg, record
 
 
-def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str, Any]]) -> None:
+@pytest.fixture
+def finished_copy(tmp_path: Path, finished: tuple[DictConfig, dict[str, Any]]) -> tuple[DictConfig, dict[str, Any]]:
+    """The finished run in a folder that a test may change."""
+    cfg, record = finished
+    shutil.copytree(cfg.paths.runs, tmp_path / "runs")
+    copy = cfg.copy()
+    copy.paths.runs = str(tmp_path / "runs")
+    return copy, record
+
+
+def test_run_learns_and_writes_its_files(finished: tuple[DictConfig, dict[str, Any]]) -> None:
     cfg, record = finished
     assert record["test"]["top1"] > 60 and record["val"]["top1"] > 60
     assert record["parameters"] == {"conv": 310, "total": 59444}
-    folder = run_folder(cfg)
-    assert sorted(p.name for p in folder.iterdir()) == [
+    folder = open_run_directory(cfg).path
+    assert sorted(path.name for path in folder.iterdir()) == [
         "akps.safetensors",
         "config.yaml",
         "lock",
@@ -46,7 +61,9 @@ def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str,
         "worker",
     ]
     assert json.loads((folder / "record.json").read_text()) == record
-    assert run_id(OmegaConf.load(folder / "config.yaml")) == run_id(cfg) == record["id"]
+    written_config = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(written_config, DictConfig)
+    assert compute_run_id(identity(written_config)) == open_run_directory(cfg).id == record["id"]
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -54,146 +71,164 @@ def test_a_run_learns_and_leaves_its_files(finished: tuple[DictConfig, dict[str,
     assert float(best["val_top1"]) == record["val"]["top1"] == max(float(row["val_top1"]) for row in rows)
 
 
-def test_the_paths_of_akps_end_where_the_weights_are(finished: tuple[DictConfig, dict[str, Any]]) -> None:
-    cfg, record = finished
-    paths = load_file(run_folder(cfg) / "akps.safetensors")
-    model = loop.finished(run_folder(cfg))[2]
-    for name, values in loop.akps_of(model).items():
-        assert paths[name].shape == (4, len(values))  # the start and three epochs
-        assert torch.equal(paths[name][record["best_epoch"]], values) and not torch.equal(paths[name][0], values)
+def test_record_contains_source_digest(finished: tuple[DictConfig, dict[str, Any]]) -> None:
+    assert finished[1]["sources"] == digest_sources()
 
 
-def test_the_kept_weights_are_those_that_were_tested(finished: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_akp_trajectories_contain_those_of_saved_weights(finished: tuple[DictConfig, dict[str, Any]]) -> None:
     cfg, record = finished
-    data = load(cfg.data)
-    model = build(cfg, data)
-    model.load_state_dict(load_file(run_folder(cfg) / "model.safetensors"))
-    assert evaluate(model, data.test, data, cfg)["top1"] == record["test"]["top1"]
-    optimizer = build_optimizer(model, cfg)
-    optimizer.load_state_dict(torch.load(run_folder(cfg) / "optimizer.pt", weights_only=True))
+    folder = open_run_directory(cfg).path
+    trajectories = load_file(folder / "akps.safetensors")
+    akps = snapshot_akps(load_finished_run(folder).model)
+    assert trajectories.keys() == akps.keys()
+    for name, values in akps.items():
+        assert trajectories[name].shape == (4, len(values))  # before training and after each of three epochs
+        assert torch.equal(trajectories[name][record["best_epoch"]], values)
+        assert not torch.equal(trajectories[name][0], values)
+
+
+def test_saved_weights_reproduce_recorded_test_accuracy(finished: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished
+    settings = parse_run(cfg)
+    data = load_run_data(settings)
+    model = build_model(settings, data)
+    model.load_state_dict(load_file(settings.directory.path / "model.safetensors"))
+    assert evaluate(model, data, data.test)["top1"] == record["test"]["top1"]
+
+
+def test_saved_optimizer_state_loads(finished: tuple[DictConfig, dict[str, Any]]) -> None:
+    settings = parse_run(finished[0])
+    optimizer = build_optimizer(build_model(settings, load_run_data(settings)), settings.optim)
+    optimizer.load_state_dict(torch.load(settings.directory.path / "optimizer.pt", weights_only=True))
     assert next(iter(optimizer.state.values()))["exp_avg"].abs().sum() > 0
 
 
-def test_a_recorded_run_is_not_run_again(finished: tuple[DictConfig, dict[str, Any]], monkeypatch: Any) -> None:
+def test_recorded_run_is_not_repeated(
+    finished: tuple[DictConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, record = finished
-    monkeypatch.setattr(loop, "build", lambda *_: pytest.fail("ran again"))
-    elsewhere = cfg.copy()
-    elsewhere.data.root = "somewhere/else"
-    elsewhere.logger = {"name": "none"}
-    assert run(elsewhere) == (record, False)
+    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
+    same_run = cfg.copy()
+    same_run.data.root = "somewhere/else"
+    same_run.logger = {"name": "none"}
+    assert run(same_run) == (record, False)
 
 
-def test_a_seed_gives_the_same_run_and_another_another(tmp_path: Path) -> None:
-    def trained(folder: str, seed: int) -> tuple[dict[str, Any], str]:
-        cfg = config(tmp_path / folder, f"seed={seed}", "data.shift=1", "data.flip=true")
+def replace_source_digest(cfg: DictConfig, sources: str | None) -> dict[str, Any]:
+    """Rewrites a run's record as if other code had written it; None: code that recorded no digest."""
+    directory = open_run_directory(cfg)
+    record = directory.load_record()
+    assert record is not None
+    del record["sources"]
+    if sources is not None:
+        record["sources"] = sources
+    directory.write_record(record)
+    return record
+
+
+@pytest.mark.parametrize("sources", ["0123456789ab", None])
+def test_fresh_repeats_run_of_other_code(
+    finished_copy: tuple[DictConfig, dict[str, Any]], sources: str | None
+) -> None:
+    cfg, _ = finished_copy
+    old_record = replace_source_digest(cfg, sources)
+    folder = open_run_directory(cfg).path
+    old_files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("lock", "worker")}
+    cfg.fresh = True
+    record, is_new = run(cfg)
+    assert is_new and record["sources"] == digest_sources()
+    assert record["id"] == old_record["id"] and record["test"] == old_record["test"]
+    assert open_run_directory(cfg).load_record() == record
+    superseded = folder / "superseded-1"
+    assert {path.name: path.read_bytes() for path in superseded.iterdir()} == old_files
+    assert json.loads(old_files["record.json"]) == old_record
+    assert {path.name for path in folder.iterdir()} == {*old_files, "lock", "worker", "superseded-1"}
+    assert run(cfg) == (record, False)
+
+
+def test_fresh_keeps_run_of_same_code(
+    finished_copy: tuple[DictConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, record = finished_copy
+    cfg.fresh = True
+    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
+    assert run(cfg) == (record, False)
+    assert not list(open_run_directory(cfg).path.glob("superseded-*"))
+
+
+@pytest.mark.parametrize("sources", ["0123456789ab", None])
+def test_run_of_other_code_is_reused_without_fresh(
+    finished_copy: tuple[DictConfig, dict[str, Any]], sources: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, _ = finished_copy
+    record = replace_source_digest(cfg, sources)
+    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
+    assert run(cfg) == (record, False)
+
+
+def test_seed_determines_run(tmp_path: Path) -> None:
+    def train_with_seed(folder: str, seed: int) -> tuple[dict[str, torch.Tensor], str]:
+        cfg = compose_run(tmp_path / folder, f"seed={seed}", "data.shift=1", "data.flip=true")
         record, _ = run(cfg)
-        return load_file(run_folder(cfg) / "model.safetensors"), record["id"]
+        return load_file(open_run_directory(cfg).path / "model.safetensors"), record["id"]
 
-    (a, id_a), (b, id_b), (c, id_c) = trained("a", 1), trained("b", 1), trained("c", 2)
-    assert id_a == id_b != id_c
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["fc1.weight"], c["fc1.weight"])
-
-
-def test_akps_have_a_learning_rate_of_their_own_and_no_decay() -> None:
-    cfg = compose([*SMALL, "optim.lr=0.001", "optim.akp_lr_scale=7", "optim.weight_decay=0.1"])
-    model = build(cfg, load(cfg.data))
-    groups = build_optimizer(model, cfg).param_groups
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.001, 0.1), (0.001, 0), (pytest.approx(0.007), 0)]
-    assert sum(p.numel() for p in groups[2]["params"]) == 288
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
-    frozen = compose([*SMALL, "model.layer.learn=none"])
-    assert len(build_optimizer(build(frozen, load(cfg.data)), frozen).param_groups) == 2
+    weights, run_id = train_with_seed("first", 1)
+    same_weights, same_id = train_with_seed("second", 1)
+    other_weights, other_id = train_with_seed("third", 2)
+    assert run_id == same_id != other_id
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert not torch.equal(weights["fc1.weight"], other_weights["fc1.weight"])
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
-@pytest.mark.parametrize("optim", ["adamw", "sgd"])
-def test_schedules_end_near_zero_for_every_group(optim: str, schedule: str) -> None:
-    cfg = compose([*SMALL, f"optim={optim}", f"optim.schedule={schedule}"])
-    optimizer = build_optimizer(build(cfg, load(cfg.data)), cfg)
-    schedule_ = build_schedule(optimizer, cfg, 20)
-    rates = []
-    for _ in range(20):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        schedule_.step()
-    peaks = [max(column) for column in zip(*rates, strict=True)]
-    assert peaks[2] == pytest.approx(cfg.optim.akp_lr_scale * peaks[0])
-    assert all(rate < 0.02 * peak for rate, peak in zip(rates[-1], peaks, strict=True))
+def test_nonfinite_loss_stops_run_and_keeps_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss becomes NaN in the second epoch: the checkpoint of the first one is kept, and there is no record."""
+    cfg = compose_run(tmp_path)
+    settings = parse_run(cfg)
+    original, calls = Augmentation.__call__, 0
+    steps = len(load_run_data(settings).train) // settings.trainer.batch_size
 
+    def return_nan_once(self: Augmentation, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        augmented = original(self, images, generator)
+        return augmented * float("nan") if calls == steps + 4 else augmented
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second epoch: the first one's checkpoint stays, and there is no record."""
-    cfg = config(tmp_path)
-    original, steps = loop.prepare, len(load(cfg.data).train) // cfg.trainer.batch_size
-    calls: list[int] = []
-
-    def poisoned(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        images = original(*args)
-        return images * float("nan") if len(calls) == steps + 1 + 4 else images  # one batch validates the first epoch
-
-    monkeypatch.setattr(loop, "prepare", poisoned)
+    monkeypatch.setattr(Augmentation, "__call__", return_nan_once)
     with pytest.raises(UsageError, match=rf"the loss is nan at step {steps + 4} \(epoch 2\); the last good checkpoint"):
         run(cfg)
-    assert recorded(cfg) is None
-    assert all(t.isfinite().all() for t in load_file(run_folder(cfg) / "model.safetensors").values())
+    assert settings.directory.load_record() is None
+    assert settings.directory.load_checkpoint() is not None
+    weights = load_file(settings.directory.path / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["arrangement.conv1=G5"], r"'G5' fills 5 of 6 kernels of conv1 \(1 x 6\)"),
-        (["arrangement.conv3=G5"], r"no convolution is named 'conv3'; there are: conv1 \(5 x 5\), conv2"),
-        (["trainer.batch_size=5000"], "nothing to train.*trainer.batch_size=5000, 1237 training images"),
-        (["trainer.epochs=0"], "trainer.epochs=0 is not a whole number of at least 1"),
-        (["optim.lr=fast"], "optim.lr=fast is not a number above 0"),
-        (["seed=-1"], "seed=-1"),
-        (["model.layer.profile=box"], "unknown profile 'box'"),
+        (["arrangement.conv3=G5"], r"no convolution is named 'conv3'; .*conv1 \(5 x 5\), conv2"),
+        (["trainer.batch_size=5000"], r"trainer.batch_size=5000 must be .* the number of training images \(1237\)"),
+        (["trainer.epochs=0"], "trainer.epochs=0 is invalid: it should be greater than or equal to 1"),
+        (["trainer.epochs=1.5"], "trainer.epochs=1.5 is invalid: it should be a valid integer"),
+        (["trainer.devices=true"], "trainer.devices=True is invalid: it should be a valid integer"),
+        (["trainer.compile=1"], "trainer.compile=1 is invalid: it should be a valid boolean"),
+        (["trainer.checkpoint_minutes=0"], "trainer.checkpoint_minutes=0 is invalid: it should be greater than 0"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
-        (["data.shift=0.5"], "data.shift=0.5 is not"),
+        (["optim.lr=fast"], "optim.lr=fast is invalid: it should be a valid number"),
+        (["optim.lr=nan"], "optim.lr=nan is invalid: it should be a finite number"),
+        (["optim.label_smoothing=1"], "optim.label_smoothing=1 is invalid: it should be less than 1"),
+        (["optim.schedule=linear"], "optim.schedule=linear is invalid: it should be 'onecycle' or 'cosine'"),
+        (["++optim.name=lion"], "optim.name=lion is invalid: it should be 'adamw' or 'sgd'"),
+        (["++optim.warmup=3"], "unknown option optim.warmup=3"),
+        (["~optim.lr"], "optim.lr is missing"),
+        (["seed=-1"], "seed=-1 is invalid: it should be greater than or equal to 0"),
+        (["model.layer.profile=box"], "unknown profile 'box'"),
+        (["data.shift=0.5"], "data.shift=0.5 is invalid: it should be a valid integer"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_invalid_option_is_rejected_before_anything_is_written(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
-        run(config(tmp_path / "runs", *overrides))
+        run(compose_run(tmp_path / "runs", *overrides))
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{}", "no record of a run"),
-        ("{", "no record of a run"),
-        ('{"format": 99, "config": {}}', "has format 99, this version reads up to 1"),
-        ('{"format": 1, "config": {}}', "of another configuration"),
-    ],
-)
-def test_a_record_that_is_not_this_runs_is_left_alone(tmp_path: Path, content: str, message: str) -> None:
-    cfg = config(tmp_path)
-    path = run_folder(cfg) / "record.json"
-    path.parent.mkdir()
-    path.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        run(cfg)
-    assert path.read_text() == content
-
-
-def test_identity_leaves_out_what_does_not_change_the_result(tmp_path: Path) -> None:
-    base = config(tmp_path)
-    assert run_id(base) == run_id(config(tmp_path / "b", "data.root=/x", "logger=wandb", "trainer.accelerator=auto"))
-    assert (
-        len({run_id(config(tmp_path, o)) for o in ("seed=1", "optim.lr=0.1", "arrangement.conv1=G6", "data.shift=1")})
-        == 4
-    )
-    assert "paths" not in identity(base)
-
-
-def test_a_finished_run_of_chosen_kinds_comes_back(tmp_path: Path) -> None:
-    options = ["arrangement.conv2=auto", "model.layer.tolerance=0.5", "model.layer.amplitude=true", "trainer.epochs=1"]
-    cfg = compose([*options, "trainer.accelerator=cpu", f"paths.runs={tmp_path}", "seed=5"])
-    record, _ = run(cfg)
-    torch.manual_seed(99)
-    _, data, model = loop.finished(run_folder(cfg))
-    assert len(set(model.conv2.slot_kinds)) > 1
-    assert evaluate(model, data.test, data, cfg)["top1"] == record["test"]["top1"]

@@ -1,5 +1,6 @@
-"""A run that is killed goes on, and ends as one that never was."""
+"""An interrupted run is resumed and gives the same result as one that never stopped."""
 
+import dataclasses
 import json
 import os
 import random
@@ -8,127 +9,158 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from tests.training.processes import in_child
-from training import checkpoint, files, loop
+from tests.training.processes import run_in_child
+from training import loop
+from training.checkpoint import Checkpointer, TrainState
 from training.config import compose
-from training.errors import BusyError, UsageError
-from training.files import alone_in, write_atomic
+from training.data import Augmentation, Data
 from training.loop import run
-from training.records import recorded, run_folder
+from training.provenance import digest_sources
+from training.run_directory import RunDirectory
+from training.runs import open_run_directory
 
 SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.batch_size=8", "data.shift=1", "trainer.accelerator=cpu"]
+STEPS = 1237 // 8
+"""Steps of an epoch."""
+
+Outcome = tuple[bytes, bytes, dict[str, Any]]
+"""Weights, metrics and record."""
 
 
-def config(folder: Path, *overrides: str) -> DictConfig:
-    # A checkpoint at every look at the loss, so within epochs too.
-    return compose([*SMALL, f"paths.runs={folder}", "trainer.checkpoint_minutes=1e-9", *overrides])
+def compose_run(runs: Path, *overrides: str) -> DictConfig:
+    # A checkpoint at every check of the loss, and so also within epochs.
+    return compose([*SMALL, f"paths.runs={runs}", "trainer.checkpoint_minutes=1e-9", *overrides])
 
 
-def kill_at(patch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
-    """The process dies as it calls module.name for the given time."""
-    original, calls = getattr(module, name), 0
+def kill_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
+    """Makes the process kill itself at the given call of ``owner.name``."""
+    original, calls = getattr(owner, name), 0
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
+    def count_and_kill(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    patch.setattr(module, name, deadly)
+    patch.setattr(owner, name, count_and_kill)
 
 
-def outcome(cfg: DictConfig) -> tuple[bytes, bytes, dict[str, Any]]:
-    folder = run_folder(cfg)
+def run_until_killed(cfg: DictConfig, owner: Any, name: str, number: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at_call(patch, owner, name, number)
+        assert run_in_child(lambda: run(cfg)) == -signal.SIGKILL
+
+
+def read_outcome(cfg: DictConfig) -> Outcome:
+    folder = open_run_directory(cfg).path
     record = json.loads((folder / "record.json").read_text())
     del record["seconds"]
     return (folder / "model.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes(), record
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, dict[str, Any]]:
-    cfg = config(tmp_path_factory.mktemp("uncut"))
-    assert in_child(lambda: run(cfg)) == 0
-    assert not list(run_folder(cfg).glob("checkpoint*"))  # of no use once there is a record
-    return outcome(cfg)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    cfg = compose_run(tmp_path_factory.mktemp("uninterrupted"))
+    assert run_in_child(lambda: run(cfg)) == 0
+    assert not list(open_run_directory(cfg).path.glob("checkpoint*"))  # a finished run needs none
+    return read_outcome(cfg)
 
 
-def test_killed_at_steps_and_writes_alike(tmp_path: Path, uncut: tuple[bytes, bytes, dict[str, Any]]) -> None:
-    cfg = config(tmp_path)
-    chance = random.Random(0)
-    places = [(loop, "prepare", 60), (Path, "replace", 4), (Path, "write_bytes", 2), (loop.datasets, "load", 1)]
-    for module, name, last in places * 2:
-        with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, module, name, chance.randint(1, last))
-            assert in_child(lambda: run(cfg)) == -signal.SIGKILL
-    assert checkpoint.load(run_folder(cfg)) is not None
-    assert in_child(lambda: run(cfg)) == 0
-    assert outcome(cfg) == uncut
-    assert not list(run_folder(cfg).glob(".unfinished*"))
+def test_run_killed_anywhere_is_resumed_with_same_result(tmp_path: Path, uninterrupted: Outcome) -> None:
+    cfg = compose_run(tmp_path)
+    generator = random.Random(0)
+    places = [(Data, "normalize", 60), (Path, "replace", 4), (Path, "write_bytes", 2), (loop, "load_run_data", 1)]
+    for owner, name, last in places * 2:
+        run_until_killed(cfg, owner, name, generator.randint(1, last))
+    assert open_run_directory(cfg).load_checkpoint() is not None
+    assert run_in_child(lambda: run(cfg)) == 0
+    assert read_outcome(cfg) == uninterrupted
+    assert not list(open_run_directory(cfg).path.glob(".unfinished*"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, uncut: tuple[bytes, bytes, dict[str, Any]], damage: str, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
+def test_damaged_checkpoint_falls_back_to_previous_one(
+    tmp_path: Path, uninterrupted: Outcome, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = config(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, loop, "prepare", 155 + 80)
-        assert in_child(lambda: run(cfg)) == -signal.SIGKILL
-    path = run_folder(cfg) / checkpoint.LAST
+    cfg = compose_run(tmp_path)
+    run_until_killed(cfg, Augmentation, "__call__", STEPS + 80)
+    path = open_run_directory(cfg).checkpoint_files[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes({"cut": bytes(content[:-1000]), "bit": bytes(content), "empty": b""}[damage])
-    assert in_child(lambda: run(cfg)) == 0
-    assert f"{path} is damaged; going on from the checkpoint before it" in capfd.readouterr().err
-    assert outcome(cfg) == uncut
+    path.write_bytes({"truncated": bytes(content[:-1000]), "flipped bit": bytes(content), "empty": b""}[damage])
+    assert run_in_child(lambda: run(cfg)) == 0
+    assert f"{path} is damaged; resuming from the checkpoint before it" in capfd.readouterr().err
+    assert read_outcome(cfg) == uninterrupted
 
 
-def test_a_folder_is_one_workers(tmp_path: Path) -> None:
-    cfg = config(tmp_path)
-    with alone_in(run_folder(cfg)):
-        message = rf"{run_folder(cfg)} is being worked on by process {os.getpid()} on"
+def test_old_checkpoint_without_newer_fields_is_resumed_with_same_result(
+    tmp_path: Path, uninterrupted: Outcome
+) -> None:
+    """Both fields are recomputed or unused at the start of an epoch, so the result is the same without them."""
+    cfg = compose_run(tmp_path)
+    run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
+    directory = open_run_directory(cfg)
+    checkpoint = directory.load_checkpoint()
+    assert checkpoint is not None and (checkpoint["epoch"], checkpoint["step"]) == (1, 0)
+    del checkpoint["seconds"], checkpoint["generator"]
+    directory.save_checkpoint(checkpoint)
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = loop.train_one_epoch
 
-        def refused() -> None:
-            with pytest.raises(BusyError, match=message):
-                run(cfg)
+        def count_epochs(*args: Any) -> dict[str, float]:
+            steps.append(1)
+            return original(*args)
 
-        assert in_child(refused) == 0
-    assert recorded(cfg) is None
-
-
-def test_a_checkpoint_of_another_configuration_is_left_alone(tmp_path: Path) -> None:
-    cfg = config(tmp_path)
-    checkpoint.save(run_folder(cfg), {"config": {}})
-    with pytest.raises(UsageError, match="checkpoint of another configuration"):
-        run(cfg)
-    assert checkpoint.load(run_folder(cfg)) == {"config": {}}
-
-
-def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_text("before")
-
-    def full(target: Path, content: bytes) -> None:
-        target.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UsageError, match=rf"cannot write {path}: No space left on device"):
-        write_atomic(path, "after")
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+        patch.setattr(loop, "train_one_epoch", count_epochs)
+        record, is_new = run(cfg)
+    assert is_new and len(steps) == 1 and record["seconds"] > 0
+    assert read_outcome(cfg) == uninterrupted
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file")
-    cfg = config(tmp_path / "runs")
-    with pytest.raises(UsageError, match=r"cannot work in .*runs.*: (Not a directory|File exists)"):
-        run(cfg)
+FIELDS_WITH_DEFAULTS = [field.name for field in dataclasses.fields(TrainState) if field.name not in ("losses", "hits")]
 
 
-def test_unfinished_files_of_the_dead_are_cleared(tmp_path: Path) -> None:
-    (tmp_path / f"{files._MARK}elsewhere-1-x").write_text("half")
-    with alone_in(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "worker"]
+@pytest.mark.parametrize("missing", FIELDS_WITH_DEFAULTS)
+def test_field_missing_from_checkpoint_keeps_its_default(tmp_path: Path, missing: str) -> None:
+    fabric, directory = Fabric(accelerator="cpu", devices=1), RunDirectory(tmp_path, {"seed": 0})
+    generator = torch.Generator()
+    state = TrainState(
+        losses=torch.tensor([1.0, 2.0]),
+        hits=torch.tensor(3),
+        epoch=4,
+        step=1,
+        history=[{"epoch": 4}],
+        best={"epoch": 4},
+        akps=[{"conv1/G/sigma": torch.ones(2)}],
+    )
+    Checkpointer(fabric, directory, 5, generator).save(state)
+    checkpoint = directory.load_checkpoint()
+    assert checkpoint is not None
+    del checkpoint[missing]
+    directory.save_checkpoint(checkpoint)
+    default = TrainState(losses=torch.zeros(2), hits=torch.tensor(0))
+    restored = TrainState(losses=torch.zeros(2), hits=torch.tensor(0))
+    assert Checkpointer(fabric, directory, 5, generator).restore(restored)
+    for field in dataclasses.fields(TrainState):
+        actual, expected = getattr(restored, field.name), getattr(default if field.name == missing else state, field.name)
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(actual, expected)
+        else:
+            assert actual == expected
+
+
+def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, uninterrupted: Outcome) -> None:
+    cfg = compose_run(tmp_path, "fresh=true")
+    directory = open_run_directory(cfg)
+    directory.write_record({**uninterrupted[2], "sources": "0123456789ab", "seconds": 1.0})
+    run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
+    assert directory.load_record() is None and directory.load_checkpoint() is not None
+    assert run_in_child(lambda: run(cfg)) == 0
+    assert read_outcome(cfg) == uninterrupted and uninterrupted[2]["sources"] == digest_sources()
+    assert [path.name for path in directory.path.glob("superseded-*")] == ["superseded-1"]

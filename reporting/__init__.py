@@ -1,0 +1,1 @@
+"""Many runs: from records to tables, figures and pages."""

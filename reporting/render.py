@@ -1,0 +1,121 @@
+"""Tables as Markdown and figures."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from reporting.statistics import Row, summarize
+
+
+def render_markdown(
+    title: str, rows: Sequence[Row], also_against: str | None, search: str | None, commands: dict[str, list[str]]
+) -> str:
+    """A table for people, with the details of how it was produced.
+
+    Args:
+        title: of the table.
+        rows: with their records and chosen hyperparameters.
+        also_against: a row for a second column of differences.
+        search: a sentence on how hyperparameters were chosen; None if they are fixed.
+        commands: row name -> overrides of the command that reruns it.
+    """
+    references = [
+        [row.against or rows[0].name for row in rows],
+        *([[also_against] * len(rows)] if also_against else []),
+    ]
+    comparisons = [summarize(rows), *([summarize(rows, also_against)] if also_against else [])]
+    headings = [f"points against {' or '.join(dict.fromkeys(names))}" for names in references]
+    lines = [
+        f"# {title}",
+        "",
+        f"| row | arrangement | conv. parameters | plain / row | top-1 test % | {' | '.join(headings)} |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(headings),
+    ]
+    for i, line in enumerate(comparisons[0].itertuples()):
+        top1 = f"{line.top1_mean:.2f}" + ("" if math.isnan(line.top1_std) else f" ± {line.top1_std:.2f}")
+        differences = [
+            "" if line.row == names[i] else format_difference(frame.iloc[i])
+            for names, frame in zip(references, comparisons, strict=True)
+        ]
+        cells = [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = len(rows[0].records)
+    lines += [
+        "",
+        f"Mean ± standard deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}; differences are paired by seed, "
+        "with their 95% t-interval. The epoch is chosen on the validation split; the test set is evaluated once, at "
+        "the end of a run. Convolution parameters include biases and frozen AKPs.",
+        "",
+    ]
+    if search is not None:
+        lines += [search, "", "| row | chosen |", "|---|---|"]
+        lines += [f"| {row.name} | {' '.join(f'`{word}`' for word in row.chosen or [])} |" for row in rows]
+        lines.append("")
+    lines += ["To rerun one seed of a row:", "", "```sh"]
+    for row in rows:
+        lines += [f"# {row.name}", shlex.join(["python", "scripts/train.py", *commands[row.name]])]
+    lines += ["```", "", describe_runs([record for row in rows for record in row.records])]
+    return "\n".join(lines) + "\n"
+
+
+def format_difference(line: "pd.Series[Any]") -> str:
+    """A difference in points, with its interval if there is one."""
+    text = f"{line['diff_mean']:+.2f}"
+    if not math.isnan(line["diff_ci95_low"]):
+        text += f" [{line['diff_ci95_low']:+.2f}, {line['diff_ci95_high']:+.2f}]"
+    return text
+
+
+def describe_runs(records: Sequence[dict[str, Any]]) -> str:
+    """Length, time, machines, commits and versions of the runs behind a table, in one line."""
+    machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in records})
+    commits = sorted({_shorten_commit(r["commit"]) for r in records})
+    versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
+    return (
+        f"{records[0]['config']['trainer']['epochs']} epochs per run; {sum(r['seconds'] for r in records) / 60:.0f} "
+        f"minutes for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
+    )
+
+
+def _shorten_commit(commit: str | None) -> str:
+    if commit is None:
+        return "none"
+    digits, _, dirty = commit.partition("-")
+    return f"{digits[:12]}-{dirty}" if dirty else digits[:12]
+
+
+def draw_accuracy(frame: pd.DataFrame, title: str) -> Figure:
+    """Accuracy (mean and standard deviation over seeds) against convolution parameters.
+
+    Args:
+        frame: of ``summarize``.
+        title: of the table.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, line in enumerate(frame.itertuples()):
+        drawn_with_same_x = int((frame["conv_params"][:i] == line.conv_params).sum())
+        axes.errorbar(
+            line.conv_params * 1.04**drawn_with_same_x,  # so that rows with the same count do not overlap
+            line.top1_mean,
+            yerr=0.0 if math.isnan(line.top1_std) else line.top1_std,
+            fmt="osD^vP*X"[i % 8],
+            color=f"C{i}",
+            capsize=3,
+            label=line.row,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("convolution parameters")
+    axes.set_ylabel("top-1 accuracy on the test set (%)")
+    axes.set_title(f"{title}: mean ± standard deviation, {frame['seeds'].max()} seeds")
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure

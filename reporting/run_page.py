@@ -1,0 +1,115 @@
+"""The HTML page of one run: its kernels, their formulas and their contributions, in a file that needs no network."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from acl import AnalyticConv2d, analytic_layers, plot
+from acl.explain import Attribution
+from acl.kernels import KINDS
+
+MAX_KERNELS = 600
+"""Kernels of a layer that the page shows one by one; those with the most energy if there are more."""
+TEMPLATE = Path(__file__).with_name("run_page.html")
+
+
+def render_run_page(
+    record: Mapping[str, Any],
+    model: nn.Module,
+    initial_model: nn.Module | None,
+    akp_history: Mapping[str, Tensor],
+    attributions: Mapping[str, Attribution],
+    lost: Mapping[str, Tensor] | None,
+    split: str,
+) -> str:
+    """The HTML page of a finished run.
+
+    Args:
+        record: of the run.
+        model: the trained network.
+        initial_model: the network before training; None if it is not known.
+        akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is none.
+        attributions: replacement of removed kernels -> the attribution.
+        lost: layer name -> points lost without each single kernel; None if it was not measured.
+        split: describes the images behind ``attributions`` and ``lost``.
+    """
+    initial_layers = analytic_layers(initial_model) if initial_model is not None else {}
+    layers = []
+    for name, layer in tqdm(analytic_layers(model).items(), desc="drawing", unit="layer", disable=None):
+        prefix = f"{name}/"
+        history = {key.removeprefix(prefix): akps for key, akps in akp_history.items() if key.startswith(prefix)}
+        slots = layer.weight.shape[0] * layer.weight.shape[1]
+        has_mosaic = slots <= MAX_KERNELS
+        layers.append(
+            {
+                "name": name,
+                "arrangement": str(layer.arrangement),
+                "size": f"{layer.kernel_size[0]} x {layer.kernel_size[1]}",
+                "parameters": sum(p.numel() for p in layer.parameters()),
+                "before": _embed(plot.mosaic(initial_layers[name])) if has_mosaic and name in initial_layers else None,
+                "after": _embed(plot.mosaic(layer)) if has_mosaic else None,
+                "trajectories": _embed(plot.akp_trajectories(layer, history)) if history else None,
+                "kernels": list(_describe_kernels(layer, None if lost is None else lost[name])),
+                "slots": slots,
+            }
+        )
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), undefined=StrictUndefined, autoescape=True)
+    return environment.get_template(TEMPLATE.name).render(
+        record=record,
+        layers=layers,
+        kinds=list(KINDS.values()),
+        contributions={how: _embed(plot.contributions(attribution)) for how, attribution in attributions.items()},
+        split=split,
+    )
+
+
+def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[dict[str, Any]]:
+    """What the page shows of each kernel."""
+    weight = layer.weight.detach().float().cpu().flatten(0, 1)
+    by_energy = weight.square().sum((1, 2)).argsort(descending=True)
+    slots = range(len(weight)) if len(weight) <= MAX_KERNELS else by_energy[:MAX_KERNELS].tolist()
+    slot_kinds, in_channels = layer.slot_kinds, layer.weight.shape[1]
+    akps_of = {symbol: (layer.slots_of(symbol), akps) for symbol, akps in layer.akps().items()}
+    for slot in slots:
+        kind = KINDS[slot_kinds[slot]]
+        values = []
+        if kind.is_analytic:
+            kind_slots, akps = akps_of[kind.symbol]
+            i = kind_slots.index(slot)
+            units = {akp.name: akp.unit for akp in kind.akps("extended", amplitude=True)}
+            values = [f"{name} {akp[i].item():.3f} {units[name]}".strip() for name, akp in akps.items()]
+        yield {
+            "out": slot // in_channels,
+            "in": slot % in_channels,
+            "kind": kind,
+            "formula": layer.formula(slot),
+            "akps": ", ".join(values),
+            "lost": None if lost is None else f"{lost[slot]:+.2f}",
+            "image": _draw_tile(weight[slot]),
+        }
+
+
+def _draw_tile(kernel: Tensor) -> str:
+    """A kernel as a small image: blue is negative, red is positive, white is 0."""
+    scaled = kernel / kernel.abs().max().clamp(min=1e-12) / 2 + 0.5
+    pixels = (colormaps["RdBu_r"](scaled.numpy())[..., :3] * 255).astype("uint8")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return _to_data_url(buffer.getvalue())
+
+
+def _embed(figure: Figure) -> str:
+    return _to_data_url(plot.to_png(figure))
+
+
+def _to_data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,94 @@
+"""Means over seeds and paired intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from scipy import stats
+
+from training.errors import UsageError
+
+COLUMNS = [
+    "row",
+    "arrangement",
+    "conv_params",
+    "params",
+    "conv_ratio",
+    "seeds",
+    "top1_mean",
+    "top1_std",
+    "diff_mean",
+    "diff_ci95_low",
+    "diff_ci95_high",
+    "epochs",
+]
+
+
+@dataclass
+class Row:
+    """One row of a table: a configuration without its seed and without the hyperparameters that its search chooses."""
+
+    name: str
+    overrides: list[str]
+    against: str | None = None
+    """The row it is compared with; None: the first."""
+    chosen: list[str] | None = None
+    """The hyperparameters; None until the search is done."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """One per seed."""
+
+
+def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
+    """The columns ``COLUMNS``, one line per row.
+
+    Accuracies are in percent. Differences are in points, paired by seed, with a 95% t-interval.
+
+    Args:
+        rows: with their records.
+        against: the row to compare all rows with; None: the one that each row names.
+
+    Raises:
+        UsageError: for a row without records.
+    """
+    by_name = {row.name: row for row in rows}
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        if not row.records:
+            raise UsageError(f"row '{row.name}' has no finished run")
+        reference = by_name[against or row.against or rows[0].name]
+        top1 = _top1_by_seed(row)
+        mean, low, high = paired_difference(top1, _top1_by_seed(reference))
+        record = row.records[0]
+        arrangement = record["config"]["arrangement"]
+        lines.append(
+            {
+                "row": row.name,
+                "arrangement": "; ".join(f"{k}: {v}" for k, v in arrangement.items() if v) or "plain",
+                "conv_params": record["parameters"]["conv"],
+                "params": record["parameters"]["total"],
+                "conv_ratio": reference.records[0]["parameters"]["conv"] / record["parameters"]["conv"],
+                "seeds": len(top1),
+                "top1_mean": top1.mean(),
+                "top1_std": top1.std(),
+                "diff_mean": mean,
+                "diff_ci95_low": low,
+                "diff_ci95_high": high,
+                "epochs": record["config"]["trainer"]["epochs"],
+            }
+        )
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def paired_difference(values: "pd.Series[Any]", reference: "pd.Series[Any]") -> tuple[float, float, float]:
+    """Mean difference and its 95% t-interval, over the seeds that both have; an interval of NaN for a single seed."""
+    differences = (values - reference).dropna()
+    n = len(differences)
+    half_width = stats.t.ppf(0.975, n - 1) * differences.std() / math.sqrt(n) if n > 1 else math.nan
+    mean = differences.mean()
+    return mean, mean - half_width, mean + half_width
+
+
+def _top1_by_seed(row: Row) -> "pd.Series[Any]":
+    return pd.Series({record["config"]["seed"]: record["test"]["top1"] for record in row.records})

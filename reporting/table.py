@@ -1,0 +1,306 @@
+"""Tables: rows become runs, and any number of workers share them."""
+
+import json
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NotRequired
+
+import pandas as pd
+from omegaconf import DictConfig
+from pydantic.dataclasses import dataclass as validated_dataclass
+from tqdm import tqdm
+from typing_extensions import TypedDict
+
+from acl.plot import to_png
+from reporting.render import draw_accuracy, render_markdown
+from reporting.statistics import Row, summarize
+from training.config import compose, is_in_identity
+from training.errors import BusyError, UsageError
+from training.loop import run
+from training.provenance import digest_sources
+from training.run_directory import RunDirectory, write_atomic
+from training.runs import build_model, load_run_data, open_run_directory, parse_run
+from training.validation import STRICT
+
+POLL_SECONDS = 1.0
+"""Time between checks of runs that other workers are working on."""
+
+
+class RowSettings(TypedDict):
+    name: str
+    overrides: list[str]
+    against: NotRequired[str | None]
+
+
+class Search(TypedDict):
+    seed: int
+    candidates: list[list[str]]
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class TableSettings:
+    """What ``configs/table/<name>.yaml`` says."""
+
+    title: str
+    rows: list[RowSettings]
+    overrides: list[str]
+    """Of every run."""
+    seeds: list[int]
+    search: Search | None
+    """Candidates of hyperparameters, tried for every row with one seed; None: the hyperparameters are fixed."""
+    without: list[str] = field(default_factory=list)
+    """Names of rows to leave out."""
+    also_against: str | None = None
+    """A row for a second column of differences."""
+    backbone: str | None = None
+    """For interpolation in the overrides."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    title: str
+    cfg: DictConfig
+    directory: RunDirectory
+
+    @property
+    def last_failure_line(self) -> str:
+        lines = self.directory.failure_file.read_text().strip().splitlines()
+        return lines[-1].removeprefix("training.errors.UsageError: ")
+
+
+class Table:
+    """A table and its runs. Any number of processes may reproduce it; each run is locked by one of them.
+
+    Args:
+        name: of the table and of its files.
+        settings: of the table.
+        overrides: the user's, which come last.
+
+    Raises:
+        UsageError: for a comparison with a row that does not exist.
+    """
+
+    def __init__(self, name: str, settings: TableSettings, overrides: list[str]) -> None:
+        self.name = name
+        self.settings = settings
+        self.started = time.time()
+        self.rows = [
+            Row(row["name"], [*settings.overrides, *row["overrides"], *overrides], row.get("against"))
+            for row in settings.rows
+            if row["name"] not in settings.without
+        ]
+        names = [row.name for row in self.rows]
+        for row in self.rows:
+            if row.against not in (None, *names):
+                raise UsageError(f"row '{row.name}' is compared with '{row.against}', which is not a row of this table")
+        if settings.also_against not in (None, *names):
+            raise UsageError(f"also_against '{settings.also_against}' is not a row of this table")
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self.path = Path(self._compose(self.rows[0]).paths.results) / "tables" / name
+
+    def __len__(self) -> int:
+        return len(self.rows) * (len(self._candidates) + len(self.settings.seeds))
+
+    @property
+    def _candidates(self) -> list[list[str]]:
+        return [] if self.settings.search is None else self.settings.search["candidates"]
+
+    def _compose(self, row: Row, *overrides: str) -> DictConfig:
+        words = (*row.overrides, *overrides)
+        if words not in self._composed:
+            self._composed[words] = compose(list(words))
+        return self._composed[words]
+
+    def _plan(self, row: Row, title: str, *overrides: str) -> PlannedRun:
+        cfg = self._compose(row, *overrides).copy()
+        if cfg.logger.name == "wandb":
+            cfg.logger.update(group=self.name, row=row.name, title=f"{row.name}, {title}")
+        return PlannedRun(f"{row.name}, {title}", cfg, open_run_directory(cfg))
+
+    def _plan_trials(self, row: Row) -> list[PlannedRun]:
+        if self.settings.search is None:
+            return []
+        fixed = [f"seed={self.settings.search['seed']}", "trainer.test=false"]
+        n = len(self._candidates)
+        return [
+            self._plan(row, f"search {i}/{n}", *candidate, *fixed) for i, candidate in enumerate(self._candidates, 1)
+        ]
+
+    def _plan_seeds(self, row: Row) -> list[PlannedRun]:
+        return [self._plan(row, f"seed {seed}", *(row.chosen or []), f"seed={seed}") for seed in self.settings.seeds]
+
+    def plan_runs(self) -> list[PlannedRun]:
+        """The runs known so far: seed runs are listed once the row's search has chosen a candidate."""
+        planned: list[PlannedRun] = []
+        for row in self.rows:
+            planned += self._plan_trials(row)
+            if row.chosen is None:
+                row.chosen = self._choose(row)
+            if row.chosen is not None:
+                planned += self._plan_seeds(row)
+        return planned
+
+    def _choose(self, row: Row) -> list[str] | None:
+        """The candidate with the best validation accuracy, ties broken by validation loss.
+
+        None while a trial is missing, and if all trials failed.
+        """
+        if not self._candidates:
+            return []
+        scores: list[tuple[float, float, int]] = []
+        for number, trial in enumerate(self._plan_trials(row)):
+            record = trial.directory.load_record()
+            if record is not None:
+                scores.append((record["val"]["top1"], -record["val"]["loss"], -number))
+            elif not self._has_failed(trial):
+                return None
+        return self._candidates[-max(scores)[2]] if scores else None
+
+    def _has_failed(self, planned: PlannedRun) -> bool:
+        """Whether a worker's attempt failed since this worker started; earlier failures are retried."""
+        file = planned.directory.failure_file
+        return file.exists() and file.stat().st_mtime > self.started
+
+    def check_rows(self) -> None:
+        """Validates every row and builds its model, before any run. Raises UsageError for the first invalid row."""
+        data = None
+        for row in self.rows:
+            settings = parse_run(self._compose(row))
+            if settings.trainer.devices * settings.trainer.nodes > 1:
+                raise UsageError(
+                    "a run of a table uses one device; start more workers (the same command again) to use more devices"
+                )
+            data = data or load_run_data(settings)
+            build_model(settings, data)
+
+    def status(self) -> dict[str, list[str]]:
+        """The titles of the runs that are done, running, failed (with the last line of the error) and left."""
+        status: dict[str, list[str]] = {"done": [], "running": [], "failed": [], "left": []}
+        for planned in self.plan_runs():
+            if planned.directory.load_record() is not None:
+                status["done"].append(planned.title)
+            elif planned.directory.is_locked():
+                status["running"].append(planned.title)
+            elif planned.directory.failure_file.exists():
+                status["failed"].append(f"{planned.title}: {planned.last_failure_line}")
+            else:
+                status["left"].append(planned.title)
+        undecided = len(self) - sum(map(len, status.values()))
+        status["left"] += ["a seed of a row whose search is not finished"] * undecided
+        return status
+
+    def count_outdated(self) -> tuple[int, int]:
+        """How many recorded runs were recorded with other code than today's, and how many are recorded."""
+        records = [record for planned in self.plan_runs() if (record := planned.directory.load_record()) is not None]
+        return sum(record.get("sources") != digest_sources() for record in records), len(records)
+
+    def reproduce(self) -> pd.DataFrame:
+        """Performs the runs that are not recorded, waits for those of other workers, and writes the table.
+
+        Raises:
+            UsageError: for an invalid row; or if runs failed, here or at another worker, after all others are done.
+                The table is then not written.
+        """
+        self.check_rows()
+        progress = tqdm(total=len(self), desc=self.name, unit="run", disable=None)
+        reported: set[str] = set()
+        while True:
+            is_waiting, has_worked = False, False
+            for planned in self.plan_runs():
+                if planned.title in reported or self._has_failed(planned):
+                    continue
+                progress.set_postfix_str(planned.title)
+                try:
+                    record, is_new = run(planned.cfg)
+                except BusyError:
+                    is_waiting = True
+                    continue
+                except Exception:
+                    has_worked = True
+                    write_atomic(planned.directory.failure_file, traceback.format_exc())
+                    progress.write(f"{planned.title}: failed: {planned.last_failure_line}")
+                    continue
+                has_worked = True
+                planned.directory.failure_file.unlink(missing_ok=True)
+                reported.add(planned.title)
+                progress.update()
+                split, result = ("test", record["test"]) if record["test"] else ("validation", record["val"])
+                note = f"{record['seconds']:.0f} s" if is_new else "recorded before"
+                counter = f"[{len(reported)}/{len(self)}]"
+                progress.write(f"{counter} {planned.title}: {split} {result['top1']:.2f}% ({note})")
+            if not is_waiting and not has_worked:
+                break
+            if not has_worked:
+                time.sleep(POLL_SECONDS)
+        progress.close()
+        for row in self.rows:
+            records = [planned.directory.load_record() for planned in self._plan_seeds(row)]
+            row.records = [record for record in records if record is not None]
+        # A search can do without a candidate that failed; a row needs all of its seeds.
+        if any(row.chosen is None or len(row.records) < len(self.settings.seeds) for row in self.rows):
+            status = self.status()
+            raise UsageError(
+                f"{len(status['failed'])} of {len(self)} runs failed, {len(status['done'])} are done; the same command "
+                f"tries them again: {'; '.join(status['failed'])}"
+            )
+        return self.write()
+
+    def load_results(self) -> None:
+        """Takes the records from the table's own .jsonl file instead of from runs.
+
+        Raises:
+            UsageError: if there is no such file, or it was written for another configuration.
+        """
+        file = self.path.with_suffix(".jsonl")
+        if not file.exists():
+            raise UsageError(f"there is no {file}; reproduce the table first")
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in self.rows:
+            row.records = [entry for entry in entries if entry["row"] == row.name]
+            ids = {entry["id"] for entry in row.records}
+            for row.chosen in self._candidates or [[]]:
+                if {planned.directory.id for planned in self._plan_seeds(row)} == ids:
+                    break
+            else:
+                raise UsageError(f"{file} has no complete row '{row.name}' of the configuration of table {self.name}")
+
+    def write(self) -> pd.DataFrame:
+        """Writes <name>.csv, .md, .png, .jsonl (the records) and, after a search, _search.jsonl (of its trials)."""
+        frame = summarize(self.rows)
+        trials = [
+            {"row": row.name, "candidate": candidate, **record}
+            for row in self.rows
+            for candidate, trial in zip(self._candidates, self._plan_trials(row), strict=True)
+            if (record := trial.directory.load_record()) is not None
+        ]
+        search_file = self.path.with_name(f"{self.name}_search.jsonl")
+        if trials:
+            write_atomic(search_file, _to_json_lines(trials))
+        search_note = None
+        if self.settings.search is not None:
+            search_note = (
+                f"Hyperparameters: each row tries the same {len(self._candidates)} candidates, at full length, once "
+                f"(seed {self.settings.search['seed']}), and takes the one with the best validation accuracy"
+                + (f" ([all trials]({search_file.name}))." if search_file.exists() else ".")
+            )
+        commands = {
+            row.name: [
+                word
+                for word in (*row.overrides, *(row.chosen or []), f"seed={self.settings.seeds[0]}")
+                if is_in_identity(word)
+            ]
+            for row in self.rows
+        }
+        records = [{"row": row.name, **record} for row in self.rows for record in row.records]
+        text = render_markdown(self.settings.title, self.rows, self.settings.also_against, search_note, commands)
+        write_atomic(self.path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g"))
+        write_atomic(self.path.with_suffix(".jsonl"), _to_json_lines(records))
+        write_atomic(self.path.with_suffix(".md"), text)
+        write_atomic(self.path.with_suffix(".png"), to_png(draw_accuracy(frame, self.settings.title)))
+        return frame
+
+
+def _to_json_lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)

@@ -1,0 +1,34 @@
+"""Records made by hand, and small tables of real runs."""
+
+from pathlib import Path
+from typing import Any
+
+from reporting.table import Table, TableSettings
+from training.config import compose, resolve
+from training.validation import construct
+
+
+def make_record(seed: int, top1: float, conv: int = 100) -> dict[str, Any]:
+    """The parts of a run's record that a table reads."""
+    return {
+        "config": {"seed": seed, "arrangement": {}, "trainer": {"epochs": 3}},
+        "test": {"top1": top1},
+        "parameters": {"conv": conv, "total": 2 * conv},
+        "seconds": 90.0,
+        "commit": None,
+        "machine": {"device": "CPU", "threads": 2},
+        "versions": {"torch": "2.6"},
+    }
+
+
+def load_settings(name: str, **changes: Any) -> TableSettings:
+    """The settings of configs/table/<name>.yaml, with some of them replaced."""
+    return construct(TableSettings, {**resolve(compose([f"table={name}"], "reproduce_table"))["table"], **changes})
+
+
+def create_table(folder: Path, *overrides: str, **changes: Any) -> Table:
+    """The first two rows of the table digits with two seeds and one epoch; runs and results are written to ``folder``."""
+    rows = load_settings("digits").rows[:2]
+    settings = load_settings("digits", **{"rows": rows, "seeds": [0, 1], **changes})
+    paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
+    return Table("digits", settings, [*paths, "trainer.epochs=1", *overrides])

@@ -1,0 +1,132 @@
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import reporting.table
+from reporting.render import describe_runs, draw_accuracy, format_difference, render_markdown
+from reporting.statistics import Row, summarize
+from reporting.table import Table
+from tests.reporting.helpers import load_settings, make_record
+from training.config import compose
+from training.runs import open_run_directory
+
+COMMITTED_TABLES = Path(__file__).parents[2] / "results" / "tables"
+
+
+def make_row(name: str, *top1: float) -> Row:
+    return Row(name, [], chosen=[], records=[make_record(seed, value) for seed, value in enumerate(top1)])
+
+
+def test_markdown_shows_a_second_comparison() -> None:
+    rows = [make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)]
+    lines = render_markdown("Title", rows, "Gabor", None, {"plain": [], "Gabor": []}).splitlines()
+    assert lines[0] == "# Title"
+    assert lines[2].endswith("| points against plain | points against Gabor |")
+    assert lines[4].endswith("|  | -1.50 [-7.85, +4.85] |")
+    assert lines[5].endswith("| +1.50 [-4.85, +7.85] |  |")
+
+
+def test_markdown_lists_chosen_hyperparameters_after_a_search() -> None:
+    row = make_row("plain", 90.0)
+    row.chosen = ["optim.lr=2e-3", "optim.akp_lr_scale=15"]
+    text = render_markdown("Title", [row], None, "Each row tries two candidates.", {"plain": []})
+    assert "Each row tries two candidates." in text
+    assert "| plain | `optim.lr=2e-3` `optim.akp_lr_scale=15` |" in text
+    assert "| row | chosen |" not in render_markdown("Title", [row], None, None, {"plain": []})
+
+
+def test_markdown_of_a_single_seed_has_no_spread_and_no_interval() -> None:
+    rows = [make_row("plain", 90.0), make_row("Gabor", 91.5)]
+    text = render_markdown("Title", rows, None, None, {"plain": [], "Gabor": []})
+    assert "| 91.50 | +1.50 |" in text and "over 1 seed;" in text and "nan" not in text
+
+
+def test_markdown_commands_survive_the_shell() -> None:
+    overrides = ["data=imagefolder", 'data.title="CIFAR-10 (JPEG)"', "arrangement.all=G25%_P75%", "seed=3"]
+    text = render_markdown("Title", [make_row("plain", 90.0)], None, None, {"plain": overrides})
+    assert read_commands(text) == {"plain": overrides}
+    assert compose(overrides).data.title == "CIFAR-10 (JPEG)"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"), [(-0.105, 1.2, "+0.50 [-0.10, +1.20]"), (float("nan"), float("nan"), "+0.50")]
+)
+def test_format_difference_omits_a_missing_interval(low: float, high: float, text: str) -> None:
+    assert format_difference(pd.Series({"diff_mean": 0.5, "diff_ci95_low": low, "diff_ci95_high": high})) == text
+
+
+def test_describe_runs_lists_machines_and_short_commits_once() -> None:
+    records = [
+        {**make_record(0, 90.0), "commit": "0123456789abcdef"},
+        {**make_record(1, 91.0), "commit": "0123456789abcdef-dirty"},
+        {**make_record(2, 92.0), "commit": "0123456789abcdef", "machine": {"device": "GPU", "threads": 4}},
+        make_record(3, 93.0),
+    ]
+    assert describe_runs(records) == (
+        "3 epochs per run; 6 minutes for these runs on CPU, 2 threads; GPU, 4 threads; "
+        "commit 0123456789ab, 0123456789ab-dirty, none; torch 2.6."
+    )
+
+
+def test_figure_shows_rows_with_equal_parameters_side_by_side() -> None:
+    frame = summarize([make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)])
+    axes = draw_accuracy(frame, "Title").axes[0]
+    (first, _, _), (second, _, _) = axes.containers
+    assert first.get_xdata()[0] == 100 < second.get_xdata()[0] < 110
+    assert (first.get_ydata()[0], second.get_ydata()[0]) == (91.0, 92.5)
+    assert axes.get_title() == "Title: mean ± standard deviation, 2 seeds"
+
+
+@pytest.fixture(scope="module", params=sorted(path.stem for path in COMMITTED_TABLES.glob("*.csv")))
+def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Path]:
+    """A committed table, written again from nothing but its records; the folder of its files."""
+    folder = tmp_path_factory.mktemp("rendered")
+    (folder / "results/tables").mkdir(parents=True)
+    shutil.copy(COMMITTED_TABLES / f"{request.param}.jsonl", folder / "results/tables")
+    paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
+    table = Table(request.param, load_settings(request.param), paths)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("rendering must not need runs, data or models")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("run", "load_run_data", "build_model"):
+            patch.setattr(reporting.table, name, fail)
+        table.load_results()
+        table.write()
+    assert not (folder / "runs").exists()
+    return table, folder / "results/tables"
+
+
+def test_render_gives_the_committed_csv_and_records(rendered: tuple[Table, Path]) -> None:
+    table, folder = rendered
+    for suffix in (".csv", ".jsonl"):
+        assert (folder / f"{table.name}{suffix}").read_bytes() == (COMMITTED_TABLES / f"{table.name}{suffix}").read_bytes()
+    assert (folder / f"{table.name}.md").read_text().startswith(f"# {table.settings.title}\n")
+    assert (folder / f"{table.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_markdown_command_has_the_run_id_of_the_recorded_seed(rendered: tuple[Table, Path]) -> None:
+    table, folder = rendered
+    commands = read_commands((folder / f"{table.name}.md").read_text())
+    assert list(commands) == [row.name for row in table.rows]
+    for row in table.rows:
+        cfg = compose(commands[row.name])
+        ids = {record["config"]["seed"]: record["id"] for record in row.records}
+        assert cfg.seed == table.settings.seeds[0]
+        assert open_run_directory(cfg).id == ids[cfg.seed]
+
+
+def read_commands(markdown: str) -> dict[str, list[str]]:
+    """Row name -> overrides of its command."""
+    lines = markdown.partition("```sh\n")[2].partition("```")[0].splitlines()
+    commands = {}
+    for comment, command in zip(lines[::2], lines[1::2], strict=True):
+        program, script, *overrides = shlex.split(command)
+        assert (program, script) == ("python", "scripts/train.py")
+        commands[comment.removeprefix("# ")] = overrides
+    return commands

@@ -1,0 +1,60 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training.config import compose
+from training.data import Data
+from training.evaluate import evaluate
+from training.runs import build_model, load_run_data, parse_run
+
+
+@pytest.fixture(scope="module")
+def model_and_data() -> tuple[nn.Module, Data]:
+    settings = parse_run(compose(["arrangement=mosaic"]))
+    data = load_run_data(settings)
+    torch.manual_seed(0)
+    return build_model(settings, data), data
+
+
+def test_evaluate_equals_accuracy_and_loss_in_one_batch(model_and_data: tuple[nn.Module, Data]) -> None:
+    """The training split fills more than one batch, and the last one is smaller."""
+    model, data = model_and_data
+    split = data.train
+    assert 1000 < len(split) < 2000
+    with torch.no_grad():
+        logits = model.eval()(data.normalize(split.images))
+    result = evaluate(model, data, split)
+    correct = int((logits.argmax(1) == split.labels).sum())
+    assert 0 < correct < len(split) and result["top1"] == 100 * correct / len(split)
+    assert result["loss"] == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
+
+
+def test_evaluate_disables_dropout_and_gradients(model_and_data: tuple[nn.Module, Data]) -> None:
+    model, data = model_and_data
+    noisy_model = nn.Sequential(model, nn.Dropout(0.9)).train()
+    outputs: list[torch.Tensor] = []
+    noisy_model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    assert evaluate(noisy_model, data, data.val) == evaluate(model, data, data.val)
+    assert not noisy_model.training and not any(output.requires_grad for output in outputs)
+
+
+def test_processes_evaluate_disjoint_shares(model_and_data: tuple[nn.Module, Data]) -> None:
+    """Without the reduction over processes, the results of two processes sum to those of one."""
+    model, data = model_and_data
+    total = evaluate(model, data, data.val)
+    shares = []
+    for rank in range(2):
+        fabric: Any = SimpleNamespace(
+            global_rank=rank,
+            world_size=2,
+            to_device=lambda tensor: tensor,
+            all_reduce=lambda tensor, reduce_op: tensor,
+        )
+        shares.append(evaluate(model, data, data.val, fabric))
+    for name in ("top1", "loss"):
+        assert shares[0][name] > 0 and shares[1][name] > 0
+        assert shares[0][name] + shares[1][name] == pytest.approx(total[name], rel=1e-6)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training.config import compose
+from training.optim import OptimSettings, build_criterion, build_optimizer, build_schedule
+from training.runs import build_model, load_run_data, parse_run
+
+
+def build_model_and_settings(*overrides: str) -> tuple[nn.Module, OptimSettings]:
+    settings = parse_run(compose(["arrangement=mosaic", *overrides]))
+    return build_model(settings, load_run_data(settings)), settings.optim
+
+
+def test_akps_have_own_learning_rate_and_no_weight_decay() -> None:
+    options = ["optim.lr=0.001", "optim.akp_lr_scale=7", "optim.weight_decay=0.1"]
+    model, settings = build_model_and_settings(*options)
+    groups = build_optimizer(model, settings).param_groups
+    rates = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert rates == [(0.001, 0.1), (0.001, 0), (pytest.approx(0.007), 0)]
+    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim <= 1 for p in groups[1]["params"])
+    assert sum(p.numel() for p in groups[2]["params"]) == 288
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_frozen_akps_have_no_parameter_group() -> None:
+    model, settings = build_model_and_settings("model.layer.learn=none")
+    groups = build_optimizer(model, settings).param_groups
+    assert len(groups) == 2
+    assert all(p.requires_grad for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize("schedule_name", ["onecycle", "cosine"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_learning_rates_of_all_groups_end_near_zero(name: str, schedule_name: str) -> None:
+    model, settings = build_model_and_settings(f"optim={name}", f"optim.schedule={schedule_name}")
+    optimizer = build_optimizer(model, settings)
+    schedule = build_schedule(optimizer, settings, 20)
+    rates = []
+    for _ in range(20):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    peaks = [max(column) for column in zip(*rates, strict=True)]
+    assert peaks[0] == pytest.approx(settings.lr)
+    assert peaks[2] == pytest.approx(settings.akp_lr_scale * peaks[0])
+    assert all(rate < 0.02 * peak for rate, peak in zip(rates[-1], peaks, strict=True))
+
+
+@pytest.mark.parametrize(("name", "optimizer_class"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_name_selects_optimizer(name: str, optimizer_class: type[torch.optim.Optimizer]) -> None:
+    model, settings = build_model_and_settings(f"optim={name}")
+    optimizer = build_optimizer(model, settings)
+    assert type(optimizer) is optimizer_class
+    if name == "sgd":
+        assert {group["momentum"] for group in optimizer.param_groups} == {settings.momentum}
+
+
+def test_criterion_smooths_labels() -> None:
+    _, settings = build_model_and_settings("optim.label_smoothing=0.1")
+    logits, labels = torch.randn(8, 10), torch.arange(8)
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert torch.equal(build_criterion(settings)(logits, labels), expected)
+    assert not torch.allclose(expected, F.cross_entropy(logits, labels))

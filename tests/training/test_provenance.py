@@ -1,0 +1,73 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from training import provenance
+from training.provenance import SOURCES, describe_environment, digest_sources
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree with one source file in each package, in place of the project's."""
+    for package in SOURCES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "module.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    return tmp_path
+
+
+def compute_digest() -> str:
+    return digest_sources.__wrapped__()  # not the cached value
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_digest_changes_with_each_package(root: Path, package: str) -> None:
+    path, before = root / package / "module.py", compute_digest()
+    assert re.fullmatch("[0-9a-f]{12}", before)
+    path.write_text("x = 2\n")
+    assert compute_digest() != before
+    path.write_text("x = 1\n")
+    assert compute_digest() == before
+
+
+def test_digest_changes_with_added_renamed_and_moved_modules(root: Path) -> None:
+    digests = [compute_digest()]
+    (root / "acl/other.py").write_text("y = 1\n")
+    digests.append(compute_digest())
+    (root / "acl/other.py").rename(root / "acl/another.py")
+    digests.append(compute_digest())
+    (root / "acl/another.py").rename(root / "models/another.py")
+    digests.append(compute_digest())
+    assert len(set(digests)) == len(digests)
+
+
+def test_digest_changes_when_code_moves_between_modules(root: Path) -> None:
+    (root / "acl/a.py").write_text("x = 1\ny = 2\n")
+    (root / "acl/b.py").write_text("z = 3\n")
+    before = compute_digest()
+    (root / "acl/a.py").write_text("x = 1\n")
+    (root / "acl/b.py").write_text("y = 2\nz = 3\n")
+    assert compute_digest() != before
+
+
+def test_digest_ignores_files_that_do_not_determine_results(root: Path) -> None:
+    before = compute_digest()
+    (root / "acl/py.typed").touch()
+    (root / "acl/__pycache__").mkdir()
+    (root / "acl/__pycache__/module.pyc").write_bytes(b"compiled")
+    (root / "reporting").mkdir()
+    (root / "reporting/table.py").write_text("z = 1\n")
+    assert compute_digest() == before
+
+
+def test_environment_contains_digest_and_versions() -> None:
+    environment = describe_environment()
+    assert environment["sources"] == digest_sources() == compute_digest()
+    assert {"python", "torch", "torchvision", "numpy"} <= set(environment["versions"])
+    assert environment["machine"]["threads"] >= 1 and environment["machine"]["device"]
+
+
+def test_commit_is_none_outside_checkout(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(root.parent))
+    assert describe_environment()["commit"] is None

@@ -1,0 +1,216 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from tests.training.processes import run_in_child
+from training.config import compose, identity
+from training.errors import BusyError, UsageError
+from training.loop import run
+from training.run_directory import UNFINISHED, RunDirectory, compute_run_id, serialize, write_atomic
+from training.runs import open_run_directory
+
+SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.accelerator=cpu"]
+
+
+def compose_run(runs: Path, *overrides: str) -> DictConfig:
+    return compose([*SMALL, f"paths.runs={runs}", *overrides])
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs", {"seed": 0})
+
+
+# Identity
+
+
+def test_identity_excludes_options_that_do_not_change_result(tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path)
+    options = ["data.root=/x", "logger=wandb", "fresh=true", "trainer.accelerator=auto", "trainer.checkpoint_minutes=1"]
+    assert open_run_directory(cfg).id == open_run_directory(compose_run(tmp_path / "other", *options)).id
+    assert "paths" not in identity(cfg)
+
+
+def test_identity_includes_options_that_change_result(tmp_path: Path) -> None:
+    overrides = ("seed=1", "optim.lr=0.1", "arrangement.conv1=G6", "data.shift=1", "trainer.test=false")
+    cfgs = [compose_run(tmp_path), *(compose_run(tmp_path, override) for override in overrides)]
+    assert len({open_run_directory(cfg).id for cfg in cfgs}) == 1 + len(overrides)
+
+
+def test_identity_ignores_new_option_at_null(tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path)
+    assert identity(compose_run(tmp_path, "++optim.new_option=null")) == identity(cfg)
+    assert identity(compose_run(tmp_path, "++optim.new_option=1")) != identity(cfg)
+    assert {"init", "tolerance"}.isdisjoint(identity(cfg)["model"]["layer"])  # these were added later, too
+    assert identity(compose(["model=lenet"]))["model"]["layer"] is None  # this was null from the start
+
+
+def test_run_id_is_hash_independent_of_key_order() -> None:
+    assert compute_run_id({"seed": 0, "data": {"name": "digits"}}) == "RUN_ID"
+    assert compute_run_id({"data": {"name": "digits"}, "seed": 0}) == "RUN_ID"
+    assert compute_run_id({"seed": 1, "data": {"name": "digits"}}) != "RUN_ID"
+
+
+# Records
+
+
+def test_record_is_loaded_as_written(directory: RunDirectory) -> None:
+    assert directory.load_record() is None
+    record = {"format": 1, "config": {"seed": 0}, "test": {"top1": 99.5}}
+    directory.write_record(record)
+    assert directory.load_record() == record == json.loads(directory.record_file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "is not a record of a run"),
+        ("{", "is not a record of a run"),
+        ('{"format": 99, "config": {}}', "has format 99, but this version reads formats up to 1"),
+        ('{"format": 1, "config": {}}', "belongs to another configuration"),
+    ],
+)
+def test_foreign_record_is_rejected_and_kept(tmp_path: Path, content: str, message: str) -> None:
+    cfg = compose_run(tmp_path)
+    record_file = open_run_directory(cfg).record_file
+    record_file.parent.mkdir()
+    record_file.write_text(content)
+    with pytest.raises(UsageError, match=rf"{record_file} {message}"):
+        run(cfg)
+    assert record_file.read_text() == content
+
+
+def test_set_aside_moves_files_into_numbered_folders(directory: RunDirectory) -> None:
+    with directory.lock():
+        for number in (1, 2):
+            directory.write("record.json", f"record {number}")
+            directory.write("wandb/log", f"log {number}")
+            directory.set_aside()
+            assert directory.is_locked()
+    names = ["lock", "superseded-1", "superseded-2", "worker"]
+    assert sorted(path.name for path in directory.path.iterdir()) == names
+    for number in (1, 2):
+        superseded = directory.path / f"superseded-{number}"
+        assert sorted(path.name for path in superseded.iterdir()) == ["record.json", "wandb"]
+        assert (superseded / "record.json").read_text() == f"record {number}"
+        assert (superseded / "wandb/log").read_text() == f"log {number}"
+
+
+# Locks
+
+
+def test_run_lock_excludes_second_worker(tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path)
+    directory = open_run_directory(cfg)
+
+    def expect_busy() -> None:
+        with pytest.raises(BusyError, match=rf"{directory.path} is in use by process {os.getppid()} on"):
+            run(cfg)
+
+    with directory.lock():
+        assert run_in_child(expect_busy) == 0
+    assert directory.load_record() is None
+
+
+def test_is_locked_while_process_holds_lock(directory: RunDirectory) -> None:
+    def expect_locked(expected: bool) -> None:
+        assert directory.is_locked() is expected
+
+    assert not directory.is_locked() and not directory.path.exists()
+    with directory.lock():
+        assert run_in_child(lambda: expect_locked(True)) == 0
+    assert run_in_child(lambda: expect_locked(False)) == 0
+    assert not directory.is_locked()
+
+
+def test_lock_of_killed_process_is_void(directory: RunDirectory) -> None:
+    def die_with_lock() -> None:
+        with directory.lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run_in_child(die_with_lock) == -signal.SIGKILL
+    assert not directory.is_locked()
+    with directory.lock():
+        assert (directory.path / "worker").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_lock_deletes_unfinished_files_of_killed_process(directory: RunDirectory) -> None:
+    directory.path.mkdir(parents=True)
+    (directory.path / f"{UNFINISHED}host-1-x").write_text("half")
+    with directory.lock():
+        assert sorted(path.name for path in directory.path.iterdir()) == ["lock", "worker"]
+
+
+def test_folder_that_cannot_be_created_is_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UsageError, match=r"cannot use .*runs.*: (Not a directory|File exists)"):
+        run(compose_run(tmp_path / "runs"))
+
+
+# Files
+
+
+def test_full_disk_raises_usage_error_and_keeps_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def write_half(target: Path, content: bytes) -> None:
+        target.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(UsageError, match=rf"cannot write {path}: No space left on device"):
+        write_atomic(path, "after")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomic_creates_folders_and_replaces_file(tmp_path: Path) -> None:
+    path = tmp_path / "a/b/file"
+    write_atomic(path, "text")
+    write_atomic(path, b"bytes")
+    assert path.read_bytes() == b"bytes" and list(path.parent.iterdir()) == [path]
+
+
+# Checkpoints
+
+
+def test_last_two_checkpoints_are_kept(directory: RunDirectory) -> None:
+    assert directory.load_checkpoint() is None
+    for step in (1, 2, 3):
+        directory.save_checkpoint({"config": {"seed": 0}, "step": step, "losses": torch.full((2,), float(step))})
+    loaded = directory.load_checkpoint()
+    assert loaded is not None and loaded["step"] == 3 and torch.equal(loaded["losses"], torch.tensor([3.0, 3.0]))
+    last, before = directory.checkpoint_files
+    before.replace(last)
+    loaded = directory.load_checkpoint()
+    assert loaded is not None and loaded["step"] == 2
+    directory.delete_checkpoints()
+    assert directory.load_checkpoint() is None and not list(directory.path.iterdir())
+
+
+def test_damaged_checkpoints_are_reported_and_skipped(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        directory.save_checkpoint({"config": {"seed": 0}, "step": step})
+    for path, expected_step in zip(directory.checkpoint_files, (1, None), strict=True):
+        path.write_bytes(path.read_bytes()[:-1])
+        loaded = directory.load_checkpoint()
+        assert (loaded and loaded["step"]) == expected_step
+        assert f"{path} is damaged; resuming from the checkpoint before it" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_configuration_is_rejected_and_kept(tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path)
+    directory = open_run_directory(cfg)
+    directory.save_checkpoint({"config": {}})
+    file = directory.checkpoint_files[0]
+    content = file.read_bytes()
+    with pytest.raises(UsageError, match=rf"{file} belongs to another configuration"):
+        run(cfg)
+    assert file.read_bytes() == content and content.endswith(serialize({"config": {}}))

@@ -1,0 +1,280 @@
+"""Readers of data sets in their official layouts, and their registry."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+from urllib.error import URLError
+
+import torch
+from pydantic import Field, validate_call
+from scipy.io import loadmat
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from training.errors import UsageError
+from training.image_cache import load_decoded_images
+from training.validation import STRICT, Count, FilePath
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Split:
+    images: Tensor  # (n, channels, height, width) uint8
+    labels: Tensor  # (n,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Split":
+        images, labels = self.images, self.labels
+        if device.type == "cuda" and not images.is_cuda:  # pinned memory lets the copy overlap with computation
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return Split(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+
+Splits = tuple[Split, Split, Split]
+"""For training, validation and test."""
+Listing = list[tuple[Path, str]]
+"""Image files and the names of their classes."""
+
+
+@validate_call(config=STRICT)
+def read_digits(root: FilePath) -> Splits:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 scaled to 28 x 28; a fixed fifth is the test set.
+
+    ``root`` is not used: the images come with scikit-learn.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    split = Split(images, torch.from_numpy(bunch.target).long())
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(1))
+    return _split_validation(split[order[360:]], split[order[:360]], 200)
+
+
+_IDX_SPLITS = ("train", "t10k")
+_IDX_PARTS = ("images-idx3", "labels-idx1")
+
+
+@validate_call(config=STRICT)
+def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Splits:
+    """A torchvision data set in MNIST's IDX format."""
+    raw = root / dataset.__name__ / "raw"
+    files = [_idx_file(raw, split, part) for split in _IDX_SPLITS for part in _IDX_PARTS]
+    wanted = f"{' '.join(file.name for file in files)}, plain or as .gz"
+    # torchvision parses what it downloads and fails on a corrupt file without naming it; _read_idx_split names it.
+    _download_missing(dataset.__name__, raw, wanted, files, lambda: dataset(str(root), download=True))
+    train, test = (_read_idx_split(raw, split) for split in _IDX_SPLITS)
+    return _split_validation(train, test, 5000)
+
+
+def _idx_file(raw: Path, split: str, part: str) -> Path:
+    return raw / f"{split}-{part}-ubyte"
+
+
+def _read_idx_split(raw: Path, split: str) -> Split:
+    tensors = []
+    for part, read in zip(_IDX_PARTS, (read_image_file, read_label_file), strict=True):
+        path = _idx_file(raw, split, part)
+        try:
+            tensors.append(read(str(path)))
+        except Exception as error:
+            raise UsageError(f"{path} is corrupt or cut short; delete it and download it again") from error
+    images, labels = tensors
+    if len(images) != len(labels) or images.shape[1:] != (28, 28) or not bool((labels < 10).all()):
+        raise UsageError(
+            f"{_idx_file(raw, split, _IDX_PARTS[0])} and its labels do not match: {len(images)} images of "
+            f"{images.shape[1]} x {images.shape[2]}, {len(labels)} labels up to {int(labels.max())}; delete both and "
+            "download them again"
+        )
+    return Split(images[:, None], labels)
+
+
+@validate_call(config=STRICT)
+def read_cifar10(root: FilePath) -> Splits:
+    """CIFAR-10 from its official Python files, whose checksums torchvision verifies before reading them."""
+    folder = root / datasets.CIFAR10.base_folder
+    files = [folder / name for name, _ in (*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list)]
+    wanted = f"{' '.join(file.name for file in files)} and batches.meta, from cifar-10-python.tar.gz"
+    _download_missing("CIFAR-10", folder, wanted, files, lambda: datasets.CIFAR10(str(root), download=True))
+    splits = []
+    for train in (True, False):
+        try:
+            read = datasets.CIFAR10(str(root), train=train)
+        except Exception as error:
+            raise UsageError(
+                f"a file in {folder} is corrupt or cut short; delete the folder and download it again"
+            ) from error
+        splits.append(Split(torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(read.targets)))
+    return _split_validation(splits[0], splits[1], 5000)
+
+
+@validate_call(config=STRICT)
+def read_flowers102(
+    root: FilePath, cache: FilePath, title: str, size: Count, validation: Share, skip_undecodable: bool
+) -> Splits:
+    """Oxford Flowers-102 with its official split: 1,020 / 1,020 / 6,149. ``validation`` is not used."""
+    folder = root / "flowers-102"
+    files = [folder / name for name in ("setid.mat", "imagelabels.mat", "jpg")]
+    wanted = "jpg/ (from 102flowers.tgz), imagelabels.mat and setid.mat"
+    _download_missing("Flowers-102", folder, wanted, files, lambda: datasets.Flowers102(root, download=True))
+    try:
+        labels = loadmat(files[1])["labels"].ravel()
+        ids = [loadmat(files[0])[part].ravel() for part in ("trnid", "valid", "tstid")]
+        listings = [[(folder / "jpg" / f"image_{i:05d}.jpg", f"{labels[i - 1]:03d}") for i in part] for part in ids]
+    except Exception as error:
+        raise UsageError(f"{files[0]} or {files[1].name} is corrupt; delete both and download them again") from error
+    return _read_image_files(folder, listings, cache, title, size, skip_undecodable)
+
+
+@validate_call(config=STRICT)
+def read_food101(
+    root: FilePath, cache: FilePath, title: str, size: Count, validation: Share, skip_undecodable: bool
+) -> Splits:
+    """Food-101 with its official test split; ``validation`` is the share held out of each class's training images."""
+    folder = root / "food-101"
+    files = [folder / "meta" / "train.json", folder / "meta" / "test.json", folder / "images"]
+    wanted = "images/ and meta/, from food-101.tar.gz"
+    _download_missing("Food-101", folder, wanted, files, lambda: datasets.Food101(root, download=True))
+    listings: list[Listing] = []
+    for file in files[:2]:
+        try:
+            names = json.loads(file.read_text())
+            listings.append(
+                [(folder / "images" / f"{name}.jpg", label) for label in sorted(names) for name in sorted(names[label])]
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{file} is corrupt or cut short; delete it and download it again") from error
+    train, val = _split_listing(listings[0], validation)
+    return _read_image_files(folder, [train, val, listings[1]], cache, title, size, skip_undecodable)
+
+
+@validate_call(config=STRICT)
+def read_imagefolder(
+    root: FilePath, cache: FilePath, title: str, size: Count, validation: Share, skip_undecodable: bool
+) -> Splits:
+    """The user's own images: <root>/train/<class>/*, <root>/test/<class>/* and optionally <root>/val/<class>/*.
+
+    ``validation`` is the share of each class's training images held out if there is no val/.
+    """
+    listings: dict[str, Listing] = {}
+    for part in ("train", "val", "test"):
+        folder = root / part
+        if not folder.is_dir():
+            if part == "val":
+                continue
+            raise UsageError(f"no folder {folder}; data=imagefolder reads {root}/train/<class>/* and test/<class>/*")
+        listings[part] = [
+            (path, class_folder.name)
+            for class_folder in sorted(folder.iterdir())
+            if class_folder.is_dir()
+            for path in sorted(class_folder.rglob("*"))
+            if path.suffix.lower() in IMG_EXTENSIONS
+        ]
+        if not listings[part]:
+            raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(IMG_EXTENSIONS)}")
+    if "val" in listings:
+        train, val = listings["train"], listings["val"]
+    else:
+        train, val = _split_listing(listings["train"], validation)
+    return _read_image_files(root, [train, val, listings["test"]], cache, title, size, skip_undecodable)
+
+
+def _split_validation(train: Split, test: Split, count: int) -> Splits:
+    """Holds ``count`` images out of an official training set, always the same ones."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train[order[count:]], train[order[:count]], test
+
+
+def _split_listing(listing: Listing, share: float) -> tuple[Listing, Listing]:
+    """Holds a share of each class out of a listing, always the same images."""
+    from sklearn.model_selection import train_test_split  # imported here because it takes over a second
+
+    labels = [label for _, label in listing]
+    count = max(round(share * len(listing)), len(set(labels)))
+    try:
+        kept, held_out = train_test_split(range(len(listing)), test_size=count, stratify=labels, random_state=0)
+    except ValueError as error:
+        raise UsageError(
+            f"cannot hold {count} validation images out of {len(listing)} training images: {error}"
+        ) from error
+    return [listing[i] for i in sorted(kept)], [listing[i] for i in sorted(held_out)]
+
+
+def _download_missing(
+    title: str, folder: Path, wanted: str, needed: list[Path], download: Callable[[], object]
+) -> None:
+    """Downloads a data set with torchvision unless all needed files exist.
+
+    Raises:
+        UsageError: if files are missing and cannot be downloaded; the message says which files to put where.
+    """
+    if all(path.exists() for path in needed):
+        return
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        download()
+    except Exception as error:  # no network, no space, or any error that a corrupt file causes
+        for path in created:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if not all(path.exists() for path in needed):
+            reason = "" if isinstance(error, URLError | RuntimeError) else f" ({error})"
+            raise UsageError(
+                f"{title} is not in {folder} and could not be downloaded{reason}; put there: {wanted}; "
+                "data=digits needs no files"
+            ) from error
+
+
+def _read_image_files(
+    root: Path, listings: list[Listing], cache: Path, title: str, size: int, skip_undecodable: bool
+) -> Splits:
+    """Decodes the images of the training, validation and test listings."""
+    labels_of = [{label for _, label in listing} for listing in listings]
+    classes = sorted(set.union(*labels_of))
+    for part, labels in zip(("training", "validation", "test"), labels_of, strict=True):
+        if missing := [label for label in classes if label not in labels]:
+            raise UsageError(
+                f"{root}: the {part} split has no image of {len(missing)} of {len(classes)} classes, among them "
+                f"'{missing[0]}'; each split needs images of every class"
+            )
+    paths = [path for listing in listings for path, _ in listing]
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"{path} is listed but does not exist; download the data set again")
+    cache_title = re.sub(r"[^\w-]+", "-", title).strip("-")
+    images, skipped = load_decoded_images(root, paths, size, cache, cache_title, skip_undecodable)
+    skipped_indices = set(skipped)
+    splits, first_image, first_path = [], 0, 0
+    for listing in listings:
+        labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
+        # The splits are consecutive in the cache, so each is a view of it.
+        view = images[first_image : first_image + len(labels_kept)]
+        splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
+        first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
+    return splits[0], splits[1], splits[2]
+
+
+DATASETS: dict[str, Callable[..., Splits]] = {
+    "digits": read_digits,
+    "mnist": partial(read_idx, datasets.MNIST),
+    "fashion_mnist": partial(read_idx, datasets.FashionMNIST),
+    "cifar10": read_cifar10,
+    "flowers102": read_flowers102,
+    "food101": read_food101,
+    "imagefolder": read_imagefolder,
+}
+"""Readers by ``data.name``. Each takes its options of ``configs/data/<name>.yaml`` as keyword arguments."""

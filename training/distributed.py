@@ -1,0 +1,88 @@
+"""The processes and devices of a run."""
+
+import logging
+import os
+import warnings
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from training.errors import UsageError
+from training.validation import STRICT, Count
+
+warnings.filterwarnings("ignore", message="The `srun` command is available")  # a single process needs no srun
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the precision of every run of a table
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainerSettings:
+    """The options of configs/trainer: the length of a run, its devices and their precision."""
+
+    epochs: Count
+    batch_size: Count
+    accelerator: str
+    strategy: str
+    devices: Count
+    nodes: Count
+    precision: str
+    deterministic: bool
+    channels_last: bool
+    compile: bool
+    test: bool
+    checkpoint_minutes: float = Field(gt=0)
+
+
+def build_fabric(settings: TrainerSettings) -> Fabric:
+    """Fabric for the devices of a run.
+
+    Raises:
+        UsageError: for options that Fabric rejects, or more devices than the machine has.
+    """
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            strategy=settings.strategy,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            precision=settings.precision,  # type: ignore[arg-type] # Fabric checks the text
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+    if fabric.device.type == "cpu" and settings.devices > (os.cpu_count() or 1):
+        raise UsageError(f"trainer.devices={settings.devices} exceeds the {os.cpu_count()} cores of this machine")
+    return fabric
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files; also valid before Fabric launches the others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def all_reduce(fabric: Fabric, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    """The "sum", "mean" or "max" of a tensor over the processes of a run."""
+    reduced = fabric.all_reduce(fabric.to_device(tensor).clone(), reduce_op=operation)  # all_reduce works in place
+    assert isinstance(reduced, torch.Tensor)
+    return reduced
+
+
+def gather_random_states(fabric: Fabric) -> torch.Tensor:
+    """(processes, n): the state of each process's random number generator, for dropout and the like."""
+    state = torch.cuda.get_rng_state(fabric.device) if fabric.device.type == "cuda" else torch.get_rng_state()
+    gathered = fabric.all_gather(state)
+    assert isinstance(gathered, torch.Tensor)
+    return gathered.reshape(fabric.world_size, -1).cpu()
+
+
+def set_random_state(fabric: Fabric, states: torch.Tensor) -> None:
+    """Restores this process's random number generator from ``gather_random_states``."""
+    state = states[fabric.global_rank % len(states)].clone()  # a run may be resumed with more processes
+    if fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(state, fabric.device)
+    else:
+        torch.set_rng_state(state)

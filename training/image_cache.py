@@ -1,0 +1,134 @@
+"""Images decoded once, into one memory-mapped file of uint8."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from training.errors import UsageError
+from training.run_directory import write_atomic
+
+FORMAT = 2
+CHUNK = 256
+"""Images between updates of the progress file, which is the most that a killed process loses."""
+
+
+def load_decoded_images(
+    root: Path, paths: Sequence[Path], size: int, cache: Path, title: str, skip_undecodable: bool = False
+) -> tuple[Tensor, list[int]]:
+    """The images of ``paths``, resized to ``size`` pixels on the shorter side and center-cropped to a square.
+
+    They are stored under ``cache``, in a folder for their ``root`` and ``size``. A cache of other files (judged by
+    name, length and modification time), of another format, or that is cut short is rebuilt; an interrupted one is
+    resumed.
+
+    Args:
+        root: the folder that contains ``paths``.
+        paths: image files.
+        size: in pixels.
+        cache: the folder of all caches.
+        title: of the data set; part of the cache's name.
+        skip_undecodable: leave out images that cannot be decoded instead of raising an error.
+
+    Returns:
+        (n, 3, size, size) uint8, channels last in memory, mapped from the file; and the indices that were left out.
+
+    Raises:
+        UsageError: for an image that cannot be decoded, or a cache that cannot be written.
+    """
+    root_digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    folder = cache / f"{title}-{size}px-{root_digest}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # other processes wait for the one that decodes
+            return _fill(folder, root, paths, size, skip_undecodable)
+    except OSError as error:
+        raise UsageError(f"cannot keep decoded images in {folder}: {error.strerror or error}") from error
+
+
+def _fill(
+    folder: Path, root: Path, paths: Sequence[Path], size: int, skip_undecodable: bool
+) -> tuple[Tensor, list[int]]:
+    images_file, progress_file = folder / "images.u8", folder / "cache.json"
+    key, shape = _compute_key(root, paths, size), (len(paths), size, size, 3)
+    length = int(np.prod(shape))
+    progress = _read_progress(progress_file)
+    if progress.get("key") != key or not images_file.is_file() or images_file.stat().st_size != length:
+        progress = {"key": key, "done": 0, "skipped": []}
+        with images_file.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(length, 1))  # a full disk raises an error now, not midway
+            file.truncate(length)
+    skipped: list[int] = list(progress["skipped"])
+    images = np.memmap(images_file, np.uint8, "r+", shape=shape)
+    chunks = range(progress["done"], len(paths), CHUNK)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(
+            desc="decoding", initial=progress["done"], total=len(paths), unit="image", disable=None if chunks else True
+        ) as bar,
+    ):
+        for start in chunks:
+            chunk = paths[start : start + CHUNK]
+            for i, decoded in enumerate(pool.map(lambda path: _decode(path, size), chunk), start):
+                if isinstance(decoded, np.ndarray):
+                    images[i - len(skipped)] = decoded
+                elif skip_undecodable:
+                    skipped.append(i)
+                else:
+                    raise UsageError(
+                        f"{paths[i]} cannot be decoded ({decoded}); repair or remove it, or leave out such images with "
+                        "data.skip_undecodable=true"
+                    )
+            images.flush()
+            write_atomic(progress_file, json.dumps({"key": key, "done": start + len(chunk), "skipped": skipped}))
+            bar.update(len(chunk))
+    if skipped and not skip_undecodable:
+        raise UsageError(f"{paths[skipped[0]]} cannot be decoded; data.skip_undecodable=true leaves it out")
+    if skipped:
+        more = ", ..." if len(skipped) > 1 else ""
+        print(f"left out {len(skipped)} images that cannot be decoded: {paths[skipped[0]]}{more}", file=sys.stderr)
+    mapped = torch.from_file(str(images_file), shared=False, size=length, dtype=torch.uint8)
+    return mapped.view(shape)[: len(paths) - len(skipped)].permute(0, 3, 1, 2), skipped
+
+
+def _compute_key(root: Path, paths: Sequence[Path], size: int) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {size}".encode())
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_progress(file: Path) -> dict[str, Any]:
+    try:
+        progress = json.loads(file.read_text())
+        return progress if isinstance(progress, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _decode(path: Path, size: int) -> np.ndarray | str:
+    """(size, size, 3) uint8, or the reason why the image cannot be decoded."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # PIL raises many types of errors for corrupt files
+        return " ".join(str(error).split()) or type(error).__name__
+    width, height = image.size
+    if (width, height) != (size, size):
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
+    return np.asarray(image)

@@ -1,0 +1,63 @@
+"""Where a result comes from: machine, library versions, commit, and a digest of the sources."""
+
+import functools
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("acl", "models", "training")
+"""The packages that determine the result of a run."""
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine, versions, commit and sources that a result comes from."""
+    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn")
+    return {
+        "commit": _find_commit(),
+        "sources": digest_sources(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _describe_cpu(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+@functools.cache
+def digest_sources() -> str:
+    """12 hexadecimal digits: a hash of the source files of ``SOURCES``."""
+    digest = hashlib.sha256()
+    for package in SOURCES:
+        for path in sorted((ROOT / package).glob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{package}/{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def _describe_cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _find_commit() -> str | None:
+    """The checkout's commit, with -dirty if the code differs from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        is_dirty = bool(git("status", "--porcelain", "--", ".", ":!results"))
+        return git("rev-parse", "HEAD") + ("-dirty" if is_dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,174 @@
+"""The folder of one run: its id, lock, record, checkpoints and files, all written atomically."""
+
+import hashlib
+import io
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from training.errors import BusyError, UsageError
+
+RECORD_FORMAT = 1
+UNFINISHED = ".unfinished-"
+"""Prefix of files that are being written."""
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a temporary file next to ``path``, then moves it into place.
+
+    Raises:
+        UsageError: if the disk is full or the folder is not writable; an existing file at ``path`` is untouched.
+    """
+    temporary = path.with_name(f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def serialize(state: dict[str, Any]) -> bytes:
+    """What ``torch.save`` writes. Serialize first, so that a full disk raises a clear OSError in ``write_atomic``."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def compute_run_id(identity: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits: a hash of the part of a configuration that determines a run's result."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class RunDirectory:
+    """The folder ``<runs>/<id>`` of one run.
+
+    Args:
+        runs: the folder of all runs.
+        identity: the part of the run's configuration that determines its result; the id is its hash.
+    """
+
+    def __init__(self, runs: Path, identity: Mapping[str, Any]) -> None:
+        self.identity = identity
+        self.id = compute_run_id(identity)
+        self.path = runs / self.id
+        self.record_file = self.path / "record.json"
+        self.failure_file = self.path / "failed.txt"
+        """The traceback of a run of a table that failed."""
+        self.checkpoint_files = (self.path / "checkpoint.pt", self.path / "checkpoint-before.pt")
+        """The last checkpoint and the one before it."""
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Writes a file of the run; errors as for ``write_atomic``."""
+        write_atomic(self.path / name, content)
+
+    def load_record(self) -> dict[str, Any] | None:
+        """The record of the finished run; None if there is none.
+
+        Raises:
+            UsageError: for a record that is unreadable, of another configuration or of a newer format.
+        """
+        if not self.record_file.exists():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(self.record_file.read_text())
+            record_format, config = int(record["format"]), record["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self.record_file} is not a record of a run ({error}); move it away to run this configuration"
+            ) from error
+        if record_format > RECORD_FORMAT:
+            raise UsageError(
+                f"{self.record_file} has format {record_format}, but this version reads formats up to {RECORD_FORMAT}; "
+                "use a newer version"
+            )
+        if config != self.identity:
+            raise UsageError(f"{self.record_file} belongs to another configuration; move it away to run this one")
+        return record
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        self.write(self.record_file.name, json.dumps(record, indent=1) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Creates the folder and locks it for this process; the lock of a process that died is void.
+
+        Raises:
+            BusyError: if another process holds the lock.
+            UsageError: if the folder cannot be created.
+        """
+        holder, lock = self.path / "worker", FileLock(self.path / "lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            for leftover in self.path.glob(f"{UNFINISHED}*"):  # of a process that was killed while writing
+                leftover.unlink()
+        except Timeout as error:
+            worker = holder.read_text() if holder.exists() else "another process"
+            raise BusyError(f"{self.path} is in use by {worker}; wait for it or stop it") from error
+        except OSError as error:
+            raise UsageError(f"cannot use {self.path}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether a process is working on the run."""
+        if not (self.path / "lock").exists():
+            return False
+        try:
+            with FileLock(self.path / "lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def set_aside(self) -> None:
+        """Moves the files of an earlier run into a subfolder ``superseded-<n>``; needs the lock."""
+        number = 1 + len(list(self.path.glob("superseded-*")))
+        target = self.path / f"superseded-{number}"
+        target.mkdir()
+        for file in self.path.iterdir():
+            if file.name not in ("lock", "worker") and not file.name.startswith("superseded-"):
+                file.rename(target / file.name)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes a checkpoint of tensors and plain values with its checksum, and keeps the previous one."""
+        content = serialize(state)
+        last, before = self.checkpoint_files
+        if last.exists():
+            last.replace(before)
+        write_atomic(last, hashlib.sha256(content).digest() + content)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last intact checkpoint, on the CPU; None if there is none. Reports a damaged one on stderr.
+
+        Raises:
+            UsageError: for a checkpoint of another configuration.
+        """
+        for file in self.checkpoint_files:
+            if not file.exists():
+                continue
+            content = file.read_bytes()
+            if hashlib.sha256(content[32:]).digest() != content[:32]:
+                print(f"{file} is damaged; resuming from the checkpoint before it", file=sys.stderr)
+                continue
+            state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            if state["config"] != self.identity:
+                raise UsageError(f"{file} belongs to another configuration; move it away to run this one")
+            return state
+        return None
+
+    def delete_checkpoints(self) -> None:
+        for file in self.checkpoint_files:
+            file.unlink(missing_ok=True)

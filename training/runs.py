@@ -1,0 +1,165 @@
+"""A run as plain, validated objects, and loading a finished one."""
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from lightning_fabric.utilities.seed import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, validate_call
+from pydantic.dataclasses import dataclass as validated_dataclass
+from safetensors.torch import load_file
+from torch import nn
+
+import models
+from training.config import flatten, format_error, identity, resolve
+from training.data import Augmentation, Data, load_data
+from training.distributed import TrainerSettings
+from training.errors import UsageError
+from training.loggers import LoggerSettings
+from training.optim import OptimSettings
+from training.run_directory import RunDirectory
+from training.validation import STRICT, construct
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that makes up a run, validated. Nothing below this module reads a configuration."""
+
+    config: dict[str, Any]  # the resolved configuration, for config.yaml and loggers
+    directory: RunDirectory
+    seed: int
+    fresh: bool
+    model: dict[str, Any]  # arguments of models.create_model
+    data: dict[str, Any]  # arguments of load_data
+    optim: OptimSettings
+    trainer: TrainerSettings
+    logger: LoggerSettings
+
+
+def open_run_directory(cfg: DictConfig) -> RunDirectory:
+    """The folder of the run that a configuration describes; nothing is written."""
+    return RunDirectory(Path(cfg.paths.runs), identity(cfg))
+
+
+def parse_run(cfg: DictConfig) -> RunSettings:
+    """Validates a run's configuration (configs/train.yaml) and turns it into plain objects.
+
+    Raises:
+        UsageError: for the first invalid value.
+    """
+    config = resolve(cfg)
+    augmentation_options = {f.name: config["data"][f.name] for f in fields(Augmentation) if f.name in config["data"]}
+    augmentation = construct(Augmentation, augmentation_options, "data")
+    data = {name: value for name, value in config["data"].items() if name not in augmentation_options}
+    if augmentation.crop is not None and augmentation.crop > data["size"]:
+        raise UsageError(f"data.crop={augmentation.crop} exceeds data.size={data['size']}, the size of the images")
+    arrangement = {name: text for name, text in flatten(config["arrangement"]).items() if text is not None}
+    return RunSettings(
+        config=config,
+        directory=open_run_directory(cfg),
+        seed=construct(_validate_seed, {"seed": config["seed"]}),
+        fresh=config.get("fresh", False),
+        model={**config["model"], "arrangement": arrangement},
+        data={**data, "augmentation": augmentation},
+        optim=construct(OptimSettings, config["optim"], "optim"),
+        trainer=construct(TrainerSettings, config["trainer"], "trainer"),
+        logger=construct(LoggerSettings, config["logger"], "logger"),
+    )
+
+
+@validate_call(config=STRICT)
+def _validate_seed(seed: Annotated[int, Field(ge=0, lt=2**32)]) -> int:
+    return seed
+
+
+def load_run_data(settings: RunSettings) -> Data:
+    """The data of a run, on the CPU. Raises UsageError as ``load_data``."""
+    memory_format = torch.channels_last if settings.trainer.channels_last else torch.contiguous_format
+    return replace(construct(load_data, settings.data, "data"), memory_format=memory_format)
+
+
+def build_model(settings: RunSettings, data: Data) -> nn.Module:
+    """The network of a run with its initial weights, in training mode.
+
+    Raises:
+        UsageError: for an arrangement that does not fit, weights that are unavailable, or images that the network
+            does not accept.
+    """
+    try:
+        model = models.create_model(channels=data.channels, classes=data.classes, **settings.model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    batch = next(data.eval_batches(data.train[:1]))
+    try:
+        with torch.no_grad():
+            model.eval()(batch.images)
+    except Exception as error:
+        size = " x ".join(map(str, batch.images.shape[1:]))
+        backbone = settings.model["backbone"]
+        raise UsageError(
+            f"model.backbone={backbone} does not accept images of {size}: {format_error(error)}"
+        ) from error
+    return model.train()
+
+
+@validated_dataclass(frozen=True, config=STRICT)
+class DataLocation:
+    """Where a finished run's data are now; None: where they were."""
+
+    root: str | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    path: Path
+    settings: RunSettings
+    record: dict[str, Any]
+    data: Data
+    model: nn.Module  # the trained network (its best epoch), in eval mode
+
+
+def resolve_run_path(path: Path) -> Path:
+    """The folder of a run, which may be given as its id if it is in ``runs/``."""
+    in_runs = Path("runs") / path
+    return in_runs if not path.exists() and in_runs.exists() else path
+
+
+def load_finished_run(path: Path, data_location: DataLocation | None = None) -> FinishedRun:
+    """Loads a finished run with its data and its trained network.
+
+    Args:
+        path: of its folder, or its id as for ``resolve_run_path``.
+        data_location: where the data are now, if they moved.
+
+    Raises:
+        UsageError: for a folder without a finished run, or data that are missing.
+    """
+    path = resolve_run_path(path)
+    for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "has an unfinished run")):
+        if not (path / name).exists():
+            raise UsageError(f"{path} {problem}: it has no {name}")
+    moved = {name: value for name, value in vars(data_location or DataLocation()).items() if value is not None}
+    try:
+        cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), {"data": moved})
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path / 'config.yaml'} is not the configuration of a run: {format_error(error)}") from error
+    assert isinstance(cfg, DictConfig)
+    settings = parse_run(cfg)
+    data = load_run_data(settings)
+    seed_everything(settings.seed, verbose=False)  # auto chooses its kinds from the initial weights
+    if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
+        model = build_model(replace(settings, model={**settings.model, "pretrained": False}), data)
+    else:
+        model = build_model(settings, data)
+    weights = path / "model.safetensors"
+    try:
+        # Earlier versions stored an empty parameter for layers without plain kernels.
+        model.load_state_dict({name: tensor for name, tensor in load_file(weights).items() if tensor.numel()})
+    except Exception as error:
+        raise UsageError(f"{weights} does not fit the network of {path}: {format_error(error)}") from error
+    return FinishedRun(path, settings, json.loads((path / "record.json").read_text()), data, model.eval())

@@ -1,0 +1,35 @@
+"""Turns sections of a configuration into validated objects; invalid values become one-line errors."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from training.errors import UsageError
+
+T = TypeVar("T")
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+"""For pydantic dataclasses and ``validate_call``: no conversion between types, no unknown options, finite numbers."""
+Count = Annotated[int, Field(ge=1)]
+FilePath = Annotated[Path, Field(strict=False)]  # given as text
+
+
+def construct(factory: Callable[..., T], options: Mapping[str, Any], section: str = "") -> T:
+    """Calls a validating factory with the options of a configuration section.
+
+    Raises:
+        UsageError: for an unknown, missing or invalid option; the message names its key, its value and what is valid.
+    """
+    try:
+        return factory(**options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, [*filter(None, [section]), *problem["loc"]]))
+        if problem["type"].startswith("unexpected"):
+            message = f"unknown option {key}={problem['input']}"
+        elif problem["type"].startswith("missing"):
+            message = f"{key} is missing"
+        else:
+            message = f"{key}={problem['input']} is invalid: it {problem['msg'].removeprefix('Input ')}"
+        raise UsageError(message) from error
