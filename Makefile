@@ -1,4 +1,4 @@
-# Everything here sets up .venv by itself; another interpreter: make PYTHON=python3.12 ...
+# Every target sets up .venv first; to use another interpreter: make PYTHON=python3.12 ...
 PYTHON ?= python3
 TABLE ?= digits
 ARGS ?=
@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup train reproduce-table status sweep test lint clean
 
-help: ## what can be made
+help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
-	@echo "  TABLE=digits|mnist|cifar10|... (configs/table) picks the table; ARGS='...' adds Hydra overrides, as in ARGS='data.root=/data seed=3'"
+	@echo "  TABLE=digits|mnist|cifar10|... (configs/table) selects the table; ARGS='...' adds Hydra overrides, such as ARGS='data.root=/data seed=3'"
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,29 +18,29 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-setup: $(VENV)/.installed ## .venv with the exact versions of requirements.lock
+setup: $(VENV)/.installed ## creates .venv with the exact versions of requirements.lock
 
 train: setup ## one run: make train ARGS='arrangement=mosaic data=mnist seed=3'
 	$(BIN)/python scripts/train.py $(ARGS)
 
-reproduce-table: setup ## the runs of TABLE that are not recorded yet, then the table and its figure
+reproduce-table: setup ## performs the runs of TABLE that are not recorded yet and writes the table and its figure
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) $(ARGS)
 
-status: setup ## which runs of TABLE are done, running, failed and left
+status: setup ## shows which runs of TABLE are done, running, failed and left
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) --status $(ARGS)
 
-sweep: setup ## an example of --multirun on all cores: arrangement x seed, then one CSV of its runs
+sweep: setup ## an example of --multirun on all cores: arrangement x seed, then one CSV file of its runs
 	$(BIN)/python scripts/train.py -m hydra/launcher=cores arrangement=gabor,mosaic seed=0,1 paths.runs=runs/sweep $(ARGS)
 	$(BIN)/python scripts/collect.py runs=runs/sweep file=results/sweep.csv
 
-test: setup ## the tests; ARGS='-m slow' for the long ones, ARGS='-m slurm' where there is Slurm
+test: setup ## all tests; ARGS='-m slow' for the slow ones, ARGS='-m slurm' on a machine with Slurm
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: setup ## formatting, lint and types
+lint: setup ## checks formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-clean: ## removes .venv and caches; runs/, data/ and results/ stay
+clean: ## removes .venv and caches; keeps runs/, data/ and results/
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

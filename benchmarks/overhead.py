@@ -1,10 +1,10 @@
-"""What checkpoints, records, locks, metrics and progress cost: a whole run against a bare loop of the same steps.
+"""The cost of checkpoints, records, locks, metrics and progress bars: a run against a bare loop of the same steps.
 
     python benchmarks/overhead.py data.root=/data
 
-Both load the same data, train the same network for the same batches and read validation and test set alike; the bare
-loop keeps nothing. The runs alternate, and each pair gives one ratio of wall time and one of processor time, which
-other work on the machine disturbs less.
+Both load the same data, train the same network on the same number of batches and evaluate the validation and test
+splits; the bare loop keeps nothing. The two alternate. Each pair gives a ratio of wall time and a ratio of processor
+time, which is less affected by other work on the machine.
 """
 
 import statistics
@@ -17,11 +17,13 @@ from omegaconf import DictConfig
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from training import data as datasets
 from training.config import compose
-from training.loop import build, build_optimizer, build_schedule, evaluate, prepare, run
+from training.evaluate import evaluate
+from training.loop import run
+from training.optim import build_optimizer, build_schedule
+from training.runs import build_model, load_run_data, parse_run
 
-ROUNDS = 7
+PAIRS = 7
 
 
 def main() -> None:
@@ -29,41 +31,44 @@ def main() -> None:
     processor: dict[str, list[float]] = {"bare": [], "run": []}
     with tempfile.TemporaryDirectory() as folder:
         base = ["data=mnist", "model=lenet", "trainer.epochs=3", "trainer.accelerator=cpu", f"paths.runs={folder}"]
-        for number in tqdm(range(ROUNDS + 1), desc="rounds", disable=None):
+        for number in tqdm(range(PAIRS + 1), desc="pairs", disable=None):
             cfg = compose([*base, *sys.argv[1:], f"seed={number}"])
-            for name, task in (("bare", bare), ("run", run))[:: 1 if number % 2 else -1]:
+            tasks = [("bare", run_bare), ("run", run)]
+            if number % 2:  # alternate the order
+                tasks.reverse()
+            for name, task in tasks:
                 started = time.perf_counter(), time.process_time()
                 task(cfg)
                 wall[name].append(time.perf_counter() - started[0])
                 processor[name].append(time.process_time() - started[1])
-    print(f"{ROUNDS} pairs of runs of {cfg.trainer.epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
+    print(f"{PAIRS} pairs of runs of {cfg.trainer.epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
     for kind, seconds in (("wall time", wall), ("processor time", processor)):
-        # The first round warms up.
+        # The first pair is a warm-up.
         ratios = [a / b for a, b in zip(seconds["run"][1:], seconds["bare"][1:], strict=True)]
         print(f"  {kind:14} median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
-def bare(cfg: DictConfig) -> None:
-    torch.manual_seed(cfg.seed)
-    data = datasets.load(cfg.data)
-    model = build(cfg, data)
-    if cfg.trainer.channels_last:
-        model.to(memory_format=torch.channels_last)
-    size, steps = cfg.trainer.batch_size, len(data.train) // cfg.trainer.batch_size
-    optimizer = build_optimizer(model, cfg)
-    schedule = build_schedule(optimizer, cfg, steps * cfg.trainer.epochs)
-    for _ in range(cfg.trainer.epochs):
+def run_bare(cfg: DictConfig) -> None:
+    settings = parse_run(cfg)
+    torch.manual_seed(settings.seed)
+    data = load_run_data(settings)
+    model = build_model(settings, data).to(memory_format=data.memory_format)
+    size, epochs = settings.trainer.batch_size, settings.trainer.epochs
+    steps = len(data.train) // size
+    optimizer = build_optimizer(model, settings.optim)
+    schedule = build_schedule(optimizer, settings.optim, steps * epochs)
+    for _ in range(epochs):
         model.train()
         order = torch.randperm(len(data.train))
         for step in range(steps):
             batch = data.train[order[step * size : (step + 1) * size]]
-            loss = F.cross_entropy(model(prepare(batch.images, data, cfg)), batch.labels)
+            loss = F.cross_entropy(model(data.normalize(batch.images)), batch.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        evaluate(model, data.val, data, cfg)
-    evaluate(model, data.test, data, cfg)
+        evaluate(model, data, data.val)
+    evaluate(model, data, data.test)
 
 
 if __name__ == "__main__":

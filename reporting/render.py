@@ -58,7 +58,7 @@ def render_markdown(
         lines.append("")
     lines += ["To rerun one seed of a row:", "", "```sh"]
     for row in rows:
-        lines += [f"# {row.name}", shlex.join(["python", "scripts/train.py", *commands[row.name]])]
+        lines += [f"# {row.name}", shlex.join([".venv/bin/python", "scripts/train.py", *commands[row.name]])]
     lines += ["```", "", describe_runs([record for row in rows for record in row.records])]
     return "\n".join(lines) + "\n"
 

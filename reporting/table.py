@@ -85,6 +85,7 @@ class Table:
     def __init__(self, name: str, settings: TableSettings, overrides: list[str]) -> None:
         self.name = name
         self.settings = settings
+        self.user_overrides = overrides
         self.started = time.time()
         self.rows = [
             Row(row["name"], [*settings.overrides, *row["overrides"], *overrides], row.get("against"))
@@ -285,12 +286,10 @@ class Table:
                 f"(seed {self.settings.search['seed']}), and takes the one with the best validation accuracy"
                 + (f" ([all trials]({search_file.name}))." if search_file.exists() else ".")
             )
+        local = {word for word in self.user_overrides if not is_in_identity(word)}  # such as paths of this machine
+        seed = f"seed={self.settings.seeds[0]}"
         commands = {
-            row.name: [
-                word
-                for word in (*row.overrides, *(row.chosen or []), f"seed={self.settings.seeds[0]}")
-                if is_in_identity(word)
-            ]
+            row.name: [word for word in (*row.overrides, *(row.chosen or []), seed) if word not in local]
             for row in self.rows
         }
         records = [{"row": row.name, **record} for row in self.rows for record in row.records]

@@ -84,7 +84,8 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
     """
     trainer, directory = settings.trainer, settings.directory
     conv_parameters, parameters = models.count_parameters(model)
-    model.to(memory_format=data.memory_format)
+    if trainer.channels_last:
+        model.to(memory_format=torch.channels_last)
     if trainer.compile:
         model.compile()
     steps = len(data.train) // trainer.batch_size
