@@ -167,12 +167,15 @@ class AnalyticConv2d(nn.Conv2d):
             index: which of the kind's kernels; all by default.
 
         Raises:
-            ValueError: for a value at or below an AKP's floor.
+            ValueError: for an AKP that the layer does not have, or a value at or below an AKP's floor. The layer is
+                then unchanged.
         """
-        for akp in self._akps_of(symbol):
-            if akp.name in akps:
-                stored = self.raw[f"{symbol}_{akp.name}"]
-                stored[index] = akp.to_raw(akps[akp.name]).to(stored)
+        known = {f"{symbol}_{akp.name}": akp for akp in self._akps_of(symbol)} if symbol in self.akps() else {}
+        if unknown := [name for name in akps if f"{symbol}_{name}" not in known]:
+            raise ValueError(f"the layer has no AKP {symbol}_{unknown[0]}; it has: {', '.join(self.raw)}")
+        raw = {key: akp.to_raw(akps[akp.name]) for key, akp in known.items() if akp.name in akps}
+        for key, values in raw.items():
+            self.raw[key][index] = values.to(self.raw[key])
 
     @property
     def slot_kinds(self) -> list[str]:

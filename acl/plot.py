@@ -132,7 +132,7 @@ def akp_trajectories(layer: AnalyticConv2d, history: Mapping[str, Tensor]) -> Fi
     for row, (symbol, akps) in zip(grid, panels.items(), strict=True):
         kind = KINDS[symbol]
         for axis, akp in zip(row, akps, strict=False):
-            values = history[f"{symbol}/{akp.name}"].float().cpu()
+            values = history[f"{symbol}/{akp.name}"].detach().float().cpu()
             axis.set_axis_on()
             axis.plot(values[:, :_TRAJECTORIES_SHOWN].numpy(), color=kind.color, alpha=0.4, linewidth=0.8)
             histogram = axis.inset_axes((1.02, 0, 0.25, 1), sharey=axis)

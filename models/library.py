@@ -94,8 +94,10 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def read_kernels(file: Path) -> Tensor:
-    """Reads one convolution's weight from ``.npy`` as float32. Raises ValueError if the file is no such array."""
-    kernels: Tensor = _read_weights(file)
+    """Reads an array such as one convolution's weight from ``.npy`` as float32. Raises ValueError for other files."""
+    kernels = _read_weights(file)
+    if not isinstance(kernels, Tensor):
+        raise ValueError(f"{file} is not an array; its name must end in .npy")
     return kernels
 
 

@@ -55,14 +55,14 @@ def parse_run(cfg: DictConfig) -> RunSettings:
     augmentation_options = {f.name: config["data"][f.name] for f in fields(Augmentation) if f.name in config["data"]}
     augmentation = construct(Augmentation, augmentation_options, "data")
     data = {name: value for name, value in config["data"].items() if name not in augmentation_options}
-    if augmentation.crop is not None and augmentation.crop > data["size"]:
-        raise UsageError(f"data.crop={augmentation.crop} exceeds data.size={data['size']}, the size of the images")
+    size = data.get("size")
+    if augmentation.crop is not None and isinstance(size, int) and augmentation.crop > size:
+        raise UsageError(f"data.crop={augmentation.crop} exceeds data.size={size}, the size of the images")
     arrangement = {name: text for name, text in flatten(config["arrangement"]).items() if text is not None}
     return RunSettings(
         config=config,
         directory=open_run_directory(cfg),
-        seed=construct(_validate_seed, {"seed": config["seed"]}),
-        fresh=config.get("fresh", False),
+        **construct(_validate_run_options, {name: config[name] for name in ("seed", "fresh") if name in config}),
         model={**config["model"], "arrangement": arrangement},
         data={**data, "augmentation": augmentation},
         optim=construct(OptimSettings, config["optim"], "optim"),
@@ -72,8 +72,8 @@ def parse_run(cfg: DictConfig) -> RunSettings:
 
 
 @validate_call(config=STRICT)
-def _validate_seed(seed: Annotated[int, Field(ge=0, lt=2**32)]) -> int:
-    return seed
+def _validate_run_options(seed: Annotated[int, Field(ge=0, lt=2**32)], fresh: bool = False) -> dict[str, Any]:
+    return {"seed": seed, "fresh": fresh}
 
 
 def load_run_data(settings: RunSettings) -> Data:

@@ -26,10 +26,16 @@ def construct(factory: Callable[..., T], options: Mapping[str, Any], section: st
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, [*filter(None, [section]), *problem["loc"]]))
+        value = format_value(problem["input"])
         if problem["type"].startswith("unexpected"):
-            message = f"unknown option {key}={problem['input']}"
+            message = f"unknown option {key}={value}"
         elif problem["type"].startswith("missing"):
             message = f"{key} is missing"
         else:
-            message = f"{key}={problem['input']} is invalid: it {problem['msg'].removeprefix('Input ')}"
+            message = f"{key}={value} is invalid: it {problem['msg'].removeprefix('Input ')}"
         raise UsageError(message) from error
+
+
+def format_value(value: object) -> str:
+    """A value as a command line gives it, in one line."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), " ".join(str(value).split()))

@@ -92,9 +92,9 @@ class StandardizedConv2d(nn.Conv2d):
         self.gain = nn.Parameter(torch.full((self.out_channels, 1, 1, 1), 2.0))
         self.scale = 0.5  # AnalyticConv2d has an attribute of the same name
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight = self.gain * self.scale * (self.weight - self.weight.mean((1, 2, 3), keepdim=True))
-        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -71,309 +72,116 @@ def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[AnalyticConv2d]:
     ],
     ids=str,
 )
-def test_is_a_convolution_with_its_weight_over_the_whole_signature(signature: dict[str, Any]) -> None:
+def test_output_equals_that_of_conv2d_with_same_weight(signature: dict[str, Any]) -> None:
     arguments = {"in_channels": 4, "out_channels": 8, "kernel_size": 5, **signature}
-    analytic = AnalyticConv2d(**arguments, arrangement=MOSAIC)
-    reference = nn.Conv2d(**arguments)
+    layer = AnalyticConv2d(**arguments, arrangement=MOSAIC)
+    conv = nn.Conv2d(**arguments)
     with torch.no_grad():
-        reference.weight.copy_(analytic.weight)
-        if analytic.bias is not None:
-            reference.bias.copy_(analytic.bias)
+        conv.weight.copy_(layer.weight)
+        if layer.bias is not None:
+            conv.bias.copy_(layer.bias)
     x = torch.randn(2, 4, 16, 18, dtype=signature.get("dtype"))
-    assert torch.equal(analytic(x), reference(x))
-    assert torch.equal(analytic.fold()(x), reference(x))
-    assert analytic(x[0]).shape == reference(x[0]).shape
+    assert torch.equal(layer(x), conv(x))
+    assert torch.equal(layer.fold()(x), conv(x))
+    assert layer(x[0]).shape == conv(x[0]).shape
     if signature.get("padding_mode", "zeros") == "zeros":
-        passed = [signature.get("stride", 1), signature.get("padding", 0), signature.get("dilation", 1)]
-        expected = F.conv2d(x, analytic.weight, analytic.bias, *passed, signature.get("groups", 1))
-        assert torch.equal(analytic(x), expected)
+        geometry = [signature.get("stride", 1), signature.get("padding", 0), signature.get("dilation", 1)]
+        expected = F.conv2d(x, layer.weight, layer.bias, *geometry, signature.get("groups", 1))
+        assert torch.equal(layer(x), expected)
 
 
-def test_the_papers_example_has_4962_weights() -> None:
-    analytic = AnalyticConv2d(3, 64, 7, stride=2, padding=3, bias=False, arrangement=PAPER)
-    assert sum(p.numel() for p in analytic.parameters()) == 4962
-    assert sum(p.numel() for p in nn.Conv2d(3, 64, 7, bias=False).parameters()) == 9408
-    amplified = AnalyticConv2d(3, 64, 7, bias=False, arrangement=PAPER, amplitude=True)
-    assert sum(p.numel() for p in amplified.parameters()) == 4962 + 96
+def test_layer_is_conv2d_without_weight_parameter() -> None:
+    layer = make_layer()
+    assert isinstance(layer, nn.Conv2d)
+    assert "weight" not in dict(layer.named_parameters()) and "weight" not in layer.state_dict()
+    assert layer.weight.shape == nn.Conv2d(4, 8, 5).weight.shape
+    with pytest.raises(KeyError, match="weight"):
+        layer.weight = nn.Parameter(torch.zeros(8, 4, 5, 5))
 
 
-def test_slots_are_filled_in_the_arrangements_order() -> None:
-    """Kernels of the named kind at the slots that are theirs, also with plain ones in between."""
-    analytic = AnalyticConv2d(2, 5, 5, arrangement="Lg3 P4 G2 Tf1", scale="raw", bias=False)
-    akps = analytic.akps()
-    slots = analytic.weight.flatten(0, 1)
-    assert torch.equal(slots[:3], kernels.log(**akps["Lg"], size=(5, 5)))
-    assert torch.equal(slots[3:7], analytic.plain)
-    assert torch.equal(slots[7:9], kernels.gabor(**akps["G"], size=(5, 5)))
-    assert torch.equal(slots[9:], kernels.tgd1(**akps["Tf"], size=(5, 5)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("amplitude", [False, True])
-@pytest.mark.parametrize("profile", PROFILES)
-def test_every_parameter_moves_in_one_step_of_sgd(profile: str, amplitude: bool, family: str) -> None:
-    analytic = layer(profile=profile, amplitude=amplitude, family=family, dtype=torch.double)
-    before = {name: p.detach().clone() for name, p in analytic.named_parameters()}
-    analytic(torch.randn(2, 4, 12, 12, dtype=torch.double)).square().mean().backward()
-    torch.optim.SGD(analytic.parameters(), lr=0.1).step()
-    for name, parameter in analytic.named_parameters():
-        moved = parameter != before[name]
-        # A linear profile that reaches the nearest ring of pixels alone has the same shape at any s.
-        assert moved.any() if profile == "linear" and name.endswith("_s") else moved.all(), name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scale", ["unit", "raw"])
-@pytest.mark.parametrize("profile", PROFILES)
-def test_gradients(profile: str, scale: str, family: str) -> None:
-    analytic = AnalyticConv2d(
-        2, 3, 5, arrangement="G1 Lg1 Lt1 Tf1 Ts1 P1", profile=profile, scale=scale, family=family, amplitude=True
-    ).double()
-    names = [name for name, _ in analytic.named_parameters()]
-    values = [p.detach().clone().requires_grad_() for p in analytic.parameters()]
-    x = torch.randn(1, 2, 7, 7, dtype=torch.double)
-
-    def output(*parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(analytic, dict(zip(names, parameters, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(output, values)
-
-
-@pytest.mark.parametrize("arrangement", ["G100%", "Lg100%", "Lt100%", "Tf100%", "Ts100%", MOSAIC])
-def test_unit_scale_keeps_the_variance(arrangement: str) -> None:
-    """Unit-norm kernels over sqrt(C_in): white noise of variance 1 in, variance 1 out."""
-    analytic = AnalyticConv2d(16, 32, 5, arrangement=arrangement, bias=False)
-    if "P" in arrangement:
-        nn.init.normal_(analytic.plain, std=1 / (16 * 25) ** 0.5)
-    assert analytic(torch.randn(4, 16, 32, 32)).var().item() == pytest.approx(1, abs=0.1)
-
-
-def test_akps_start_in_range_and_are_natural_units() -> None:
-    analytic = layer(amplitude=True, family="extended")
-    akps = analytic.akps()
-    assert set(akps) == {"G", "Lg", "Lt", "Tf", "Ts"}
-    for symbol, values in akps.items():
-        parameters = KINDS[symbol].parameters("extended", amplitude=True)
-        assert list(values) == [akp.name for akp in parameters]
-        for akp in parameters:
-            low, high = akp.start(5)
-            assert values[akp.name].shape == (analytic.arrangement.counts[symbol],)
-            assert (values[akp.name] >= low - 1e-5).all() and (values[akp.name] <= high + 1e-5).all()
-    assert len(list(akp_parameters(nn.Sequential(analytic, nn.Conv2d(8, 8, 3))))) == len(analytic.raw)
-
-
-@pytest.mark.parametrize(
-    ("learn", "learning"),
-    [
-        ("all", {"theta", "wavelength", "psi", "sigma", "s"}),
-        ("none", set()),
-        (["theta", "s"], {"theta", "s"}),
-        ("psi", {"psi"}),
-    ],
-)
-def test_frozen_akps_stay(learn: Any, learning: set[str]) -> None:
-    analytic = layer(learn=learn)
-    before = {name: p.detach().clone() for name, p in analytic.named_parameters()}
-    analytic(torch.randn(1, 4, 8, 8)).square().sum().backward()
-    torch.optim.SGD([p for p in analytic.parameters() if p.requires_grad], lr=0.1).step()
-    for name, parameter in analytic.named_parameters():
-        moves = name in ("plain", "bias") or name.split("_")[-1] in learning
-        assert torch.equal(parameter, before[name]) != moves, name
-
-
-def test_synthesised_once_per_forward_in_training_and_once_in_all_in_eval(syntheses: list[int]) -> None:
-    analytic = layer()
-    x = torch.randn(1, 4, 8, 8)
-    analytic(x), analytic(x)
-    assert len(syntheses) == 2
-    analytic.eval()
-    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with context():
-            analytic(x), analytic(x)
-    assert len(syntheses) == 3
-
-
-def _step(a: AnalyticConv2d) -> None:
-    a(torch.randn(1, 4, 8, 8)).square().sum().backward()
-    torch.optim.SGD(a.parameters(), lr=0.1).step()
-
-
-def _in_place(a: AnalyticConv2d) -> None:
-    with torch.no_grad():
-        a.raw["Lg_sigma"].add_(1)
-
-
-CHANGES = {
-    "optimiser step": _step,
-    "in place": _in_place,
-    "through .data": lambda a: a.raw["G_theta"].data.add_(1),
-    "plain through .data": lambda a: a.plain.data.add_(1),
-    "new .data": lambda a: setattr(a.raw["G_theta"], "data", a.raw["G_theta"].data + 1),
-    "new parameter": lambda a: a.raw.__setitem__("Ts_s", nn.Parameter(a.raw["Ts_s"].detach() + 1)),
-    "checkpoint": lambda a: a.load_state_dict(layer().state_dict()),
-    "assigned checkpoint": lambda a: a.load_state_dict(layer().state_dict(), assign=True),
-    "reset": lambda a: a.reset_parameters(),
-    "dtype": lambda a: a.double(),
-    "half": lambda a: a.to(torch.bfloat16),
-    "memory format": lambda a: a.to(memory_format=torch.channels_last),
-    "train and back": lambda a: (_step(a.train()), a.eval()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_cached_weight_is_never_stale(change: str) -> None:
-    analytic = layer().eval()
-    _ = analytic.weight
-    CHANGES[change](analytic)
-    fresh = analytic._synthesise()
-    assert torch.equal(analytic.weight, fresh)
-    assert analytic.weight.dtype == fresh.dtype and analytic.weight.stride() == fresh.stride()
-
-
-def test_gradients_flow_in_eval_too_and_as_often_as_asked() -> None:
-    analytic = layer()
-    x = torch.randn(1, 4, 8, 8)
-    analytic(x).square().sum().backward()
-    wanted = {name: p.grad.clone() for name, p in analytic.named_parameters()}
-    analytic.eval()
-    with torch.inference_mode():
-        analytic(x)
-    for _ in range(2):
-        analytic.zero_grad()
-        analytic(x).square().sum().backward()
-        for name, parameter in analytic.named_parameters():
-            torch.testing.assert_close(parameter.grad, wanted[name])
-
-
-@pytest.mark.parametrize("in_channels", [1, 4])
-def test_the_weight_follows_the_modules_memory_format(in_channels: int) -> None:
-    conv = nn.Conv2d(in_channels, 8, 5).to(memory_format=torch.channels_last)
-    analytic = AnalyticConv2d(in_channels, 8, 5, arrangement=MOSAIC).to(memory_format=torch.channels_last)
-    for module in (
-        analytic,
-        copy.deepcopy(analytic),
-        copy.deepcopy(analytic).eval(),
-        pickle.loads(pickle.dumps(analytic)),
-    ):
-        assert module.weight.stride() == conv.weight.stride()
-    assert analytic.fold().weight.stride() == conv.weight.stride()
-    assert (
-        analytic.to(memory_format=torch.contiguous_format).weight.stride()
-        == nn.Conv2d(in_channels, 8, 5).weight.stride()
+def test_repr_adds_arrangement_and_options_to_that_of_conv2d() -> None:
+    options = {"padding": 2, "groups": 2, "bias": False}
+    conv_repr = nn.Conv2d(4, 8, 5, **options).extra_repr()
+    layer = make_layer("G25% P75%", **options)
+    assert layer.extra_repr() == f"{conv_repr}, arrangement='G4 P12'"
+    layer = make_layer("G25% P75%", **options, amplitude=True, scale="raw", family="extended", profile="linear")
+    assert layer.extra_repr() == (
+        f"{conv_repr}, arrangement='G4 P12', scale='raw', amplitude=True, family='extended', profile='linear'"
     )
 
 
-def test_copies_and_checkpoints_give_the_same_layer() -> None:
-    analytic = layer(amplitude=True, family="extended").eval()
-    x = torch.randn(1, 4, 8, 8)
-    wanted = analytic(x)
-    buffer = io.BytesIO()
-    torch.save(analytic.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = layer(amplitude=True, family="extended").eval()
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    for other in (loaded, copy.deepcopy(analytic), pickle.loads(pickle.dumps(analytic))):
-        assert torch.equal(other(x), wanted)
-    assert not any("_format" in name for name in analytic.state_dict())
+@pytest.mark.parametrize(
+    "initialize",
+    [nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.zeros_, nn.init.trunc_normal_, nn.init.dirac_],
+    ids=lambda initialize: initialize.__name__,
+)
+def test_weight_initializer_leaves_trained_layer_unchanged(initialize: Callable[[Tensor], Tensor]) -> None:
+    """Initializers written for nn.Conv2d neither raise nor overwrite the AKPs."""
 
+    def initialize_conv(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            initialize(module.weight)
+            nn.init.zeros_(module.bias)
 
-def test_autocast_synthesises_in_float32() -> None:
-    analytic = layer()
-    x = torch.randn(1, 4, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert analytic.weight.dtype == torch.float32
-        assert torch.equal(analytic.weight, analytic._synthesise())
-        assert analytic(x).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
-def test_a_half_precision_layer_is_the_float32_one_rounded(dtype: torch.dtype) -> None:
-    analytic = layer().to(dtype)
-    single = copy.deepcopy(analytic).float()
-    assert torch.equal(analytic.weight, single.weight.to(dtype))
+    model = nn.Sequential(make_layer(), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    before = model[0].weight.detach().clone()
+    model.apply(initialize_conv)
+    assert torch.equal(model[0].weight, before)
+    assert not model[0].bias.any()
+    take_sgd_step(model[0])
+    assert not torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_in_one_graph(training: bool) -> None:
-    analytic = layer().train(training)
-    x = torch.randn(2, 4, 8, 8)
-    compiled = torch.compile(analytic, fullgraph=True)
-    torch.testing.assert_close(compiled(x), analytic(x))
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 2}, {"groups": 2, "bias": False}], ids=str)
+def test_flops_equal_those_of_conv2d(options: dict[str, Any], training: bool) -> None:
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    counts = []
+    for module in (make_layer(**options), nn.Conv2d(4, 8, 5, **options)):
+        with FlopCounterMode(display=False) as counter:
+            output = module.train(training)(x)
+            if training:
+                output.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("traced_in_training", [True, False])
+def test_fx_trace_gives_equal_outputs_in_train_and_eval_mode(traced_in_training: bool) -> None:
+    model = nn.Sequential(
+        make_layer(padding=2), nn.BatchNorm2d(8), nn.ReLU(), AnalyticConv2d(8, 4, 3, arrangement=MOSAIC, amplitude=True)
+    )
+    traced = torch.fx.symbolic_trace(model.train(traced_in_training))
+    x = torch.randn(2, 4, 12, 12)
+    for training in (True, False):
+        assert torch.equal(traced.train(training)(x), model.train(training)(x))
     grads = []
-    for module in (compiled, analytic):
-        analytic.zero_grad()
+    for module in (traced.train(), model.train()):
+        module.zero_grad()
         module(x).square().sum().backward()
-        grads.append([p.grad.clone() for p in analytic.parameters()])
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        analytic.plain.add_(1)
-    torch.testing.assert_close(compiled(x), analytic(x))
+        grads.append({name: p.grad.clone() for name, p in module.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[1])
+    take_sgd_step(model[0])
+    for training in (True, False):
+        assert torch.equal(traced.train(training)(x), model.train(training)(x))
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_exports(strict: bool) -> None:
-    analytic = layer().eval()
-    x = torch.randn(2, 4, 8, 8)
-    _ = analytic(x)
-    program = torch.export.export(analytic, (x,), strict=strict)
-    torch.testing.assert_close(program.module()(x), analytic(x))
-    assert "raw.G_theta" in program.state_dict
+def test_feature_extractor_finds_analytic_layers_of_resnet() -> None:
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
 
-
-@pytest.mark.parametrize("training", [True, False])
-def test_functional_call_and_function_transforms(training: bool) -> None:
-    analytic = layer().train(training)
-    x = torch.randn(1, 4, 8, 8)
-    _ = analytic(x)
-    parameters = {name: p.detach() + 0.1 for name, p in analytic.named_parameters()}
-    other = copy.deepcopy(analytic)
-    other.load_state_dict(parameters)
-    assert torch.equal(torch.func.functional_call(analytic, parameters, (x,)), other(x))
-    grads = torch.func.grad(lambda p: torch.func.functional_call(analytic, p, (x,)).square().sum())(parameters)
-    other(x).square().sum().backward()
-    for name, parameter in other.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad)
-    both = {name: torch.stack([p, p + 0.1]) for name, p in parameters.items()}
-    outputs = torch.func.vmap(lambda p: torch.func.functional_call(analytic, p, (x,)))(both)
-    torch.testing.assert_close(outputs[0], other(x))
-
-
-def test_meta_device_and_materialising() -> None:
-    with torch.device("meta"):
-        assert layer().weight.is_meta
-    analytic = layer(device="meta")
-    assert analytic.weight.is_meta and analytic.eval().weight.is_meta
-    analytic.to_empty(device="cpu")
-    analytic.reset_parameters()
-    assert analytic.weight.isfinite().all()
-
-
-def test_a_layer_without_plain_kernels_has_no_empty_parameter() -> None:
-    """Such a one would get no gradient, and distributed training waits for it."""
-    analytic = layer("G100%")
-    assert analytic.plain is None and all(p.numel() for p in analytic.parameters())
-    analytic(torch.randn(1, 4, 8, 8)).sum().backward()
-    assert all(p.grad is not None for p in analytic.parameters())
-
-
-def test_a_further_kind_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    def disc(radius: Tensor, size: tuple[int, int]) -> Tensor:
-        y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in size), indexing="ij")
-        return torch.sigmoid(radius[..., None, None] - torch.hypot(x, y))
-
-    radius = AKP("radius", "px", 0.5, lambda k: (1.0, k / 2))
-    monkeypatch.setitem(KINDS, "D", Kind("D", "Disc", "black", (radius,), (), disc))
-    analytic = layer("D50% P50%", learn="radius")
-    assert analytic.akps()["D"]["radius"].shape == (16,)
-    analytic(torch.randn(1, 4, 8, 8)).sum().backward()
-    assert (analytic.raw["D_radius"].grad != 0).all()
-    assert len(mosaic(analytic).axes) == 32
-
-
-def test_a_folded_layer_is_free_of_acl() -> None:
-    folded = layer(bias=False, dtype=torch.double).eval().fold()
-    assert type(folded) is nn.Conv2d and folded.bias is None and not folded.training
-    assert folded.weight.dtype == torch.double and isinstance(folded.weight, nn.Parameter)
+    model = convert(resnet18(weights=None), {"conv1": MOSAIC, "layer1.*": "Ts25% P75%"})
+    extractor = create_feature_extractor(model, ["conv1", "layer1"])
+    outputs: dict[str, Tensor] = {}
+    for name in ("conv1", "layer1"):
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+    x = torch.randn(2, 3, 32, 32)
+    for training in (True, False):
+        features = extractor.train(training)(x)
+        model.train(training)(x)
+        assert list(features) == ["conv1", "layer1"]
+        assert all(torch.equal(features[name], outputs[name]) for name in features)
 
 
 @pytest.mark.parametrize(
@@ -385,16 +193,358 @@ def test_a_folded_layer_is_free_of_acl() -> None:
         ({"family": "big"}, "unknown family 'big'; known: paper, extended"),
         ({"profile": "box"}, "unknown profile 'box'; known: exponential, gaussian, linear"),
         ({"learn": ["phi"]}, "unknown AKP 'phi' in learn; known: all, none, amplitude"),
+        ({"placement": torch.tensor([0, 0])}, "placement must be a permutation of the layer's 32 slots"),
         ({"groups": 3}, "divisible by groups"),
         ({"padding_mode": "mirror"}, "padding_mode"),
     ],
 )
-def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layer(**{"arrangement": MOSAIC, **options})
+        make_layer(**{"arrangement": MOSAIC, **options})
 
 
-def test_repr_says_what_differs_from_the_defaults() -> None:
-    text = layer(padding=2, amplitude=True, bias=False).extra_repr()
-    assert "arrangement='G8 Lg3 Lt3 Tf7 Ts3 P8'" in text
-    assert "padding=(2, 2), amplitude=True, bias=False" in text
+# The weight and its parameters
+
+
+def test_paper_example_has_4962_parameters() -> None:
+    layer = AnalyticConv2d(3, 64, 7, stride=2, padding=3, bias=False, arrangement=PAPER)
+    assert sum(p.numel() for p in layer.parameters()) == 4962
+    assert sum(p.numel() for p in nn.Conv2d(3, 64, 7, bias=False).parameters()) == 9408
+    with_gains = AnalyticConv2d(3, 64, 7, bias=False, arrangement=PAPER, amplitude=True)
+    assert sum(p.numel() for p in with_gains.parameters()) == 4962 + 96
+
+
+def test_slots_are_filled_in_order_of_arrangement() -> None:
+    """Also if plain kernels stand between analytic ones."""
+    layer = AnalyticConv2d(2, 5, 5, arrangement="Lg3 P4 G2 Tf1", scale="raw", bias=False)
+    akps = layer.akps()
+    slots = layer.weight.flatten(0, 1)
+    assert torch.equal(slots[:3], kernels.log(**akps["Lg"], size=(5, 5)))
+    assert torch.equal(slots[3:7], layer.plain)
+    assert torch.equal(slots[7:9], kernels.gabor(**akps["G"], size=(5, 5)))
+    assert torch.equal(slots[9:], kernels.tgd1(**akps["Tf"], size=(5, 5)))
+
+
+def test_layer_without_plain_kernels_has_no_empty_parameter() -> None:
+    """An empty parameter gets no gradient, and distributed training would wait for it."""
+    layer = make_layer("G100%")
+    assert layer.plain is None and all(p.numel() for p in layer.parameters())
+    layer(torch.randn(1, 4, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_weight_parameters_are_akps_then_plain_kernels() -> None:
+    layer = make_layer(amplitude=True)
+    expected = [*layer.raw.values(), layer.plain]
+    assert all(map(torch.equal, layer.weight_parameters(), expected))
+    assert {*map(id, layer.weight_parameters())} == {*map(id, layer.parameters())} - {id(layer.bias)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("amplitude", [False, True])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_sgd_step_changes_every_parameter(profile: str, amplitude: bool, family: str) -> None:
+    layer = make_layer(arrange_all_kinds(32), profile=profile, amplitude=amplitude, family=family, dtype=torch.double)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer(torch.randn(2, 4, 12, 12, dtype=torch.double)).square().mean().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    for name, parameter in layer.named_parameters():
+        changed = parameter != before[name]
+        # A linear profile that reaches only the nearest ring of pixels gives the same shape for every s.
+        assert changed.any() if profile == "linear" and name.endswith("_s") else changed.all(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_gradients_agree_with_finite_differences(profile: str, scale: str, family: str) -> None:
+    out_channels = math.ceil(len(KINDS) / 2)
+    arrangement = arrange_all_kinds(2 * out_channels)
+    layer = AnalyticConv2d(
+        2, out_channels, 5, arrangement=arrangement, profile=profile, scale=scale, family=family, amplitude=True
+    ).double()
+    names = [name for name, _ in layer.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    x = torch.randn(1, 2, 7, 7, dtype=torch.double)
+
+    def compute_output(*parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(compute_output, values)
+
+
+@pytest.mark.parametrize("arrangement", [*(f"{symbol}100%" for symbol in analytic_kinds()), arrange_all_kinds(512)])
+def test_unit_scale_preserves_variance(arrangement: str) -> None:
+    """Kernels of norm 1 / sqrt(C_in) map white noise of variance 1 to outputs of variance 1."""
+    layer = AnalyticConv2d(16, 32, 5, arrangement=arrangement, bias=False)
+    if layer.plain is not None:
+        nn.init.normal_(layer.plain, std=1 / (16 * 25) ** 0.5)
+    assert layer(torch.randn(4, 16, 32, 32)).var().item() == pytest.approx(1, abs=0.1)
+
+
+def test_scale_factors_give_unit_norm_per_input_channel() -> None:
+    analytic = torch.randn(3, 5, 5)
+    layer = make_layer(groups=2)
+    norms = (analytic * layer.scale_factors(analytic)).square().sum((-2, -1))
+    torch.testing.assert_close(norms, torch.full((3,), 1 / 2))
+    assert torch.equal(make_layer(scale="raw").scale_factors(analytic), torch.ones(3, 1, 1))
+
+
+def test_initial_akps_are_within_init_range() -> None:
+    layer = make_layer(arrange_all_kinds(32), amplitude=True, family="extended")
+    akps = layer.akps()
+    assert set(akps) == set(analytic_kinds())
+    for symbol, values in akps.items():
+        expected = KINDS[symbol].akps("extended", amplitude=True)
+        assert list(values) == [akp.name for akp in expected]
+        for akp in expected:
+            low, high = akp.init_range(5)
+            assert values[akp.name].shape == (layer.arrangement.counts[symbol],)
+            assert (values[akp.name] >= low - 1e-5).all() and (values[akp.name] <= high + 1e-5).all()
+    assert len(list(akp_parameters(nn.Sequential(layer, nn.Conv2d(8, 8, 3))))) == len(layer.raw)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("symbol", analytic_kinds())
+def test_set_akps_inverts_akps(symbol: str, placed: bool) -> None:
+    options: dict[str, Any] = {"amplitude": True, "family": "extended", "dtype": torch.double}
+    options["placement"] = torch.randperm(32) if placed else None
+    layer, source = make_layer(arrange_all_kinds(32), **options), make_layer(arrange_all_kinds(32), **options)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer.set_akps(symbol, source.akps()[symbol])
+    for name, values in layer.akps()[symbol].items():
+        torch.testing.assert_close(values, source.akps()[symbol][name], rtol=1e-9, atol=1e-9)
+    for slot in layer.slots_of(symbol):
+        kernel, expected = layer.weight.flatten(0, 1)[slot], source.weight.flatten(0, 1)[slot]
+        torch.testing.assert_close(kernel, expected, rtol=1e-7, atol=1e-9)
+    for name, parameter in layer.named_parameters():
+        is_set = name.startswith(f"raw.{symbol}_") and not name.endswith("_amplitude")  # every gain starts at 1
+        assert torch.equal(parameter, before[name]) != is_set, name
+        assert parameter.requires_grad
+
+
+def test_set_akps_sets_only_given_akps_at_index() -> None:
+    layer = make_layer("G8 P24")
+    before = {name: values.clone() for name, values in layer.akps()["G"].items()}
+    layer.set_akps("G", {"wavelength": torch.tensor([4.0, 5.0])}, torch.tensor([6, 1]))
+    expected = before["wavelength"].index_put((torch.tensor([6, 1]),), torch.tensor([4.0, 5.0]))
+    torch.testing.assert_close(layer.akps()["G"]["wavelength"], expected)
+    layer.set_akps("G", {"psi": torch.tensor([-1.0, 9.0])}, slice(2, 4))
+    assert layer.akps()["G"]["psi"][2:4].tolist() == [-1, 9]
+    for name in ("theta", "sigma"):
+        assert torch.equal(layer.akps()["G"][name], before[name])
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        (symbol, akp.name)
+        for symbol, kind in analytic_kinds().items()
+        for akp in kind.akps("extended")
+        if akp.floor is not None
+    ],
+)
+def test_set_akps_rejects_value_at_floor(symbol: str, name: str) -> None:
+    layer = make_layer(f"{symbol}2 P30", family="extended")
+    before = layer.akps()[symbol][name].clone()
+    floor = next(akp.floor for akp in KINDS[symbol].akps("extended") if akp.name == name)
+    for value in (floor, floor - 1):
+        with pytest.raises(ValueError, match=f"{name} must be above {floor:g}.*, got {value:g}"):
+            layer.set_akps(symbol, {name: torch.tensor([floor + 1, value], dtype=torch.double)})
+    assert torch.equal(layer.akps()[symbol][name], before)
+
+
+@pytest.mark.parametrize(
+    ("learn", "learned"),
+    [
+        ("all", {"theta", "wavelength", "psi", "sigma", "s"}),
+        ("none", set()),
+        (["theta", "s"], {"theta", "s"}),
+        ("psi", {"psi"}),
+    ],
+)
+def test_only_learned_akps_change(learn: Any, learned: set[str]) -> None:
+    layer = make_layer(learn=learn)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    take_sgd_step(layer)
+    for name, parameter in layer.named_parameters():
+        is_learned = name in ("plain", "bias") or name.split("_")[-1] in learned
+        assert torch.equal(parameter, before[name]) != is_learned, name
+
+
+# The cached weight
+
+
+def test_weight_is_synthesized_per_forward_in_training_and_once_in_eval(syntheses: list[AnalyticConv2d]) -> None:
+    layer = make_layer()
+    x = torch.randn(1, 4, 8, 8)
+    layer(x), layer(x)
+    assert len(syntheses) == 2
+    layer.eval()
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            layer(x), layer(x)
+    assert len(syntheses) == 3
+
+
+def add_in_place(layer: AnalyticConv2d) -> None:
+    with torch.no_grad():
+        layer.raw["Lg_sigma"].add_(1)
+
+
+CHANGES: dict[str, Callable[[AnalyticConv2d], Any]] = {
+    "optimizer step": take_sgd_step,
+    "in place": add_in_place,
+    "through .data": lambda layer: layer.raw["G_theta"].data.add_(1),
+    "plain through .data": lambda layer: layer.plain.data.add_(1),
+    "new .data": lambda layer: setattr(layer.raw["G_theta"], "data", layer.raw["G_theta"].data + 1),
+    "new parameter": lambda layer: layer.raw.__setitem__("Ts_s", nn.Parameter(layer.raw["Ts_s"].detach() + 1)),
+    "set_akps": lambda layer: layer.set_akps("Lg", {"sigma": torch.full((3,), 0.9)}),
+    "state dict": lambda layer: layer.load_state_dict(make_layer().state_dict()),
+    "assigned state dict": lambda layer: layer.load_state_dict(make_layer().state_dict(), assign=True),
+    "reset": lambda layer: layer.reset_parameters(),
+    "scale": lambda layer: setattr(layer, "scale", "raw"),
+    "profile": lambda layer: setattr(layer, "profile", "linear"),
+    "dtype": lambda layer: layer.double(),
+    "half": lambda layer: layer.to(torch.bfloat16),
+    "memory format": lambda layer: layer.to(memory_format=torch.channels_last),
+    "step in training mode": lambda layer: (take_sgd_step(layer.train()), layer.eval()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cached_weight_follows_change(change: str) -> None:
+    layer = make_layer().eval()
+    before = layer.weight.detach().clone(memory_format=torch.preserve_format)
+    CHANGES[change](layer)
+    expected = layer._synthesize()
+    assert torch.equal(layer.weight, expected)
+    assert layer.weight.dtype == expected.dtype and layer.weight.stride() == expected.stride()
+    assert (
+        layer.weight.dtype != before.dtype
+        or layer.weight.stride() != before.stride()
+        or not torch.equal(layer.weight, before)
+    )
+
+
+def test_eval_mode_gives_same_gradients_in_every_backward() -> None:
+    layer = make_layer()
+    x = torch.randn(1, 4, 8, 8)
+    layer(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    layer.eval()
+    with torch.inference_mode():
+        layer(x)
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
+# Copies, dtypes, devices and memory formats
+
+
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_weight_follows_memory_format_of_module(in_channels: int) -> None:
+    conv = nn.Conv2d(in_channels, 8, 5).to(memory_format=torch.channels_last)
+    layer = AnalyticConv2d(in_channels, 8, 5, arrangement=MOSAIC).to(memory_format=torch.channels_last)
+    for module in (layer, copy.deepcopy(layer), copy.deepcopy(layer).eval(), pickle.loads(pickle.dumps(layer))):
+        assert module.weight.stride() == conv.weight.stride()
+    assert layer.fold().weight.stride() == conv.weight.stride()
+    contiguous = nn.Conv2d(in_channels, 8, 5)
+    assert layer.to(memory_format=torch.contiguous_format).weight.stride() == contiguous.weight.stride()
+
+
+def test_copies_and_state_dicts_give_same_outputs() -> None:
+    layer = make_layer(amplitude=True, family="extended").eval()
+    x = torch.randn(1, 4, 8, 8)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = make_layer(amplitude=True, family="extended").eval()
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    for other in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), expected)
+    assert not any("_format" in name for name in layer.state_dict())
+
+
+def test_autocast_synthesizes_weight_in_float32() -> None:
+    layer = make_layer()
+    x = torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.weight.dtype == torch.float32
+        assert torch.equal(layer.weight, layer._synthesize())
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_half_precision_weight_is_rounded_float32_weight(dtype: torch.dtype) -> None:
+    layer = make_layer().to(dtype)
+    in_float32 = copy.deepcopy(layer).float()
+    assert torch.equal(layer.weight, in_float32.weight.to(dtype))
+
+
+def test_meta_layer_can_be_materialized() -> None:
+    with torch.device("meta"):
+        assert make_layer().weight.is_meta
+    layer = make_layer(device="meta")
+    assert layer.weight.is_meta and layer.eval().weight.is_meta
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.weight.isfinite().all()
+
+
+def test_folded_layer_is_plain_conv2d() -> None:
+    folded = make_layer(bias=False, dtype=torch.double).eval().fold()
+    assert type(folded) is nn.Conv2d and folded.bias is None and not folded.training
+    assert folded.weight.dtype == torch.double and isinstance(folded.weight, nn.Parameter)
+
+
+# Compilation, export and function transforms
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_compiles_to_one_graph(training: bool) -> None:
+    layer = make_layer().train(training)
+    x = torch.randn(2, 4, 8, 8)
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    grads = []
+    for module in (compiled, layer):
+        layer.zero_grad()
+        module(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.plain.add_(1)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_program_gives_same_outputs(strict: bool) -> None:
+    layer = make_layer().eval()
+    x = torch.randn(2, 4, 8, 8)
+    _ = layer(x)
+    program = torch.export.export(layer, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), layer(x))
+    assert "raw.G_theta" in program.state_dict
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_call_grad_and_vmap_use_given_parameters(training: bool) -> None:
+    layer = make_layer().train(training)
+    x = torch.randn(1, 4, 8, 8)
+    _ = layer(x)
+    parameters = {name: p.detach() + 0.1 for name, p in layer.named_parameters()}
+    other = copy.deepcopy(layer)
+    other.load_state_dict(parameters)
+    assert torch.equal(torch.func.functional_call(layer, parameters, (x,)), other(x))
+    grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(parameters)
+    other(x).square().sum().backward()
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad)
+    stacked = {name: torch.stack([p, p + 0.1]) for name, p in parameters.items()}
+    outputs = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(stacked)
+    torch.testing.assert_close(outputs[0], other(x))

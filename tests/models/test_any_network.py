@@ -1,5 +1,7 @@
-"""Any network converts, trains, folds, and is then as it was."""
+"""Networks of torchvision and timm convert, train, and fold back to their original architecture."""
 
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -9,8 +11,8 @@ import torchvision
 from torch import nn
 
 import acl
+from acl.kernels import KINDS
 
-ARRANGEMENT = "G25% Lg10% Lt10% Tf5% Ts5% P45%"
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 TIMM = [
     "resnet18",
@@ -59,42 +61,47 @@ TIMM = [
     "halonet26t",
     "xcit_nano_12_p16_224",
 ]
-HANDFUL = ["resnet18", "alexnet", "mobilenet_v3_small"], ["tf_efficientnet_b0", "nf_regnet_b0", "vit_tiny_patch16_224"]
-HUGE = 100_000_000
+QUICK_TORCHVISION = ["resnet18", "alexnet", "mobilenet_v3_small"]
+QUICK_TIMM = ["tf_efficientnet_b0", "nf_regnet_b0", "vit_tiny_patch16_224"]
+MAX_PARAMETERS_TO_TRAIN = 100_000_000
+"""Larger networks are converted and folded on the meta device, without a forward pass."""
 
 
-def slow_but(names: list[str], quick: list[str]) -> list[Any]:
+def mark_slow(names: list[str], quick: list[str]) -> list[Any]:
+    """The names as parameters of a test, marked as slow unless they are quick."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def there_and_back(make: Any, sizes: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    model = make()
-    if huge := sum(p.numel() for p in model.parameters()) > HUGE:
+def check_round_trip(create: Callable[[], nn.Module], image_sizes: tuple[int, ...]) -> None:
+    """Converts the first convolution, trains for one step, folds, and compares with the original network."""
+    model = create()
+    is_huge = sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS_TO_TRAIN
+    if is_huge:
         model = model.to("meta")
     names, keys = [name for name, _ in model.named_parameters()], list(model.state_dict())
     classes = [type(module) for module in model.modules()]
-    acl.convert(model, "first", ARRANGEMENT)
-    (layer,) = (module for module in model.modules() if isinstance(module, acl.AnalyticConv2d))
-    if not huge:
-        x = image(model, sizes)
+    all_kinds = acl.Arrangement(tuple((symbol, Fraction(100, len(KINDS))) for symbol in KINDS), shares=True)
+    acl.convert(model, "first", all_kinds)
+    (layer,) = acl.analytic_layers(model).values()
+    if not is_huge:
+        x = find_image(model, image_sizes)
         model.train()
-        out = model(x)
-        (out if isinstance(out, torch.Tensor) else out[0]).square().sum().backward()
+        output = model(x)
+        (output if isinstance(output, torch.Tensor) else output[0]).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
         model.eval()
         with torch.no_grad():
-            wanted = model(x)
+            expected = model(x)
     assert acl.fold(model) is model
     assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == keys
     assert [type(module) for module in model.modules()] == classes
-    if not huge:
+    if not is_huge:
         with torch.no_grad():
-            torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def image(model: nn.Module, sizes: tuple[int, ...]) -> torch.Tensor:
-    """The smallest of ``sizes`` that the network takes."""
+def find_image(model: nn.Module, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Images of the smallest of ``sizes`` that the network accepts."""
     for size in sizes:
         x = torch.randn(2, 3, size, size)
         try:
@@ -106,11 +113,11 @@ def image(model: nn.Module, sizes: tuple[int, ...]) -> torch.Tensor:
     raise AssertionError
 
 
-@pytest.mark.parametrize("name", slow_but(TORCHVISION, HANDFUL[0]))
-def test_torchvision(name: str) -> None:
-    there_and_back(lambda: torchvision.models.get_model(name, weights=None), (64, 128, 224, 299))
+@pytest.mark.parametrize("name", mark_slow(TORCHVISION, QUICK_TORCHVISION))
+def test_torchvision_network_survives_convert_train_and_fold(name: str) -> None:
+    check_round_trip(lambda: torchvision.models.get_model(name, weights=None), (64, 128, 224, 299))
 
 
-@pytest.mark.parametrize("name", slow_but(TIMM, HANDFUL[1]))
-def test_timm(name: str) -> None:
-    there_and_back(lambda: timm.create_model(name), (64, 128, 224, 240, 256, 299))
+@pytest.mark.parametrize("name", mark_slow(TIMM, QUICK_TIMM))
+def test_timm_network_survives_convert_train_and_fold(name: str) -> None:
+    check_round_trip(lambda: timm.create_model(name), (64, 128, 224, 240, 256, 299))

@@ -1,3 +1,5 @@
+"""Networks of torchvision and timm: parameter counts, pretrained weights and their errors."""
+
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 
 import models
+from models.library import read_kernels
 
 OPTIONS = {"scale": "unit"}
 
@@ -16,109 +19,123 @@ OPTIONS = {"scale": "unit"}
 @pytest.mark.parametrize(
     ("arrangement", "conv1"), [("G192", 768), ("G64 Lg32 Lt16 Tf64 Ts16", 544), ("G30 Lg15 Lt15 Tf30 Ts6 P96", 4962)]
 )
-def test_first_layer_of_resnet50(arrangement: str, conv1: int) -> None:
-    plain = models.build("resnet50", 3, 102, {})
-    analytic = models.build("resnet50", 3, 102, {"first": arrangement}, OPTIONS)
+def test_resnet50_first_layer_has_expected_parameter_count(arrangement: str, conv1: int) -> None:
+    plain = models.create_model("resnet50", 3, 102, {})
+    analytic = models.create_model("resnet50", 3, 102, {"first": arrangement}, OPTIONS)
     assert sum(p.numel() for p in plain.conv1.parameters()) == 9408
     assert sum(p.numel() for p in analytic.conv1.parameters()) == conv1
     difference = np.subtract(models.count_parameters(plain), models.count_parameters(analytic))
     assert list(difference) == [9408 - conv1] * 2
 
 
-def test_first_layer_of_alexnet() -> None:
-    analytic = models.build("alexnet", 3, 10, {"first": "G30 Lg15 Lt15 Tf30 Ts6 P96"}, OPTIONS)
+def test_alexnet_first_layer_has_expected_parameter_count() -> None:
+    analytic = models.create_model("alexnet", 3, 10, {"first": "G30 Lg15 Lt15 Tf30 Ts6 P96"}, OPTIONS)
     assert sum(p.numel() for p in analytic.features[0].parameters()) == 258 + 96 * 121 + 64
 
 
-def test_timm_for_any_number_of_channels_and_classes() -> None:
-    model = models.build("timm/mobilenetv3_small_050", 1, 7, {"first": "G100%"}, OPTIONS)
+def test_timm_network_takes_any_number_of_channels_and_classes() -> None:
+    model = models.create_model("timm/mobilenetv3_small_050", 1, 7, {"first": "G100%"}, OPTIONS)
     assert model.eval()(torch.randn(2, 1, 64, 64)).shape == (2, 7)
-    with pytest.raises(ValueError, match=r"timm has no model 'resnet51'; near it: resnet"):
-        models.build("timm/resnet51", 3, 7, {})
-    with pytest.raises(ValueError, match=r"unknown backbone 'vgg'; known: lenet, .*, timm/<name>"):
-        models.build("vgg", 3, 7, {})
+
+
+def test_unknown_timm_model_lists_similar_names() -> None:
+    with pytest.raises(ValueError, match=r"timm has no model 'resnet51'; similar names: resnet"):
+        models.create_model("timm/resnet51", 3, 7, {})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_pretrained_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
+def test_pretrained_weights_load_from_file(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"weights{suffix}"
     source = torchvision.models.resnet18(num_classes=5)
     state = source.state_dict()
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state, "epoch": 3}, file)
-    same = models.build("resnet18", 3, 5, {}, pretrained=str(file))
+    same = models.create_model("resnet18", 3, 5, {}, pretrained=str(file))
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), state.values(), strict=True))
-    other = models.build("resnet18", 3, 10, {"first": "G96 P96"}, OPTIONS, pretrained=str(file))
+    other = models.create_model("resnet18", 3, 10, {"first": "G96 P96"}, OPTIONS, pretrained=str(file))
     assert other.fc.weight.shape == (10, 512)
     assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(other.conv1.weight[32:], source.conv1.weight[32:])
     with pytest.raises(
-        ValueError, match=rf"{file} is of another architecture than AlexNet: features.0.weight is missing"
+        ValueError, match=rf"{file} is for another architecture than AlexNet: features.0.weight is missing"
     ):
-        models.build("alexnet", 3, 5, {}, pretrained=str(file))
+        models.create_model("alexnet", 3, 5, {}, pretrained=str(file))
     with pytest.raises(
         ValueError, match=r"another architecture than ResNet: layer1.0.conv1.weight is \(64, 64, 3, 3\), not"
     ):
-        models.build("resnet50", 3, 5, {}, pretrained=str(file))
+        models.create_model("resnet50", 3, 5, {}, pretrained=str(file))
 
 
-def test_one_layer_from_npy(tmp_path: Path) -> None:
+def test_npy_file_loads_into_first_convolution_of_its_shape(tmp_path: Path) -> None:
     file = tmp_path / "conv1.npy"
     weight = np.random.default_rng(0).normal(size=(64, 3, 7, 7)).astype(np.float32)
     np.save(file, weight)
-    model = models.build("resnet18", 3, 5, {}, pretrained=str(file))
+    model = models.create_model("resnet18", 3, 5, {}, pretrained=str(file))
     assert torch.equal(model.conv1.weight, torch.from_numpy(weight))
     np.save(file, weight[:, :2])
-    with pytest.raises(ValueError, match=r"no convolution has the shape \(64, 2, 7, 7\) of .*conv1 \(64, 3, 7, 7\)"):
-        models.build("resnet18", 3, 5, {}, pretrained=str(file))
+    with pytest.raises(ValueError, match=r"no convolution has the shape \(64, 2, 7, 7\) of .*: conv1 \(64, 3, 7, 7\)"):
+        models.create_model("resnet18", 3, 5, {}, pretrained=str(file))
 
 
-class Evil:
+def test_read_kernels_returns_float32_array(tmp_path: Path) -> None:
+    file = tmp_path / "conv1.npy"
+    weight = np.random.default_rng(0).normal(size=(4, 3, 7, 7))
+    np.save(file, weight)
+    assert torch.equal(read_kernels(file), torch.from_numpy(weight).float())
+    with pytest.raises(ValueError, match=r"cannot read weights from none\.npy: there is no such file"):
+        read_kernels(Path("none.npy"))
+
+
+class CodeOnUnpickling:
+    """Creates a file when it is unpickled."""
+
     def __reduce__(self) -> Any:
         return Path.touch, (Path("ran"),)
 
 
-def test_files_that_are_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_weights_are_rejected_without_running_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Evil()}, "evil.pth")
-    np.save("evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    Path("cut.safetensors").write_bytes(b"\0" * 20)
-    for name in ("evil.pth", "evil.npy", "cut.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as weights") as error:
-            models.build("resnet18", 3, 5, {}, pretrained=name)
+    torch.save({"state_dict": CodeOnUnpickling()}, "pickled.pth")
+    np.save("pickled.npy", np.array([CodeOnUnpickling()], dtype=object), allow_pickle=True)
+    Path("truncated.safetensors").write_bytes(b"\0" * 20)
+    for name in ("pickled.pth", "pickled.npy", "truncated.safetensors"):
+        with pytest.raises(ValueError, match=f"cannot read weights from {name}") as error:
+            models.create_model("resnet18", 3, 5, {}, pretrained=name)
         assert "\n" not in str(error.value)
     assert not Path("ran").exists()
-    with pytest.raises(ValueError, match=r"no weights in none\.pth: there is no such file"):
-        models.build("resnet18", 3, 5, {}, pretrained="none.pth")
-    with pytest.raises(ValueError, match=r"weights in 'conv1.txt'\? Known: .npy, .safetensors"):
-        models.build("resnet18", 3, 5, {}, pretrained="conv1.txt")
+    with pytest.raises(ValueError, match=r"cannot read weights from none\.pth: there is no such file"):
+        models.create_model("resnet18", 3, 5, {}, pretrained="none.pth")
+    with pytest.raises(
+        ValueError, match=r"cannot read weights from 'conv1\.txt': its name must end in \.npy, \.safetensors"
+    ):
+        models.create_model("resnet18", 3, 5, {}, pretrained="conv1.txt")
 
 
-def test_without_a_network_the_file_and_its_place_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> None:
+def test_failed_download_error_names_file_and_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_offline(*_: Any, **__: Any) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", raise_offline)
     with pytest.raises(ValueError) as error:
-        models.build("resnet50", 3, 5, {}, pretrained=True)
+        models.create_model("resnet50", 3, 5, {}, pretrained=True)
     assert f"put resnet50-11ad3fa6.pth into {tmp_path}/checkpoints" in str(error.value)
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(timm, "create_model", raise_offline)
     with pytest.raises(
         ValueError, match=r"no pretrained resnet18: .*timm/resnet18 on the Hugging Face hub.*\(OSError\)"
     ):
-        models.build("timm/resnet18", 3, 5, {}, pretrained=True)
+        models.create_model("timm/resnet18", 3, 5, {}, pretrained=True)
 
 
-def test_the_librarys_weights_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_weights_load_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     source = torchvision.models.resnet18()
     name = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
     (tmp_path / "checkpoints").mkdir()
     torch.save(source.state_dict(), tmp_path / "checkpoints" / name)
-    model = models.build("resnet18", 3, 5, {}, pretrained=True)
+    model = models.create_model("resnet18", 3, 5, {}, pretrained=True)
     assert torch.equal(model.conv1.weight, source.conv1.weight) and model.fc.weight.shape == (5, 512)
 
 
-def test_networks_for_colour_images_say_so() -> None:
-    with pytest.raises(ValueError, match="resnet18 takes images of 3 channels, not 1"):
-        models.build("resnet18", 1, 10, {})
+def test_torchvision_network_rejects_grayscale_images() -> None:
+    with pytest.raises(ValueError, match="resnet18 takes images with 3 channels, not 1"):
+        models.create_model("resnet18", 1, 10, {})

@@ -1,3 +1,5 @@
+"""Networks defined in this repository, plain and analytic: parameter counts and errors."""
+
 import pytest
 import torch
 
@@ -17,41 +19,51 @@ OPTIONS = {"scale": "unit", "amplitude": False}
         ({"conv1": "G1 Lg1 Tf1 P3", "conv2": "G24 Lg6 Lt6 Tf9 Ts3 P48"}, False, 1449, 60583),
     ],
 )
-def test_lenet_counts(arrangement: dict[str, str], amplitude: bool, conv: int, total: int) -> None:
+def test_lenet_has_expected_parameter_counts(
+    arrangement: dict[str, str], amplitude: bool, conv: int, total: int
+) -> None:
     layer = {**OPTIONS, "amplitude": amplitude} if arrangement else None
-    model = models.build("lenet", 1, 10, arrangement, layer)
+    model = models.create_model("lenet", 1, 10, arrangement, layer)
     assert models.count_parameters(model) == (conv, total)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
 
 
-def test_a_plain_network_and_its_annan_share_all_that_is_not_analytic() -> None:
-    """Rows of a table are paired by seed."""
+def test_plain_and_analytic_network_share_initial_weights_outside_analytic_kernels() -> None:
+    """The rows of a table are paired by seed."""
     torch.manual_seed(3)
-    plain = models.build("lenet", 1, 10, {})
+    plain = models.create_model("lenet", 1, 10, {})
     torch.manual_seed(3)
-    analytic = models.build("lenet", 1, 10, {"conv2": "G48 P48"}, OPTIONS)
+    analytic = models.create_model("lenet", 1, 10, {"conv2": "G48 P48"}, OPTIONS)
     assert torch.equal(analytic.fc1.weight, plain.fc1.weight)
     assert torch.equal(analytic.conv2.weight.flatten(0, 1)[48:], plain.conv2.weight.flatten(0, 1)[48:])
 
 
-def test_arrangement_and_model_have_to_agree() -> None:
-    with pytest.raises(ValueError, match="model=lenet is plain and takes no arrangement; model=ana_lenet does"):
-        models.build("lenet", 1, 10, {"conv1": "G6"})
+def test_create_model_rejects_arrangement_that_contradicts_model() -> None:
+    with pytest.raises(ValueError, match="model=lenet is plain and takes no arrangement; use model=ana_lenet"):
+        models.create_model("lenet", 1, 10, {"conv1": "G6"})
     with pytest.raises(ValueError, match="model=ana_lenet needs an arrangement"):
-        models.build("lenet", 1, 10, {}, OPTIONS)
-    with pytest.raises(ValueError, match=r"no convolution is named 'conv3'; there are: conv1 \(5 x 5\), conv2"):
-        models.build("lenet", 1, 10, {"conv3": "G6"}, OPTIONS)
+        models.create_model("lenet", 1, 10, {}, OPTIONS)
+    with pytest.raises(ValueError, match=r"no convolution is named 'conv3'; the model has: conv1 \(5 x 5\), conv2"):
+        models.create_model("lenet", 1, 10, {"conv3": "G6"}, OPTIONS)
 
 
-def test_four_layer_counts() -> None:
+def test_create_model_rejects_unknown_backbone() -> None:
+    with pytest.raises(ValueError, match=r"unknown backbone 'vgg'; known: lenet, .*, timm/<name>"):
+        models.create_model("vgg", 3, 7, {})
+
+
+def test_four_layer_has_expected_parameter_counts() -> None:
     plain = 25 * (3 * 32 + 32 * 64 + 64 * 128 + 128 * 128)
     rest = 2 * (32 + 64 + 128 + 128) + 128 * 10 + 10
-    assert models.count_parameters(models.build("four_layer", 3, 10, {})) == (plain, plain + rest)
-    small = models.build("four_layer", 3, 10, {}, kernel_size=3)
+    assert models.count_parameters(models.create_model("four_layer", 3, 10, {})) == (plain, plain + rest)
+    small = models.create_model("four_layer", 3, 10, {}, kernel_size=3)
     assert models.count_parameters(small)[0] == plain // 25 * 9
-    gabor = models.build("four_layer", 3, 10, {"all": "G100%"}, {"amplitude": True})
+    gabor = models.create_model("four_layer", 3, 10, {"all": "G100%"}, {"amplitude": True})
     assert models.count_parameters(gabor)[0] == plain // 25 * 5
     for model in (small, gabor):
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_four_layer_rejects_even_kernel_size() -> None:
     with pytest.raises(ValueError, match=r"model.kernel_size=4 is even"):
-        models.build("four_layer", 3, 10, {}, kernel_size=4)
+        models.create_model("four_layer", 3, 10, {}, kernel_size=4)

@@ -27,7 +27,7 @@ def load_settings(name: str, **changes: Any) -> TableSettings:
 
 
 def create_table(folder: Path, *overrides: str, **changes: Any) -> Table:
-    """The first two rows of the table digits with two seeds and one epoch; runs and results are written to ``folder``."""
+    """The first two rows of the table digits, with two seeds and one epoch; it writes to ``folder`` only."""
     rows = load_settings("digits").rows[:2]
     settings = load_settings("digits", **{"rows": rows, "seeds": [0, 1], **changes})
     paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]

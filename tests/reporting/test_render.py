@@ -105,7 +105,9 @@ def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_render_gives_the_committed_csv_and_records(rendered: tuple[Table, Path]) -> None:
     table, folder = rendered
     for suffix in (".csv", ".jsonl"):
-        assert (folder / f"{table.name}{suffix}").read_bytes() == (COMMITTED_TABLES / f"{table.name}{suffix}").read_bytes()
+        assert (folder / f"{table.name}{suffix}").read_bytes() == (
+            COMMITTED_TABLES / f"{table.name}{suffix}"
+        ).read_bytes()
     assert (folder / f"{table.name}.md").read_text().startswith(f"# {table.settings.title}\n")
     assert (folder / f"{table.name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,20 +7,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-Script = Callable[..., subprocess.CompletedProcess[str]]
+Command = Callable[..., list[str]]
+RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def command() -> Callable[..., list[str]]:
-    """The command line of a script."""
+def script_command() -> Command:
+    """Gives the command line that runs a script with arguments."""
     return lambda name, *arguments: [sys.executable, str(ROOT / "scripts" / name), *arguments]
 
 
 @pytest.fixture
-def script(command: Callable[..., list[str]]) -> Script:
-    """Runs a script to its end."""
+def run_script(script_command: Command) -> RunScript:
+    """Runs a script and waits for its end; the result has the exit status, stdout and stderr."""
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False)
+        return subprocess.run(script_command(name, *arguments), capture_output=True, text=True, check=False)
 
     return run

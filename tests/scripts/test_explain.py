@@ -1,73 +1,79 @@
+"""The page of a run (explain.py) and its network as ONNX (export.py)."""
+
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
 from training.errors import UsageError
-from training.loop import akps_of, build, finished, run
-from training.records import run_folder
+from training.loop import run, snapshot_akps
+from training.runs import build_model, load_finished_run, open_run_directory
 
-Script = Callable[..., CompletedProcess[str]]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def trained(folder: Path, *overrides: str) -> Path:
+def train_run(folder: Path, *overrides: str) -> Path:
+    """The folder of a run of two epochs."""
     cfg = compose([*overrides, "trainer.epochs=2", "trainer.accelerator=cpu", f"paths.runs={folder}"])
     run(cfg)
-    return run_folder(cfg)
+    return open_run_directory(cfg).path
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("runs"), "arrangement=half_plain")
+def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_run(tmp_path_factory.mktemp("runs"), "arrangement=half_plain")
 
 
 @pytest.fixture(scope="module")
-def page(folder: Path) -> Path:
-    command = [Path(__file__).parents[2] / "scripts/explain.py", f"run={folder}", "images=60"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+def page(run_path: Path) -> Path:
+    command = [sys.executable, ROOT / "scripts/explain.py", f"run={run_path}", "images=60"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(folder / "report.html")
-    return folder / "report.html"
+    assert done.stdout.splitlines()[-1] == str(run_path / "report.html")
+    return run_path / "report.html"
 
 
-def test_the_page_needs_nothing_else_and_has_every_kernel(page: Path, folder: Path) -> None:
+def test_page_is_self_contained_and_shows_every_kernel(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", text) and "http" not in text and "@import" not in text
     assert text.count("<button") == 6 + 96
     kinds = json.loads(page.with_suffix(".json").read_text())["kinds"]
+    assert list(kinds) == ["zero", "mean"]
     for numbers in kinds.values():
         assert sum(numbers["shapley"].values()) == pytest.approx(numbers["drop"], abs=1e-12)
         assert len(numbers["top1_with"]) == 64 and numbers["images"] == 60
-    for word in ("before training", "after training", "Parameters over training", "Removed kernels answer their"):
-        assert word in text
-    assert re.search(
-        r'data-formula="-?[0-9.e+-]+ \* exp\(-r\^2/\(2 \* [0-9.]+\^2\)\) \* cos\(2 pi x&#39;/[0-9.]+ \+ ', text
+    for words in ("before training", "after training", "Parameters during training", "Removed kernels output their"):
+        assert words in text
+    number = r"-?[0-9.e+-]+"
+    gabor = (
+        rf"{number}\*\(exp\(-\(x'\^2 \+ y'\^2\)/\(2\*{number}\^2\)\)\*cos\(2\*pi\*x'/{number} \+ {number}\)\); theta = "
     )
+    assert re.search(f'data-formula="{gabor}{number} deg"', text.replace("&#39;", "'"))
 
 
-def test_before_training_is_where_the_run_began(folder: Path) -> None:
-    cfg, data, model = finished(folder)
-    torch.manual_seed(cfg.seed)
-    start = akps_of(build(cfg, data))
-    paths = load_file(folder / "akps.safetensors")
-    assert all(torch.equal(paths[name][0], values) for name, values in start.items())
-    assert not all(torch.equal(start[name], values) for name, values in akps_of(model).items())
+def test_page_shows_the_initial_akps_of_the_run(run_path: Path) -> None:
+    finished = load_finished_run(run_path)
+    torch.manual_seed(finished.settings.seed)
+    initial = snapshot_akps(build_model(finished.settings, finished.data))
+    history = load_file(run_path / "akps.safetensors")
+    assert all(torch.equal(history[name][0], values) for name, values in initial.items())
+    trained = snapshot_akps(finished.model)
+    assert initial.keys() == trained.keys() == history.keys()
+    assert not all(torch.equal(initial[name], values) for name, values in trained.items())
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
-    """No error on the console, no request but for the page, and a tapped kernel tells its formula."""
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_page_in_a_browser_shows_the_formula_of_a_tapped_kernel(page: Path, tmp_path: Path) -> None:
+    """Also logs no error on the console and sends no request but for the page."""
     tapped = tmp_path / "tapped.html"
     tap = "<script>document.querySelectorAll('.tiles button')[7].click()</script>"
     tapped.write_text(page.read_text().replace("</body>", f"{tap}</body>"))
@@ -82,44 +88,48 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
         check=False,
     )
     about = done.stdout.partition('<div id="about"')[2]
-    assert "conv2, channel 1 to 0: Gabor" in about and "cos(2 pi x'/" in about and "points lost" in about
+    assert "conv2, channel 1 to 0: Gabor" in about and "cos(2*pi*x'/" in about and "points lost" in about
     assert "CONSOLE" not in done.stderr
-    asked = set(re.findall(r'"url":"([a-z]+:[^"]*)"', (tmp_path / "net.json").read_text()))
-    assert not {url for url in asked if url.startswith("http") and "google" not in url}
+    requested = set(re.findall(r'"url":"([a-z]+:[^"]*)"', (tmp_path / "net.json").read_text()))
+    assert not {url for url in requested if url.startswith("http") and "google" not in url}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=nowhere"], "error: nowhere is no folder of a run: it has no config.yaml"),
-        (["replace=[noise]"], "error: replace=noise is none of zero, mean"),
+        (["run=nowhere"], "error: nowhere is not the folder of a run: it has no config.yaml"),
+        (["replace=[noise]"], "error: replace.0=noise is invalid: it should be 'zero' or 'mean'"),
+        (["split=validation"], "error: split=validation is invalid: it should be 'train', 'val' or 'test'"),
+        (["images=0"], "error: images=0 is invalid: it should be greater than or equal to 1"),
     ],
 )
-def test_bad_input(folder: Path, script: Script, arguments: list[str], message: str) -> None:
-    done = script("explain.py", f"run={folder}", *arguments)
+def test_explain_rejects_invalid_options(
+    run_path: Path, run_script: RunScript, arguments: list[str], message: str
+) -> None:
+    done = run_script("explain.py", f"run={run_path}", *arguments)
     assert (done.returncode, done.stderr.strip()) == (2, message)
 
 
-def test_runs_that_have_nothing_to_explain(tmp_path: Path, folder: Path, script: Script) -> None:
-    plain = trained(tmp_path, "model=lenet")
-    done = script("explain.py", f"run={plain}")
+def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Path, run_script: RunScript) -> None:
+    plain = train_run(tmp_path, "model=lenet")
+    done = run_script("explain.py", f"run={plain}")
     assert (done.returncode, done.stderr.strip()) == (
         2,
         f"error: {plain}: the network has no analytic layer to explain",
     )
-    unfinished = shutil.copytree(folder, tmp_path / "unfinished")
+    unfinished = shutil.copytree(run_path, tmp_path / "unfinished")
     (unfinished / "record.json").unlink()
-    with pytest.raises(UsageError, match=f"{unfinished} has a run that is not finished: it has no record.json"):
-        finished(unfinished)
+    with pytest.raises(UsageError, match=f"{unfinished} has an unfinished run: it has no record.json"):
+        load_finished_run(unfinished)
 
 
-def test_export(folder: Path, tmp_path: Path, script: Script) -> None:
-    done = script("export.py", f"run={folder}", f"file={tmp_path}/net.onnx", "fold=false")
+def test_export_gives_the_logits_of_the_run(run_path: Path, tmp_path: Path, run_script: RunScript) -> None:
+    done = run_script("export.py", f"run={run_path}", f"file={tmp_path}/net.onnx", "fold=false")
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    _, data, model = finished(folder)
-    images = data.normalise(data.test.images[:7])
+    finished = load_finished_run(run_path)
+    images = finished.data.normalize(finished.data.test.images[:7])
     with torch.no_grad():
-        wanted = model(images)
+        expected = finished.model(images)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)

@@ -1,26 +1,26 @@
-"""Each entry point once, as a user starts it."""
+"""One smoke test per entry point, run as users run it; test_approximate.py and test_explain.py have the others."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
-Script = Callable[..., CompletedProcess[str]]
+from scripts import train
+from tests.scripts.conftest import ROOT, Command, RunScript
+from training.config import compose
 
 
-def test_train(tmp_path: Path, script: Script) -> None:
+def test_train_trains_and_tests_a_network(tmp_path: Path, run_script: RunScript) -> None:
     arguments = ["model=ana_lenet", "arrangement.conv1=G6", "arrangement.conv2=G50%_P50%", "seed=3", "trainer.epochs=1"]
-    done = script("train.py", *arguments, f"paths.runs={tmp_path}")
+    done = run_script("train.py", *arguments, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*/record.json")
     record = json.loads(path.read_text())
@@ -28,9 +28,26 @@ def test_train(tmp_path: Path, script: Script) -> None:
     assert record["config"]["seed"] == 3 and f"test {record['test']['top1']:.2f}%" in done.stdout
 
 
-def test_train_sweeps(tmp_path: Path, script: Script) -> None:
+def test_train_says_where_a_result_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model=lenet", "trainer.epochs=1", "trainer.batch_size=600", f"paths.runs={tmp_path}"]
+    cfg = compose(overrides)
+    train.main(cfg)
+    (path,) = tmp_path.glob("*/record.json")
+    assert capsys.readouterr().out.startswith(f"{path.parent}: test ")
+    train.main(cfg)
+    assert capsys.readouterr().out.startswith(f"{path.parent} (recorded before): test ")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sources": "0" * 12}))
+    train.main(cfg)
+    reused = f"{path.parent} (recorded before, with other code; fresh=true reruns it): test "
+    assert capsys.readouterr().out.startswith(reused)
+    train.main(compose([*overrides, "fresh=true"]))
+    assert capsys.readouterr().out.startswith(f"{path.parent}: test ")
+    assert (path.parent / "superseded-1/record.json").exists()
+
+
+def test_train_sweeps_and_collect_gathers_the_runs(tmp_path: Path, run_script: RunScript) -> None:
     sweep = ["-m", "hydra/launcher=cores", "arrangement.conv1=G6,G3_P3", "seed=0,1", "trainer.epochs=1"]
-    done = script("train.py", *sweep, f"paths.runs={tmp_path}")
+    done = run_script("train.py", *sweep, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text())["config"] for path in tmp_path.glob("*/record.json")]
     assert sorted((r["arrangement"]["conv1"], r["seed"]) for r in records) == [
@@ -39,11 +56,28 @@ def test_train_sweeps(tmp_path: Path, script: Script) -> None:
         ("G6", 0),
         ("G6", 1),
     ]
-    done = script("collect.py", f"runs={tmp_path}", f"file={tmp_path}/all.csv")
+    done = run_script("collect.py", f"runs={tmp_path}", f"file={tmp_path}/all.csv")
     assert done.stdout.strip() == f"{tmp_path}/all.csv: 4 runs", done.stderr
     frame = pd.read_csv(tmp_path / "all.csv")
     assert sorted(zip(frame["arrangement.conv1"], frame["seed"], strict=True))[0] == ("G3_P3", 0)
     assert {"test.top1", "parameters.conv", "optim.lr", "commit", "machine.device", "versions.torch"} <= set(frame)
+
+
+def test_mosaic_draws_a_layer(tmp_path: Path, run_script: RunScript) -> None:
+    file = tmp_path / "mosaic.png"
+    done = run_script("mosaic.py", "mosaic=G50%_P50%", "out_channels=8", f"file={file}")
+    assert (done.returncode, done.stdout.strip()) == (0, str(file)), done.stderr
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
+    from scripts.wandb_workspace import WorkspaceSettings, create_workspace  # its import warns
+
+    workspace = create_workspace(WorkspaceSettings(entity="me", project="anann", name="Rows"))
+    assert (workspace.entity, workspace.project, workspace.name) == ("me", "anann", "Rows")
+    assert [section.name for section in workspace.sections] == ["Results", "Training"]
+    assert [key.name for key in workspace.runset_settings.groupby] == ["Group", "row"]
 
 
 @pytest.mark.parametrize(
@@ -55,18 +89,22 @@ def test_train_sweeps(tmp_path: Path, script: Script) -> None:
         (
             "train.py",
             ["arrangement=gabor", "trainer=ddp", "trainer.devices=4096"],
-            "error: trainer.devices=4096 is more than",
+            "error: trainer.devices=4096 exceeds the",
         ),
-        ("reproduce_table.py", ["trainer=ddp"], "error: a run of a table takes one device; start more workers"),
-        ("wandb_workspace.py", [], "error: Missing mandatory value: entity"),
+        ("reproduce_table.py", ["trainer=ddp"], "error: a run of a table uses one device; start more workers"),
+        ("wandb_workspace.py", [], "error: entity is missing"),
+        ("approximate.py", [], "error: source is missing"),
+        ("explain.py", [], "error: run is missing"),
         ("wandb_workspace.py", ["entity=me"], "error: a workspace needs a W&B account"),
         ("collect.py", ["runs=[]"], "error: no finished run in"),
         ("reproduce_table.py", ["table=nope"], "error: unknown table 'nope'; known: cifar10, "),
+        ("reproduce_table.py", ["--render"], "error: there is no "),
+        ("mosaic.py", ["mosaic=G5"], "error: arrangement 'G5' fills 5 of 192 kernels of the layer (3 x 64)"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(
+def test_invalid_input_gives_one_line_and_exit_status_2(
     tmp_path: Path,
-    script: Script,
+    run_script: RunScript,
     name: str,
     arguments: list[str],
     message: str,
@@ -74,35 +112,68 @@ def test_bad_input_is_one_line_and_exit_status_2(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    paths = (
-        []
-        if name in ("collect.py", "wandb_workspace.py")
-        else [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
-    )
-    done = script(name, *arguments, *paths)
+    if name in ("train.py", "reproduce_table.py"):
+        paths = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    else:
+        paths = [f"file={tmp_path}/file"] if name in ("collect.py", "mosaic.py") else []
+    done = run_script(name, *arguments, *paths)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
-def test_reproduce_table(tmp_path: Path, script: Script) -> None:
-    paths = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
-    done = script("reproduce_table.py", *paths, "trainer.epochs=1", "trainer.batch_size=600")
+def test_reproduce_table_writes_a_table_and_reports_outdated_runs(tmp_path: Path, run_script: RunScript) -> None:
+    arguments = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    arguments += ["trainer.epochs=1", "trainer.batch_size=600"]
+    done = run_script("reproduce_table.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "runs").glob("*/record.json"))) == 21
+    records = list((tmp_path / "runs").glob("*/record.json"))
+    assert len(records) == 21
     assert (tmp_path / "results/tables/digits.md").read_text() in done.stdout
+    assert "recorded with other code" not in done.stdout
+
+    record = json.loads(records[0].read_text())
+    records[0].write_text(json.dumps({**record, "sources": "0" * 12}))
+    done = run_script("reproduce_table.py", "--status", *arguments)
+    assert done.stdout.splitlines() == [
+        "digits: 21 done, 0 running, 0 failed, 0 left",
+        "1 of 21 runs were recorded with other code; fresh=true reruns them",
+    ]
+    done = run_script("reproduce_table.py", *arguments)
+    assert done.stdout.endswith("1 of 21 runs were recorded with other code; fresh=true reruns them\n"), done.stderr
+    done = run_script("reproduce_table.py", *arguments, "fresh=true")
+    assert done.returncode == 0 and "recorded with other code" not in done.stdout, done.stderr
+    assert json.loads(records[0].read_text())["sources"] == record["sources"]
+    assert (records[0].parent / "superseded-1/record.json").exists()
 
 
-def test_two_processes_give_one_processes_result(tmp_path: Path, script: Script, command: Any) -> None:
-    """In float64 to 1e-9, also where a batch does not divide evenly, and where they are killed midway; one writes."""
+def test_reproduce_table_renders_committed_records_without_runs(tmp_path: Path, run_script: RunScript) -> None:
+    committed, folder = ROOT / "results/tables", tmp_path / "results/tables"
+    folder.mkdir(parents=True)
+    shutil.copy(committed / "digits.jsonl", folder)
+    for name in ("digits.md", "digits.png"):
+        (folder / name).write_text("old")
+    done = run_script(
+        "reproduce_table.py", "--render", f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(folder / "digits.md")), done.stderr
+    for name in ("digits.csv", "digits.jsonl"):
+        assert (folder / name).read_bytes() == (committed / name).read_bytes()
+    assert "| conv1 Gabor | conv1: G6 | 2,446 | 1.05 |" in (folder / "digits.md").read_text()
+    assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path, run_script: RunScript, script_command: Command) -> None:
+    """To 1e-9 in float64, also if batches do not divide evenly or the processes are killed midway; only one writes."""
     arguments = ["arrangement=mosaic", "trainer.precision=64-true", "trainer.epochs=3", "trainer.batch_size=51"]
     arguments += ["data.shift=1", "trainer.accelerator=cpu"]
     results = []
-    two = ["trainer=ddp", "trainer.devices=2", "trainer.checkpoint_minutes=1e-9"]
-    for folder, more in (("one", []), ("two", two)):
-        if more:
+    two_processes = ["trainer=ddp", "trainer.devices=2", "trainer.checkpoint_minutes=1e-9"]
+    for folder, options in (("one", []), ("two", two_processes)):
+        if options:
             killed = subprocess.Popen(
-                command("train.py", *more, *arguments, f"paths.runs={tmp_path / folder}"),
+                script_command("train.py", *options, *arguments, f"paths.runs={tmp_path / folder}"),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -112,16 +183,16 @@ def test_two_processes_give_one_processes_result(tmp_path: Path, script: Script,
                 time.sleep(0.01)
             os.killpg(killed.pid, signal.SIGKILL)
             killed.wait()
-        done = script("train.py", *more, *arguments, f"paths.runs={tmp_path / folder}")
+        done = run_script("train.py", *options, *arguments, f"paths.runs={tmp_path / folder}")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test ") == 1
         (path,) = (tmp_path / folder).glob("*/record.json")
-        rows = pd.read_csv(path.with_name("metrics.csv"))
-        results.append((load_file(path.with_name("model.safetensors")), json.loads(path.read_text()), rows))
-    (weights, record, rows), (other_weights, other_record, other_rows) = results
+        metrics = pd.read_csv(path.with_name("metrics.csv"))
+        results.append((load_file(path.with_name("model.safetensors")), json.loads(path.read_text()), metrics))
+    (weights, record, metrics), (other_weights, other_record, other_metrics) = results
     assert record["id"] == other_record["id"]
     assert all(torch.allclose(weights[name], other_weights[name], rtol=0, atol=1e-9) for name in weights)
     assert record["test"]["top1"] == other_record["test"]["top1"]
     assert record["test"]["loss"] == pytest.approx(other_record["test"]["loss"], abs=1e-6)  # summed in float32
-    pd.testing.assert_frame_equal(rows, other_rows, rtol=1e-5)
-    assert list(rows["train_top1"]) == list(other_rows["train_top1"])
+    pd.testing.assert_frame_equal(metrics, other_metrics, rtol=1e-5)
+    assert list(metrics["train_top1"]) == list(other_metrics["train_top1"])

@@ -1,4 +1,4 @@
-"""Several reproduce_table.py at once, in shells and through Slurm. Minutes: pytest -m "slow or slurm"."""
+"""Several reproduce_table.py at once, in shells and through Slurm. Minutes: pytest -m "slow or slurm" """
 
 import json
 import os
@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.scripts.conftest import Command, RunScript
+
 EPOCHS = "trainer.epochs=3"
+
+Arguments = Callable[[str], list[str]]
+Outcome = tuple[str, list[dict[str, Any]]]
+"""The CSV and the records of a table."""
 
 
 @pytest.fixture(scope="module")
@@ -21,90 +27,110 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def arguments(folder: Path) -> Callable[[str], list[str]]:
+def table_arguments(folder: Path) -> Arguments:
+    """Gives the arguments of a table that is written to a subfolder."""
     return lambda name: [EPOCHS, f"paths.runs={folder}/{name}/runs", f"paths.results={folder}/{name}/results"]
 
 
 @pytest.fixture
-def lone(folder: Path, script: Any, arguments: Any) -> tuple[str, list[dict[str, Any]]]:
-    """The table of one worker."""
-    if not (folder / "lone/results").exists():
-        done = script("reproduce_table.py", *arguments("lone"))
+def single_worker_outcome(folder: Path, run_script: RunScript, table_arguments: Arguments) -> Outcome:
+    """The table of a single worker."""
+    if not (folder / "single/results").exists():
+        done = run_script("reproduce_table.py", *table_arguments("single"))
         assert done.returncode == 0, done.stderr
-    return outcome(folder / "lone")
+    return read_outcome(folder / "single")
 
 
-def outcome(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+def read_outcome(folder: Path) -> Outcome:
+    """A table and its records, without the seconds that they took."""
     lines = (folder / "results/tables/digits.jsonl").read_text().splitlines()
     return (folder / "results/tables/digits.csv").read_text(), [{**json.loads(line), "seconds": 0} for line in lines]
 
 
 def wait_for_records(folder: Path, count: int) -> None:
-    until = time.monotonic() + 300
+    deadline = time.monotonic() + 300
     while len(list(folder.glob("runs/*/record.json"))) < count:
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_in_shells(folder: Path, command: Any, arguments: Any, lone: Any, workers: int) -> None:
+def test_workers_in_shells_share_a_table(
+    folder: Path,
+    script_command: Command,
+    table_arguments: Arguments,
+    single_worker_outcome: Outcome,
+    workers: int,
+) -> None:
+    """One worker is killed midway and replaced; no run is done twice."""
     name = f"{workers}"
-    start = command("reproduce_table.py", *arguments(name))
+    command = script_command("reproduce_table.py", *table_arguments(name))
     logs = [(folder / f"{name}-{i}.log").open("w+") for i in range(workers + 1)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed worker said is in its log
-    processes = [subprocess.Popen(start, stdout=log, stderr=log, env=environment) for log in logs[:workers]]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that the log has what a killed worker printed
+    processes = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for log in logs[:workers]]
     wait_for_records(folder / name, 6)
     processes[0].kill()
     processes[0].wait()
-    processes[0] = subprocess.Popen(start, stdout=logs[workers], stderr=logs[workers], env=environment)
+    processes[0] = subprocess.Popen(command, stdout=logs[workers], stderr=logs[workers], env=environment)
     assert [process.wait() for process in processes] == [0] * workers
-    assert outcome(folder / name) == lone
-    done: list[str] = []
+    assert read_outcome(folder / name) == single_worker_outcome
+    logged: list[str] = []
     for log in logs:
         log.seek(0)
-        done += re.findall(r"\] (.*): test .*\(\d+ s\)", log.read())
-    assert len(done) == len(set(done)) and len(done) >= 20  # the killed one may have recorded a run and not said so
+        logged += re.findall(r"\] (.*): test .*\(\d+ s\)", log.read())
+    assert len(logged) == len(set(logged))
+    assert len(logged) >= 20  # the killed worker may have recorded a run and not printed it
     assert len(list((folder / name).glob("runs/*/record.json"))) == 21
 
 
 @pytest.fixture
-def jobs() -> Iterator[Callable[[], list[str]]]:
-    """The numbers of the jobs that the test has in Slurm now; those left at its end are cancelled."""
+def list_slurm_jobs() -> Iterator[Callable[[], list[str]]]:
+    """Lists the ids of the Slurm jobs that the test has started; any that are left are canceled at its end."""
     if shutil.which("sbatch") is None:
-        pytest.skip("no sbatch")
+        pytest.skip("needs sbatch")
 
-    def mine() -> list[str]:
+    def list_new_jobs() -> list[str]:
         listed = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%A"], capture_output=True, text=True, check=True)
-        return [job for job in listed.stdout.split() if job not in before]
+        return [job for job in listed.stdout.split() if job not in existing]
 
-    before: list[str] = []
-    before = mine()
-    yield mine
-    if left := mine():
+    existing: list[str] = []
+    existing = list_new_jobs()
+    yield list_new_jobs
+    if left := list_new_jobs():
         subprocess.run(["scancel", *left], check=True)
 
 
 @pytest.mark.slurm
-def test_a_sweep_through_slurm(tmp_path: Path, script: Any, jobs: Any) -> None:
+def test_sweep_runs_through_slurm(
+    tmp_path: Path, run_script: RunScript, list_slurm_jobs: Callable[[], list[str]]
+) -> None:
     sweep = ["-m", "hydra/launcher=slurm", "arrangement=gabor,mosaic", "seed=0,1", EPOCHS, f"paths.runs={tmp_path}"]
-    done = script("train.py", *sweep)
+    done = run_script("train.py", *sweep)
     assert done.returncode == 0, done.stderr
-    done = script("collect.py", f"runs={tmp_path}", f"file={tmp_path}/all.csv")
+    done = run_script("collect.py", f"runs={tmp_path}", f"file={tmp_path}/all.csv")
     assert done.stdout.strip() == f"{tmp_path}/all.csv: 4 runs"
 
 
 @pytest.mark.slurm
-def test_a_table_through_slurm(folder: Path, command: Any, arguments: Any, lone: Any, jobs: Any) -> None:
-    """Two jobs share it; one is cancelled midway, and the same command sent again does the rest."""
-    start = command("reproduce_table.py", "-m", "hydra/launcher=slurm", "worker=0,1", *arguments("slurm"))
+def test_slurm_jobs_share_a_table(
+    folder: Path,
+    script_command: Command,
+    table_arguments: Arguments,
+    single_worker_outcome: Outcome,
+    list_slurm_jobs: Callable[[], list[str]],
+) -> None:
+    """One of two jobs is canceled midway; the same command, submitted again, does the rest."""
+    command = script_command(
+        "reproduce_table.py", "-m", "hydra/launcher=slurm", "worker=0,1", *table_arguments("slurm")
+    )
     with (folder / "slurm.log").open("w") as log:
-        first = subprocess.Popen(start, stdout=log, stderr=log)
+        first = subprocess.Popen(command, stdout=log, stderr=log)
         wait_for_records(folder / "slurm", 4)
-        subprocess.run(["scancel", "--signal=KILL", jobs()[0]], check=True)
-        again = subprocess.Popen(start, stdout=log, stderr=log)
-        assert again.wait() == 0
-        first.kill()  # without Slurm's accounting, submitit waits for the cancelled job for ever
+        subprocess.run(["scancel", "--signal=KILL", list_slurm_jobs()[0]], check=True)
+        second = subprocess.Popen(command, stdout=log, stderr=log)
+        assert second.wait() == 0
+        first.kill()  # without Slurm's accounting, submitit waits forever for the canceled job
         first.wait()
-    assert outcome(folder / "slurm") == lone
+    assert read_outcome(folder / "slurm") == single_worker_outcome
     assert len(list((folder / "slurm").glob("runs/*/record.json"))) == 21

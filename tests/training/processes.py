@@ -1,4 +1,4 @@
-"""Forked processes, for tests of runs that are killed and of workers that share a table."""
+"""Forked processes, for tests of killed runs and of workers that share files."""
 
 import os
 from collections.abc import Callable
@@ -6,8 +6,11 @@ from collections.abc import Callable
 import torch
 
 
-def start(task: Callable[[], object]) -> int:
-    """Starts a task in a forked process of one thread (OpenMP's others do not survive a fork); gives its number."""
+def start_process(task: Callable[[], object]) -> int:
+    """Starts a task in a forked process and returns its id.
+
+    The process has one thread, because OpenMP's other threads do not survive a fork.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -19,11 +22,11 @@ def start(task: Callable[[], object]) -> int:
     return child
 
 
-def wait(child: int) -> int:
-    """Its exit code, or minus the signal that killed it."""
+def wait_for(child: int) -> int:
+    """Waits for a process and returns its exit code, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def in_child(task: Callable[[], object]) -> int:
-    """Runs a task in a process of its own, to its end; gives ``wait``'s number."""
-    return wait(start(task))
+def run_in_child(task: Callable[[], object]) -> int:
+    """Runs a task in a forked process to its end; returns as ``wait_for``."""
+    return wait_for(start_process(task))

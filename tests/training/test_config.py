@@ -1,13 +1,26 @@
+from typing import Any
+
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 
-from training.config import compose
+from training.config import allow_new_keys, compose, flatten, identity, is_in_identity, resolve
 from training.errors import UsageError
+from training.run_directory import compute_run_id
 
 
-def test_layers_are_named_freely_and_values_keep_their_signs() -> None:
+def compute_id(*overrides: str) -> str:
+    return compute_run_id(identity(compose(list(overrides))))
+
+
+def test_overrides_may_name_any_layer_and_keep_their_text() -> None:
     cfg = compose(["arrangement.conv1=G2 P4", "arrangement.conv2=G50%_P50%", "arrangement.layer1.0.conv1=G100%"])
     assert cfg.arrangement.conv1 == "G2 P4" and cfg.arrangement.conv2 == "G50%_P50%"
+    assert flatten(resolve(cfg)["arrangement"])["layer1.0.conv1"] == "G100%"
+
+
+def test_compose_leaves_hydra_uninitialized() -> None:
+    compose([])
     assert not GlobalHydra.instance().is_initialized()
 
 
@@ -21,7 +34,124 @@ def test_layers_are_named_freely_and_values_keep_their_signs() -> None:
         ("seed", "seed"),
     ],
 )
-def test_overrides_that_do_not_fit_are_one_line(override: str, message: str) -> None:
+def test_invalid_override_raises_one_line_error(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         compose([override])
     assert "\n" not in str(error.value)
+
+
+def test_allow_new_keys_adds_prefix_below_roots_only() -> None:
+    overrides = ["arrangement.conv1=G2", "arrangement=auto", "arrangements.conv1=G2", "seed=1", "rows.mine.seed=2"]
+    assert allow_new_keys(overrides) == ["++arrangement.conv1=G2", *overrides[1:]]
+    assert allow_new_keys(overrides, ("rows",)) == [*overrides[:-1], "++rows.mine.seed=2"]
+
+
+def test_flatten_joins_nested_keys_by_dots() -> None:
+    assert flatten({"layer1": {"0": {"conv1": "G2"}}, "fc": None}) == {"layer1.0.conv1": "G2", "fc": None}
+
+
+def test_resolve_returns_plain_values() -> None:
+    values = resolve(OmegaConf.create({"a": 1, "b": "${a}", "c": {"d": ["${c.e}", None], "e": 0.5}}))
+    assert values == {"a": 1, "b": 1, "c": {"d": [0.5, None], "e": 0.5}}
+    assert type(values) is type(values["c"]) is dict and type(values["c"]["d"]) is list
+
+
+def test_resolve_leaves_configuration_unchanged() -> None:
+    cfg = compose([])
+    before = cfg.copy()
+    resolve(cfg)["data"]["shift"] = 5
+    assert cfg == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "paths.runs=/elsewhere",
+        "logger=wandb",
+        "fresh=true",
+        "data.root=/elsewhere",
+        "+data.cache=/elsewhere",
+        "trainer.accelerator=cpu",
+        "trainer.strategy=ddp",
+        "trainer.devices=2",
+        "trainer.nodes=2",
+        "trainer.deterministic=true",
+        "trainer.compile=true",
+        "trainer.checkpoint_minutes=1",
+    ],
+)
+def test_override_outside_identity_keeps_run_id(override: str) -> None:
+    assert not is_in_identity(override)
+    assert compute_id(override) == compute_id()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "data=mnist",
+        "data.shift=1",
+        "model=lenet",
+        "model.layer.scale=raw",
+        "arrangement.conv1=G6",
+        "optim.lr=0.1",
+        "trainer.epochs=3",
+        "trainer.batch_size=32",
+        "trainer.precision=bf16-mixed",
+        "++trainer.mixup=0.2",
+    ],
+)
+def test_override_in_identity_changes_run_id(override: str) -> None:
+    assert is_in_identity(override)
+    assert compute_id(override) != compute_id()
+
+
+@pytest.mark.parametrize("override", ["+data.root=/data", "++data.root=/data", "logger.project=mine", "data.root="])
+def test_override_outside_identity_is_recognized_in_any_form(override: str) -> None:
+    assert not is_in_identity(override)
+
+
+@pytest.mark.parametrize("override", ["data.rooted=1", "model.paths=1", "trainer=long", "pathslike=1"])
+def test_override_with_similar_key_is_in_identity(override: str) -> None:
+    assert is_in_identity(override)
+
+
+def test_null_option_added_later_keeps_run_id() -> None:
+    for override in ("++trainer.mixup=null", "++optim.ema=null", "++model.layer.bias=null", "++data.cutmix=null"):
+        assert compute_id(override) == compute_id()
+
+
+def get_identity(*overrides: str) -> dict[str, Any]:
+    return identity(compose(list(overrides)))
+
+
+def test_options_that_were_always_null_stay_in_identity() -> None:
+    assert get_identity("model=lenet")["model"]["layer"] is None
+    imagefolder = ("data=flowers102", "data.mean=null", "data.std=null", "data.crop=null")
+    data = get_identity(*imagefolder)["data"]
+    assert [data[key] for key in ("mean", "std", "crop")] == [None, None, None]
+    assert compute_id(*imagefolder) != compute_id("data=flowers102")
+
+
+def test_null_arrangement_of_a_layer_stays_in_identity() -> None:
+    assert get_identity("arrangement.conv1=null")["arrangement"] == {"conv1": None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "run_id"),
+    [
+        (["data=digits", "model=ana_lenet"], "1c02c1321810"),
+        (["data=cifar10", "model=lenet", "optim=sgd"], "7c13c8251247"),
+        (["data=flowers102", "model=ana_resnet18", "arrangement=auto"], "b076c6a09b08"),
+        (["data=imagefolder", "model=resnet50", "data.root=x", "data.title=t"], "1f91f3a5e6bf"),
+    ],
+)
+def test_run_id_of_existing_runs_is_unchanged(overrides: list[str], run_id: str) -> None:
+    assert compute_id(*overrides) == run_id
+
+
+def test_identity_leaves_configuration_unchanged() -> None:
+    cfg: DictConfig = compose(["++trainer.mixup=null"])
+    before = cfg.copy()
+    identity(cfg)
+    assert cfg == before

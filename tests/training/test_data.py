@@ -1,132 +1,134 @@
-import gzip
-import struct
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch.nn import functional as F
 
-from training import sets
-from training.data import _crops_at_once, _crops_one_by_one, augment, batches, centre, load
+from training.data import (
+    Augmentation,
+    Data,
+    crop_images_in_one_batch,
+    crop_images_in_threads,
+    iterate_batches,
+    load_data,
+)
+from training.datasets import Split
 from training.errors import UsageError
 
 
-def write_idx(path: Path, array: torch.Tensor) -> None:
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    content = header + array.to(torch.uint8).numpy().tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+def make_augmentation(**options: Any) -> Augmentation:
+    return Augmentation(**{"shift": 0, "flip": False, **options})
 
 
-def write_mnist(root: Path, name: str = "MNIST", train: int = 5200, test: int = 300) -> Path:
-    """A small tree in the official layout: images whose pixels all hold their label."""
-    raw = root / name / "raw"
-    for split, n in (("train", train), ("t10k", test)):
-        labels = torch.arange(n) % 10
-        write_idx(raw / f"{split}-images-idx3-ubyte", (labels[:, None, None] * 20).expand(n, 28, 28))
-        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
-    return raw
+def make_generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
-def config(name: str = "digits", root: Path = Path("data"), **changes: Any) -> DictConfig:
-    return OmegaConf.create({"name": name, "root": str(root), "shift": 0, "flip": False, **changes})
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(name="digits", augmentation=make_augmentation(), root="data")
 
 
-def test_digits_need_no_files(tmp_path: Path) -> None:
-    data = load(config("digits", tmp_path / "none"))
-    assert [len(split) for split in (data.train, data.val, data.test)] == [1237, 200, 360]
-    assert data.train.images.shape[1:] == (1, 28, 28) and data.train.images.dtype == torch.uint8
-    assert data.train.images.max() > 240
-    everything = torch.cat([data.train.images, data.val.images, data.test.images]).flatten(1)
-    assert len(everything.unique(dim=0)) == len(everything)  # no image in two splits
-    again = load(config("digits", tmp_path / "none"))
-    assert torch.equal(again.val.images, data.val.images)
-    normal = data.normalise(data.train.images)
-    assert normal.mean().item() == pytest.approx(0, abs=1e-4) and normal.std().item() == pytest.approx(1, abs=1e-4)
+def test_normalized_training_images_have_mean_zero_and_variance_one(digits: Data) -> None:
+    normalized = digits.normalize(digits.train.images)
+    assert normalized.dtype == torch.float32
+    assert normalized.mean().item() == pytest.approx(0, abs=1e-4)
+    assert normalized.std().item() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_the_official_layout(tmp_path: Path, name: str, folder: str) -> None:
-    write_mnist(tmp_path, folder)
-    data = load(config(name, tmp_path))
-    assert [len(split) for split in (data.train, data.val, data.test)] == [200, 5000, 300]
-    for split in (data.train, data.val, data.test):
-        assert torch.equal(split.images[:, 0, 3, 5], (split.labels * 20).to(torch.uint8))
+def test_given_mean_and_std_are_those_of_images_of_0_to_1(digits: Data) -> None:
+    data = load_data(name="digits", augmentation=make_augmentation(), root="data", mean=[0.5], std=[0.25])
+    expected = (digits.train.images.float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(data.normalize(data.train.images), expected)
 
 
-def test_missing_files_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(self: object) -> None:
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
-
-    monkeypatch.setattr(sets.datasets.MNIST, "download", offline)
-    with pytest.raises(UsageError) as error:
-        load(config("mnist", tmp_path / "data"))
-    text = str(error.value)
-    assert str(tmp_path / "data" / "MNIST" / "raw") in text and "t10k-labels-idx1-ubyte" in text
-    assert "data=digits needs no files" in text and "\n" not in text
-    assert not (tmp_path / "data").exists()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalized_images_have_memory_format_and_leave_input_unchanged(
+    digits: Data, memory_format: torch.memory_format
+) -> None:
+    data = replace(digits, memory_format=memory_format)
+    for images in (torch.rand(4, 3, 8, 8) * 255, torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)):
+        before = images.clone()
+        assert data.normalize(images).is_contiguous(memory_format=memory_format)
+        assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "magic"])
-@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_a_corrupt_file_is_named(tmp_path: Path, file: str, damage: str) -> None:
-    path = write_mnist(tmp_path) / file
-    content = path.read_bytes()
-    path.write_bytes({"cut": content[:-100], "empty": b"", "magic": b"\xff" * 16 + content[16:]}[damage])
-    with pytest.raises(UsageError, match=rf"{file} is corrupt or cut short"):
-        load(config("mnist", tmp_path))
+def test_unknown_data_set_raises_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"unknown data\.name 'cifar11'; known: digits, mnist"):
+        load_data(name="cifar11", augmentation=make_augmentation(), root="data")
 
 
-def test_labels_that_cannot_be(tmp_path: Path) -> None:
-    path = write_mnist(tmp_path) / "t10k-labels-idx1-ubyte"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
-    with pytest.raises(UsageError, match=r"t10k-images.*do not fit: 300 images of 28 x 28, 300 labels up to 11"):
-        load(config("mnist", tmp_path))
+def test_batches_cover_split_in_order(digits: Data) -> None:
+    batches = list(iterate_batches(digits.val, 90))
+    assert [len(batch) for batch in batches] == [90, 90, 20]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), digits.val.images)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), digits.val.labels)
 
 
-def test_files_may_be_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision unpacks what lies in raw/, once its checksum is the official one."""
-    raw = write_mnist(tmp_path)
-    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda path, md5=None: Path(path).is_file())
-    for path in list(raw.iterdir()):
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    assert len(load(config("mnist", tmp_path)).test) == 300
+def test_eval_batches_are_cropped_and_normalized(digits: Data) -> None:
+    data = replace(digits, augmentation=make_augmentation(crop=20))
+    batches = list(data.eval_batches(data.val, max_size=90))
+    assert [len(batch) for batch in batches] == [90, 90, 20]
+    expected = data.normalize(data.val.images[:, :, 4:24, 4:24])
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), data.val.labels)
 
 
-def test_batches_cover_the_split_in_order(tmp_path: Path) -> None:
-    split = load(config("digits", tmp_path)).val
-    parts = list(batches(split, 90))
-    assert [len(part) for part in parts] == [90, 90, 20]
-    assert torch.equal(torch.cat([part.images for part in parts]), split.images)
-    assert torch.equal(torch.cat([part.labels for part in parts]), split.labels)
+@pytest.mark.parametrize(
+    ("max_pixels", "max_size", "sizes"), [(20 * 20 * 80, 1000, [80, 80, 40]), (2**24, 150, [150, 50]), (1, 1000, [1])]
+)
+def test_eval_batches_have_at_most_max_pixels_and_max_size(
+    digits: Data, max_pixels: int, max_size: int, sizes: list[int]
+) -> None:
+    data = replace(digits, augmentation=make_augmentation(crop=20))
+    batches = data.eval_batches(data.val, max_pixels, max_size)
+    assert [len(next(batches)) for _ in sizes] == sizes
 
 
-def test_augmentation_moves_and_mirrors_whole_images() -> None:
+def test_eval_batches_of_empty_split_are_empty(digits: Data) -> None:
+    assert list(digits.eval_batches(Split(digits.val.images[:0], digits.val.labels[:0]))) == []
+
+
+def test_large_data_set_stays_on_cpu(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.MAX_BYTES_ON_DEVICE", 1000)
+    data = digits.to(torch.device("meta"))
+    assert data.train.images.device.type == "cpu" and data.mean.device.type == "meta"
+    assert next(data.eval_batches(data.val)).images.device.type == "meta"
+    monkeypatch.setattr("training.data.MAX_BYTES_ON_DEVICE", 2**30)
+    assert digits.to(torch.device("meta")).train.images.device.type == "meta"
+
+
+def test_no_augmentation_leaves_images_unchanged() -> None:
     images = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
-    moved = augment(images, config(shift=2), torch.Generator().manual_seed(0))
+    assert torch.equal(make_augmentation()(images, torch.Generator()), images)
+
+
+def test_shift_moves_each_image_on_its_own() -> None:
+    images = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
+    shifted = make_augmentation(shift=2)(images, make_generator())
     shifts = set()
-    for before, after in zip(images, moved, strict=True):
-        padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
-        found = [(r, c) for r in range(5) for c in range(5) if torch.equal(padded[:, r : r + 8, c : c + 8], after)]
-        assert len(found) == 1
-        shifts |= set(found)
+    for before, after in zip(images, shifted, strict=True):
+        padded = F.pad(before, (2, 2, 2, 2))
+        matches = [(r, c) for r in range(5) for c in range(5) if torch.equal(padded[:, r : r + 8, c : c + 8], after)]
+        assert len(matches) == 1
+        shifts |= set(matches)
     assert len(shifts) > 15
-    mirrored = augment(images, config(flip=True), torch.Generator().manual_seed(0))
-    same = (mirrored == images).flatten(1).all(1)
-    assert 16 < same.sum() < 48 and torch.equal(mirrored[~same], images[~same].flip(-1))
-    assert torch.equal(augment(images, config(), torch.Generator()), images)
 
 
-def test_resized_crops_are_boxes_of_their_own_image() -> None:
-    """Images whose pixels hold their coordinates tell which box a crop shows."""
+def test_flip_mirrors_half_of_the_images() -> None:
+    images = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
+    flipped = make_augmentation(flip=True)(images, make_generator())
+    unchanged = (flipped == images).flatten(1).all(1)
+    assert 16 < unchanged.sum() < 48 and torch.equal(flipped[~unchanged], images[~unchanged].flip(-1))
+
+
+def test_random_crops_are_boxes_of_their_own_image() -> None:
+    """The pixels of these images hold their coordinates, so a crop shows the position and size of its box."""
     n, side = 400, 64
     ramp = (torch.arange(side) + 0.5) * 3
     images = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side)]).expand(n, 2, side, side)
-    cfg = config(crop=32, min_area=0.25)
-    crops = augment(images, cfg, torch.Generator().manual_seed(0)) / 3
+    crops = make_augmentation(crop=32, min_area=0.25)(images, make_generator()) / 3
     assert crops.shape == (n, 2, 32, 32)
     x, y = crops[:, 0], crops[:, 1]
     assert (x - x[:, :1]).abs().max() < 1e-3 and (y - y[:, :, :1]).abs().max() < 1e-3  # no skew
@@ -141,34 +143,37 @@ def test_resized_crops_are_boxes_of_their_own_image() -> None:
     assert left.min() < 1 and (left / (side - width).clamp(min=1)).max() > 0.95
 
 
-def test_the_centre_is_as_large_as_crops() -> None:
+def test_half_of_the_random_crops_are_mirrored() -> None:
+    ramp = torch.arange(64.0).expand(400, 1, 64, 64)
+    crops = make_augmentation(crop=32, min_area=0.5, flip=True)(ramp, make_generator())
+    assert 160 < (crops[:, 0, 0, 0] > crops[:, 0, 0, -1]).sum() < 240
+
+
+@pytest.mark.parametrize("options", [{"shift": 2}, {"flip": True}, {"crop": 16, "min_area": 0.25, "flip": True}])
+def test_augmentation_depends_on_generator_only(options: dict[str, Any]) -> None:
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    augment = make_augmentation(**options)
+    first = augment(images, make_generator())
+    torch.rand(1)
+    assert torch.equal(augment(images, make_generator()), first)
+    assert not torch.equal(augment(images, torch.Generator().manual_seed(1)), first)
+
+
+def test_center_crop_has_size_of_training_crops() -> None:
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(centre(images, config(crop=32)), images) and torch.equal(centre(images, config()), images)
-    assert torch.equal(centre(images, config(crop=20)), images[:, :, 6:26, 6:26])
+    assert torch.equal(make_augmentation().center_crop(images), images)
+    assert torch.equal(make_augmentation(crop=32).center_crop(images), images)
+    assert torch.equal(make_augmentation(crop=20).center_crop(images), images[:, :, 6:26, 6:26])
 
 
-def test_large_sets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load(config())
-    monkeypatch.setattr("training.data.ON_DEVICE", 1000)
-    assert data.to(torch.device("meta")).train.images.device.type == "cpu"
-    monkeypatch.setattr("training.data.ON_DEVICE", 2**30)
-    assert data.to(torch.device("meta")).train.images.device.type == "meta"
-
-
-def test_crops_one_by_one_are_those_at_once() -> None:
+def test_crops_in_threads_match_crops_in_one_batch() -> None:
     smooth = F.interpolate(torch.rand(6, 3, 4, 4) * 255, (64, 64), mode="bicubic").clamp(0, 255).to(torch.uint8)
     boxes = torch.tensor(
-        [[0, 0, 1, 1], [8, 16, 32, 16], [0, 32, 64, 32], [1, 2, 60, 50], [40, 40, 24, 24], [5, 0, 9, 64]]
+        [[0, 0, 64, 64], [8, 16, 32, 16], [0, 32, 64, 32], [1, 2, 60, 50], [40, 40, 24, 24], [5, 0, 9, 64]]
     )
-    boxes = boxes / torch.tensor([[1.0]] + [[64.0]] * 5)
-    boxes = torch.cat([boxes, boxes + boxes[:, 2:3] * torch.tensor([1, 0, -2, 0])])  # and mirrored
-    smooth = smooth.repeat(2, 1, 1, 1)
-    quick, batched = (crops(smooth, boxes, 32).float() for crops in (_crops_one_by_one, _crops_at_once))
-    assert (quick - batched).abs().mean() < 1.5 and (quick - batched).abs().max() < 40
-    assert torch.equal(quick[6:], quick[:6].flip(-1))
-
-
-def test_half_of_the_crops_are_mirrored() -> None:
-    ramp = torch.arange(64.0).expand(400, 1, 64, 64)
-    crops = augment(ramp, config(crop=32, min_area=0.5, flip=True), torch.Generator().manual_seed(0))
-    assert 160 < (crops[:, 0, 0, 0] > crops[:, 0, 0, -1]).sum() < 240
+    boxes = boxes / 64
+    mirrored = boxes + boxes[:, 2:3] * torch.tensor([1, 0, -2, 0])
+    images, boxes = smooth.repeat(2, 1, 1, 1), torch.cat([boxes, mirrored])
+    threaded, batched = (crop(images, boxes, 32).float() for crop in (crop_images_in_threads, crop_images_in_one_batch))
+    assert (threaded - batched).abs().mean() < 1.5 and (threaded - batched).abs().max() < 40
+    assert torch.equal(threaded[6:], threaded[:6].flip(-1))

@@ -127,9 +127,7 @@ def replace_source_digest(cfg: DictConfig, sources: str | None) -> dict[str, Any
 
 
 @pytest.mark.parametrize("sources", ["0123456789ab", None])
-def test_fresh_repeats_run_of_other_code(
-    finished_copy: tuple[DictConfig, dict[str, Any]], sources: str | None
-) -> None:
+def test_fresh_repeats_run_of_other_code(finished_copy: tuple[DictConfig, dict[str, Any]], sources: str | None) -> None:
     cfg, _ = finished_copy
     old_record = replace_source_digest(cfg, sources)
     folder = open_run_directory(cfg).path

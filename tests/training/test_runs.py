@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
 from training.config import compose
+from training.datasets import Split
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.loop import run
@@ -39,7 +41,8 @@ def test_finished_run_has_settings_record_and_weights(tmp_path: Path) -> None:
     record, _ = run(cfg)
     finished = load_finished_run(open_run_directory(cfg).path)
     assert finished.record == record and finished.path == open_run_directory(cfg).path
-    assert finished.settings == parse_run(cfg)
+    assert finished.settings.config == parse_run(cfg).config
+    assert finished.settings.directory.path == finished.path
     weights = load_file(finished.path / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in finished.model.state_dict().items())
 
@@ -84,7 +87,9 @@ def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> 
 
 
 def test_images_that_network_does_not_accept_are_rejected(tmp_path: Path) -> None:
-    settings = parse_run(compose_run(tmp_path, "model=alexnet"))
-    with pytest.raises(UsageError, match=r"model.backbone=alexnet does not accept images of 1 x 28 x 28: ") as error:
-        build_model(settings, load_run_data(settings))
+    settings = parse_run(compose_run(tmp_path, "model=lenet"))
+    data = load_run_data(settings)
+    small = replace(data, train=Split(data.train.images[..., :20, :20], data.train.labels))
+    with pytest.raises(UsageError, match=r"model.backbone=lenet does not accept images of 1 x 20 x 20: ") as error:
+        build_model(settings, small)
     assert "\n" not in str(error.value)

@@ -1,0 +1,419 @@
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torchvision
+
+import reporting.table
+from reporting.table import Table
+from tests.reporting.helpers import create_table, load_settings
+from tests.training import trees
+from tests.training.processes import run_in_child, start_process, wait_for
+from training.config import CONFIGS, compose
+from training.errors import UsageError
+from training.provenance import digest_sources
+from training.runs import parse_run
+
+SEARCH = {"seed": 7, "candidates": [["optim.lr=0.0001"], ["optim.lr=0.02"]]}  # 1e-4 learns nothing in one epoch
+OTHER_SOURCES = "0" * 12
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Table]:
+    """A table with a search, and its folder."""
+    folder = tmp_path_factory.mktemp("searched")
+    table = create_table(folder, search=SEARCH)
+    table.reproduce()
+    return folder, table
+
+
+@pytest.fixture
+def searched_copy(searched: tuple[Path, Table], tmp_path: Path) -> Path:
+    return shutil.copytree(searched[0], tmp_path / "copy")
+
+
+def read_json_lines(folder: Path, name: str = "digits.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results/tables" / name).read_text().splitlines()]
+
+
+def read_records(folder: Path) -> dict[Path, dict[str, Any]]:
+    return {path: json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/record.json"))}
+
+
+def count_states(table: Table) -> dict[str, int]:
+    return {state: len(titles) for state, titles in table.status().items()}
+
+
+def fail(*_: Any) -> None:
+    raise AssertionError("this must not be called")
+
+
+# Files
+
+
+def test_reproduce_writes_csv_records_markdown_and_figure(searched: tuple[Path, Table]) -> None:
+    folder, table = searched
+    assert sorted(path.name for path in (folder / "results/tables").iterdir()) == [
+        "digits.csv",
+        "digits.jsonl",
+        "digits.md",
+        "digits.png",
+        "digits_search.jsonl",
+    ]
+    frame = pd.read_csv(folder / "results/tables/digits.csv")
+    pd.testing.assert_frame_equal(frame, reporting.table.summarize(table.rows), rtol=1e-4)
+    lines = read_json_lines(folder)
+    assert [(line["row"], line["config"]["seed"]) for line in lines] == [
+        (row, seed) for row in ("LeNet-5 plain", "conv1 Gabor") for seed in (0, 1)
+    ]
+    assert all(line["config"]["optim"]["lr"] == 0.02 for line in lines)
+    markdown = (folder / "results/tables/digits.md").read_text()
+    assert "| conv1 Gabor | conv1: G6 | 2,446 | 1.05 |" in markdown and "`optim.lr=0.02`" in markdown
+    assert (folder / "results/tables/digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_does_not_evaluate_the_test_set(searched: tuple[Path, Table]) -> None:
+    records = read_records(searched[0]).values()
+    assert len(records) == 8
+    assert [record["config"]["seed"] for record in records if record["test"] is None] == [7] * 4
+
+
+def test_search_file_has_every_trial_and_gives_the_choice(searched: tuple[Path, Table]) -> None:
+    folder, table = searched
+    trials = read_json_lines(folder, "digits_search.jsonl")
+    assert [(trial["row"], trial["candidate"]) for trial in trials] == [
+        (row.name, candidate) for row in table.rows for candidate in SEARCH["candidates"]
+    ]
+    for trial in trials:
+        (override,) = trial["candidate"]
+        assert override == f"optim.lr={trial['config']['optim']['lr']}"
+        assert trial["config"]["seed"] == 7 and trial["test"] is None
+    for row in table.rows:
+        of_row = [trial for trial in trials if trial["row"] == row.name]
+        best = max(of_row, key=lambda trial: (trial["val"]["top1"], -trial["val"]["loss"]))
+        assert row.chosen == best["candidate"] == ["optim.lr=0.02"]
+    assert "([all trials](digits_search.jsonl))" in (folder / "results/tables/digits.md").read_text()
+
+
+def test_table_without_search_writes_no_search_file(tmp_path: Path) -> None:
+    create_table(tmp_path, seeds=[0]).reproduce()
+    assert not (tmp_path / "results/tables/digits_search.jsonl").exists()
+    assert "all trials" not in (tmp_path / "results/tables/digits.md").read_text()
+
+
+def test_load_results_restores_records_and_choices(searched: tuple[Path, Table], tmp_path: Path) -> None:
+    folder, table = searched
+    shutil.copytree(folder / "results", tmp_path / "results")
+    loaded = create_table(tmp_path, search=SEARCH)
+    loaded.load_results()
+    loaded.write()
+    assert [row.chosen for row in loaded.rows] == [row.chosen for row in table.rows]
+    for file in (folder / "results/tables").iterdir():
+        if file.suffix != ".png":
+            assert (tmp_path / "results/tables" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_load_results_rejects_missing_and_other_records(searched_copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no .*digits\.jsonl; reproduce the table first"):
+        create_table(tmp_path / "nowhere", search=SEARCH).load_results()
+    with pytest.raises(UsageError, match=r"digits\.jsonl has no complete row 'LeNet-5 plain' of the configuration"):
+        create_table(searched_copy, "optim.weight_decay=0.5", search=SEARCH).load_results()
+
+
+# Scheduling
+
+
+def test_reproduce_reuses_records(searched_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = reporting.table.run
+
+    def run_recorded(cfg: Any) -> tuple[dict[str, Any], bool]:
+        record, is_new = original(cfg)
+        assert not is_new, "a recorded run was run again"
+        return record, is_new
+
+    monkeypatch.setattr(reporting.table, "run", run_recorded)
+    before = {path: path.stat().st_mtime_ns for path in read_records(searched_copy)}
+    create_table(searched_copy, search=SEARCH).reproduce()
+    assert {path: path.stat().st_mtime_ns for path in read_records(searched_copy)} == before
+
+
+def test_interrupted_table_keeps_whole_records_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = reporting.table.run, 0
+
+    def run_interrupted(cfg: Any) -> tuple[dict[str, Any], bool]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return original(cfg)
+
+    monkeypatch.setattr(reporting.table, "run", run_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        create_table(tmp_path).reproduce()
+    assert len(read_records(tmp_path)) == 2
+    assert not (tmp_path / "results").exists()
+    assert len(create_table(tmp_path).reproduce()) == 2 and count == 7
+
+
+def test_without_leaves_out_rows(tmp_path: Path) -> None:
+    assert [row.name for row in create_table(tmp_path, without=["conv1 Gabor"]).rows] == ["LeNet-5 plain"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": [{"name": "plain", "overrides": ["model=lenet"], "against": "nobody"}]},
+            "row 'plain' is compared with 'nobody', which is not a row of this table",
+        ),
+        ({"also_against": "nobody"}, "also_against 'nobody' is not a row of this table"),
+    ],
+)
+def test_comparison_with_unknown_row_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        create_table(tmp_path, **changes)
+
+
+def test_invalid_row_is_rejected_before_the_first_run(tmp_path: Path) -> None:
+    rows = [{"name": "plain", "overrides": ["model=lenet"]}, {"name": "bad", "overrides": ["arrangement.conv1=G5"]}]
+    with pytest.raises(UsageError, match="'G5' fills 5 of 6 kernels of conv1"):
+        create_table(tmp_path, rows=rows).reproduce()
+    assert not (tmp_path / "runs").exists()
+
+
+# Status
+
+
+def test_init_and_status_load_no_data_and_build_no_model(
+    searched: tuple[Path, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_run_data", "build_model"):
+        monkeypatch.setattr(reporting.table, name, fail)
+    assert count_states(create_table(tmp_path, search=SEARCH)) == {"done": 0, "running": 0, "failed": 0, "left": 8}
+    assert not any(tmp_path.iterdir())
+    finished = create_table(searched[0], search=SEARCH)
+    assert count_states(finished) == {"done": 8, "running": 0, "failed": 0, "left": 0}
+    with pytest.raises(AssertionError, match="this must not be called"):
+        finished.check_rows()  # does load data
+
+
+def test_status_names_a_run_that_another_worker_has_locked(tmp_path: Path) -> None:
+    table = create_table(tmp_path)
+    planned = table.plan_runs()[1]
+    with planned.directory.lock():
+        assert run_in_child(lambda: check_running(tmp_path, planned.title)) == 0
+    assert count_states(table) == {"done": 0, "running": 0, "failed": 0, "left": 4}
+
+
+def check_running(folder: Path, title: str) -> None:
+    assert create_table(folder).status()["running"] == [title]
+
+
+# Workers and failures
+
+
+def read_outcome(folder: Path) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """A table, its records and its trials, without the time that they took."""
+    records, trials = (
+        [{**line, "seconds": 0} for line in read_json_lines(folder, name)]
+        for name in ("digits.jsonl", "digits_search.jsonl")
+    )
+    return (folder / "results/tables/digits.csv").read_text(), records, trials
+
+
+def test_workers_share_a_table_and_a_killed_one_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting.table, "POLL_SECONDS", 0.1)
+    single, shared, log = tmp_path / "single", tmp_path / "shared", tmp_path / "log"
+    assert run_in_child(lambda: create_table(single, search=SEARCH).reproduce()) == 0
+
+    def work() -> None:
+        original = reporting.table.run
+
+        def run_and_log(cfg: Any) -> tuple[dict[str, Any], bool]:
+            record, is_new = original(cfg)
+            if is_new:
+                with log.open("a") as file:
+                    file.write(record["id"] + "\n")
+            return record, is_new
+
+        reporting.table.run = run_and_log
+        create_table(shared, search=SEARCH).reproduce()
+
+    victim, other = start_process(work), start_process(work)
+    while not read_records(shared):
+        time.sleep(0.05)
+    os.kill(victim, signal.SIGKILL)
+    assert wait_for(victim) == -signal.SIGKILL
+    replacement = start_process(work)
+    assert wait_for(other) == wait_for(replacement) == 0
+    assert read_outcome(shared) == read_outcome(single)
+    ids = [path.parent.name for path in read_records(shared)]
+    logged = log.read_text().split()
+    assert len(ids) == 8 and len(logged) == len(set(logged)) and set(logged) <= set(ids)
+    assert len(logged) >= 7  # the victim may have been killed between recording a run and logging it
+
+
+def test_failed_run_is_reported_and_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = reporting.table.run
+
+    def run_or_fail(cfg: Any) -> tuple[dict[str, Any], bool]:
+        if cfg.seed == 0 and cfg.model.layer is not None:
+            raise RuntimeError("out of memory")
+        return original(cfg)
+
+    monkeypatch.setattr(reporting.table, "run", run_or_fail)
+    message = r"1 of 4 runs failed, 3 are done.*conv1 Gabor, seed 0: RuntimeError: out of memory"
+    with pytest.raises(UsageError, match=message):
+        create_table(tmp_path).reproduce()
+    assert count_states(create_table(tmp_path)) == {"done": 3, "running": 0, "failed": 1, "left": 0}
+    assert not (tmp_path / "results").exists()
+    monkeypatch.setattr(reporting.table, "run", original)
+    assert len(create_table(tmp_path).reproduce()) == 2
+    assert not create_table(tmp_path).status()["failed"]
+
+
+def test_search_ignores_failed_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = reporting.table.run
+
+    def run_or_fail(cfg: Any) -> tuple[dict[str, Any], bool]:
+        if cfg.optim.lr == 0.02:
+            raise UsageError("the loss is nan at step 3")
+        return original(cfg)
+
+    monkeypatch.setattr(reporting.table, "run", run_or_fail)
+    table = create_table(tmp_path, search={"seed": 7, "candidates": [["optim.lr=0.02"], ["optim.lr=0.01"]]})
+    table.reproduce()
+    assert [row.chosen for row in table.rows] == [["optim.lr=0.01"]] * 2
+    trials = read_json_lines(tmp_path, "digits_search.jsonl")
+    assert [trial["candidate"] for trial in trials] == [["optim.lr=0.01"]] * 2
+
+
+# Records made with other code
+
+
+def make_outdated(path: Path, **changes: Any) -> None:
+    """Edits a record as if other code had made it."""
+    record = {**json.loads(path.read_text()), "sources": OTHER_SOURCES, **changes}
+    path.write_text(json.dumps(record))
+
+
+def test_count_outdated_counts_records_of_other_and_unknown_code(searched_copy: Path) -> None:
+    table = create_table(searched_copy, search=SEARCH)
+    assert table.count_outdated() == (0, 8)
+    first, second, *_ = read_records(searched_copy)
+    make_outdated(first)
+    record = json.loads(second.read_text())
+    assert record.pop("sources") == digest_sources()
+    second.write_text(json.dumps(record))  # as recorded before records had a digest
+    assert table.count_outdated() == (2, 8)
+    table.reproduce()
+    assert table.count_outdated() == (2, 8)  # reused
+
+
+def test_fresh_reruns_outdated_records_only(searched: tuple[Path, Table], searched_copy: Path) -> None:
+    records = read_records(searched_copy)
+    outdated = next(path for path, record in records.items() if record["test"] is not None)
+    make_outdated(outdated, test={"top1": 1.0, "loss": 9.0})
+    untouched = {path: path.stat().st_mtime_ns for path in records if path != outdated}
+    table = create_table(searched_copy, "fresh=true", search=SEARCH)
+    table.reproduce()
+    assert table.count_outdated() == (0, 8)
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    assert json.loads(outdated.read_text())["sources"] == digest_sources()
+    (superseded,) = searched_copy.glob("runs/*/superseded-1/record.json")
+    assert superseded.parents[1] == outdated.parent
+    assert json.loads(superseded.read_text())["sources"] == OTHER_SOURCES
+    csv = Path("results/tables/digits.csv")
+    assert (searched_copy / csv).read_bytes() == (searched[0] / csv).read_bytes()
+
+
+@pytest.mark.xfail(strict=True, reason="the search reads outdated records before they are rerun")
+def test_fresh_chooses_among_rerun_trials(searched: tuple[Path, Table], searched_copy: Path) -> None:
+    for path, record in read_records(searched_copy).items():
+        if record["config"]["optim"]["lr"] == 0.0001:
+            make_outdated(path, val={"top1": 100.0, "loss": 0.0})
+    table = create_table(searched_copy, "fresh=true", search=SEARCH)
+    table.reproduce()
+    assert [row.chosen for row in table.rows] == [["optim.lr=0.02"]] * 2
+
+
+@pytest.mark.xfail(strict=True, reason="the outdated record stays in the table")
+def test_fresh_does_not_reuse_an_outdated_record_if_the_rerun_fails(
+    searched_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = next(path for path, record in read_records(searched_copy).items() if record["test"] is not None)
+    make_outdated(path)
+    original = reporting.table.run
+
+    def run_or_fail(cfg: Any) -> tuple[dict[str, Any], bool]:
+        if reporting.table.open_run_directory(cfg).path == path.parent:
+            raise RuntimeError("out of memory")
+        return original(cfg)
+
+    monkeypatch.setattr(reporting.table, "run", run_or_fail)
+    with pytest.raises(UsageError, match="1 of 8 runs failed, 7 are done"):
+        create_table(searched_copy, "fresh=true", search=SEARCH).reproduce()
+
+
+# Tables of configs/table
+
+
+@pytest.mark.parametrize(("name", "rows"), [("flowers102", [0, 3, 4, 7]), ("food101", [4, 7])])
+def test_large_images_become_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list[int]
+) -> None:
+    """Image cache, pretrained weights from the library's cache, two steps, test and table, for plain and exp3."""
+    getattr(trees, f"write_{name}")(tmp_path / "data")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "checkpoints" / weights)
+    all_rows = load_settings(f"{name}_resnet18").rows
+    assert [row.get("against") for row in all_rows] == [None] * 4 + ["plain, from scratch"] * 4
+    settings = load_settings(f"{name}_resnet18", seeds=[0], search=None, rows=[all_rows[i] for i in rows])
+    size = 6 if name == "flowers102" else 13
+    small = [f"data.root={tmp_path}/data", f"data.cache={tmp_path}/cache", "data.size=36", "data.crop=32"]
+    small += [f"trainer.batch_size={size}", "trainer.epochs=1", "trainer.compile=false", "trainer.accelerator=cpu"]
+    paths = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    frame = Table(name, settings, [*small, *paths]).reproduce()
+    assert list(frame["arrangement"]) == ["plain", "first: G30 Lg15 Lt15 Tf30 Ts6 P96"] * (len(rows) // 2)
+    assert list(frame["conv_params"][0] - frame["conv_params"]) == [0, 9408 - 4962] * (len(rows) // 2)
+    assert frame["top1_mean"].between(0, 100).all()
+    assert len(next((tmp_path / "runs").glob("*/metrics.csv")).read_text().splitlines()) == 2
+    text = (tmp_path / f"results/tables/{name}.md").read_text()
+    others = "plain, pretrained or plain, from scratch" if 0 in rows else "plain, from scratch"
+    assert f"points against {others} |" in text and "resnet18" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml")))
+def test_every_table_composes(name: str) -> None:
+    settings = load_settings(name)
+    assert len(settings.rows) >= 7
+    assert compose([*settings.overrides, *settings.rows[0]["overrides"]]).model.layer is None
+    for row in settings.rows[1::3]:
+        for candidate in settings.search["candidates"][:1] if settings.search else [[]]:
+            run = parse_run(compose([*settings.overrides, *row["overrides"], *candidate]))
+            assert run.data["name"] in (name.split("_")[0], name, "imagefolder")
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"), [("flowers102_alexnet", "alexnet"), ("food101_resnet18", "resnet18"), ("food101", "resnet50")]
+)
+def test_rows_name_the_backbone_of_their_table(tmp_path: Path, name: str, backbone: str) -> None:
+    table = Table(name, load_settings(name), [f"paths.results={tmp_path}"])
+    assert len(table.rows) == 8 and backbone in table.settings.title
+    for row in table.rows:
+        models = [word for word in row.overrides if word.startswith("model=")]
+        is_plain = row.name.startswith("plain")
+        assert models[-1] == (f"model={backbone}" if is_plain else f"model=ana_{backbone}")
+        assert set(models) <= {f"model={backbone}", f"model=ana_{backbone}"}
+        assert not any(word.startswith("model.backbone") or "$" in word for word in row.overrides)
+        model = compose(row.overrides).model
+        assert model.backbone == backbone and (model.layer is None) == is_plain

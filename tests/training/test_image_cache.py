@@ -1,0 +1,204 @@
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from tests.training.processes import run_in_child, start_process, wait_for
+from training import image_cache
+from training.errors import UsageError
+from training.image_cache import load_decoded_images
+
+
+def make_image(seed: int, width: int = 60, height: int = 40) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def center_square(image: Image.Image) -> torch.Tensor:
+    """The center 40 x 40 pixels of a 60 x 40 image."""
+    return torch.from_numpy(np.array(image)[:, 10:50]).permute(2, 0, 1)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for i, path in enumerate(paths):
+        make_image(i).save(path)
+    return paths
+
+
+def load(paths: list[Path], size: int = 40, **options: Any) -> tuple[torch.Tensor, list[int]]:
+    root = paths[0].parent
+    return load_decoded_images(root, paths, size, root / "cache", "images", **options)
+
+
+def load_images(paths: list[Path], size: int = 40) -> torch.Tensor:
+    return load(paths, size)[0]
+
+
+def record_decoded_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A list to which every file decoded from now on is appended."""
+    decoded: list[Path] = []
+    decode = image_cache._decode
+
+    def record_and_decode(path: Path, size: int) -> np.ndarray | str:
+        decoded.append(path)
+        return decode(path, size)
+
+    monkeypatch.setattr(image_cache, "_decode", record_and_decode)
+    return decoded
+
+
+def test_images_are_center_squares(paths: list[Path]) -> None:
+    images = load_images(paths)
+    assert images.shape == (20, 3, 40, 40) and images.dtype == torch.uint8
+    for i, image in enumerate(images):
+        assert torch.equal(image, center_square(make_image(i)))
+
+
+def test_scaling_matches_torchvision_resize_and_center_crop(paths: list[Path]) -> None:
+    expected = v2.functional.center_crop(v2.functional.resize(make_image(0), [16]), [16])
+    difference = load_images(paths, 16)[0].int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()
+    assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg")])
+def test_other_color_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    make_image(0).convert(mode).save(path)
+    with Image.open(path) as image:
+        expected = center_square(image.convert("RGB"))
+    assert torch.equal(load_images([path])[0], expected)
+
+
+def test_images_are_decoded_once(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_images(paths)
+    decoded = record_decoded_paths(monkeypatch)
+    assert torch.equal(load_images(paths), first) and not decoded
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated images", "missing images", "other format", "truncated progress", "changed image"]
+)
+def test_invalid_cache_is_rebuilt(paths: list[Path], monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    first = load_images(paths).clone()
+    file = next(paths[0].parent.glob("cache/*/images.u8"))
+    if damage == "truncated images":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "missing images":
+        file.unlink()
+    elif damage == "other format":
+        monkeypatch.setattr(image_cache, "FORMAT", image_cache.FORMAT + 1)
+    elif damage == "truncated progress":
+        (file.parent / "cache.json").write_text('{"key": ')
+    else:
+        make_image(99).save(paths[3])
+        os.utime(paths[3], (1, 1))
+    decoded = record_decoded_paths(monkeypatch)
+    second = load_images(paths)
+    assert sorted(decoded) == sorted(paths)
+    changed = [i for i in range(20) if not torch.equal(second[i], first[i])]
+    assert changed == ([3] if damage == "changed image" else [])
+
+
+def test_each_size_has_its_own_cache(paths: list[Path], tmp_path: Path) -> None:
+    load_images(paths)
+    load_images(paths, 20)
+    assert sorted(path.name.split("-")[1] for path in (tmp_path / "cache").iterdir()) == ["20px", "40px"]
+
+
+def test_each_root_has_its_own_cache(tmp_path: Path) -> None:
+    images = []
+    for seed, name in enumerate(("a", "b")):
+        path = tmp_path / name / "0.png"
+        path.parent.mkdir()
+        make_image(seed).save(path)
+        images.append(load_decoded_images(path.parent, [path], 40, tmp_path / "cache", "images")[0])
+    assert len(list((tmp_path / "cache").iterdir())) == 2 and not torch.equal(*images)
+
+
+def test_interrupted_cache_is_resumed(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "CHUNK", 4)
+    write_atomic = image_cache.write_atomic
+
+    def load_until_killed() -> None:
+        def kill_at_third_chunk(path: Path, content: str) -> None:
+            write_atomic(path, content)
+            if json.loads(content)["done"] == 12:
+                os._exit(9)
+
+        image_cache.write_atomic = kill_at_third_chunk
+        load_images(paths)
+
+    assert run_in_child(load_until_killed) == 9
+    decoded = record_decoded_paths(monkeypatch)
+    images = load_images(paths)
+    assert sorted(decoded) == sorted(paths[12:])
+    for i, image in enumerate(images):
+        assert torch.equal(image, center_square(make_image(i)))
+
+
+@pytest.fixture
+def damaged(paths: list[Path]) -> tuple[list[Path], torch.Tensor]:
+    """Paths of which the images 5 and 17 cannot be decoded, and the images from before the damage."""
+    intact = load_images(paths).clone()
+    content = paths[5].read_bytes()
+    paths[5].write_bytes(content[: len(content) // 2])
+    paths[17].write_bytes(b"")
+    return paths, intact
+
+
+def test_undecodable_image_raises_one_line_error(damaged: tuple[list[Path], torch.Tensor]) -> None:
+    with pytest.raises(UsageError, match=r"5\.png cannot be decoded \(.*data.skip_undecodable=true") as error:
+        load(damaged[0])
+    assert "\n" not in str(error.value)
+
+
+def test_undecodable_images_are_skipped_on_request(
+    damaged: tuple[list[Path], torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, intact = damaged
+    images, skipped = load(paths, skip_undecodable=True)
+    assert skipped == [5, 17]
+    assert torch.equal(images, intact[[i for i in range(20) if i not in skipped]])
+    assert f"left out 2 images that cannot be decoded: {paths[5]}, ..." in capsys.readouterr().err
+
+
+def test_cache_with_skipped_images_raises_when_skipping_is_off(damaged: tuple[list[Path], torch.Tensor]) -> None:
+    load(damaged[0], skip_undecodable=True)
+    with pytest.raises(UsageError, match=r"5\.png cannot be decoded"):
+        load(damaged[0])
+
+
+def test_concurrent_processes_decode_each_image_once(paths: list[Path], tmp_path: Path) -> None:
+    log = tmp_path / "decoded.txt"
+
+    def load_slowly() -> None:
+        decode = image_cache._decode
+
+        def log_and_decode(path: Path, size: int) -> np.ndarray | str:
+            time.sleep(0.05)
+            with log.open("a") as file:
+                file.write(f"{path.name}\n")
+            return decode(path, size)
+
+        image_cache._decode = log_and_decode
+        load_images(paths)
+
+    children = [start_process(load_slowly), start_process(load_slowly)]
+    assert [wait_for(child) for child in children] == [0, 0]
+    assert sorted(log.read_text().split()) == sorted(path.name for path in paths)
+    assert load_images(paths).shape == (20, 3, 40, 40)
+
+
+def test_unwritable_cache_raises_usage_error(paths: list[Path]) -> None:
+    (paths[0].parent / "cache").write_text("a file")
+    with pytest.raises(UsageError, match=r"cannot keep decoded images in .*cache"):
+        load(paths)
