@@ -89,6 +89,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
     if trainer.compile:
         model.compile()
     steps = len(data.train) // trainer.batch_size
+    criterion = build_criterion(settings.optim)
     optimizer = build_optimizer(model, settings.optim)
     schedule = build_schedule(optimizer, settings.optim, steps * trainer.epochs)
     parallel_model, optimizer = fabric.setup(model, optimizer)
@@ -106,7 +107,17 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
         logger.start(state.epoch)
         while state.epoch < trainer.epochs:
             train_metrics = train_one_epoch(
-                parallel_model, data, optimizer, schedule, fabric, state, checkpointer, settings
+                parallel_model,
+                criterion,
+                data,
+                optimizer,
+                schedule,
+                fabric,
+                state,
+                checkpointer,
+                batch_size=trainer.batch_size,
+                seed=settings.seed,
+                description=f"epoch {state.epoch + 1}/{trainer.epochs}",
             )
             val = evaluate(parallel_model, data, data.val, fabric)
             metrics = {"epoch": state.epoch + 1, "lr": float(schedule.get_last_lr()[0]), **train_metrics}
@@ -151,13 +162,17 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
 
 def train_one_epoch(
     model: nn.Module,
+    criterion: nn.Module,
     data: Data,
     optimizer: Optimizer,
     schedule: LRScheduler,
     fabric: Fabric,
     state: TrainState,
     checkpointer: Checkpointer,
-    settings: RunSettings,
+    *,
+    batch_size: int,
+    seed: int,
+    description: str,
 ) -> dict[str, float]:
     """Trains one epoch, or the rest of an interrupted one. Each process computes its share of every batch.
 
@@ -167,11 +182,11 @@ def train_one_epoch(
     Raises:
         UsageError: if the loss is not finite.
     """
-    size, rank, world_size = settings.trainer.batch_size, fabric.global_rank, fabric.world_size
-    criterion, generator, steps = build_criterion(settings.optim), checkpointer.generator, len(state.losses)
+    rank, world_size = fabric.global_rank, fabric.world_size
+    generator, steps = checkpointer.generator, len(state.losses)
     model.train()
     # The order, augmentation and dropout of an epoch depend only on the seed, the epoch and the process.
-    epoch_seed = settings.seed * 100_003 + state.epoch
+    epoch_seed = seed * 100_003 + state.epoch
     generator.manual_seed(epoch_seed)
     order = torch.randperm(len(data.train), generator=generator).to(data.train.images.device)
     if state.step:
@@ -183,21 +198,21 @@ def train_one_epoch(
         state.hits.zero_()
     progress = tqdm(
         range(state.step, steps),
-        desc=f"epoch {state.epoch + 1}/{settings.trainer.epochs}",
+        desc=description,
         initial=state.step,
         total=steps,
         unit="image",
-        unit_scale=size,
+        unit_scale=batch_size,
         leave=False,
         disable=None if fabric.is_global_zero else True,
     )
     for step in progress:
-        batch = data.train[order[step * size : (step + 1) * size]].to(fabric.device)
+        batch = data.train[order[step * batch_size : (step + 1) * batch_size]].to(fabric.device)
         images = data.augmentation(batch.images, generator)
         images, labels = images[rank::world_size], batch.labels[rank::world_size]
         logits = model(data.normalize(images))
-        loss = criterion(logits, labels)
-        loss = loss * (len(labels) * world_size / size)  # so that the mean over processes is the mean over the batch
+        # Weighted so that the mean over processes is the mean over the batch.
+        loss = criterion(logits, labels) * (len(labels) * world_size / batch_size)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
@@ -207,13 +222,13 @@ def train_one_epoch(
         state.step = step + 1
         if state.step % CHECK_EVERY == 0 or state.step == steps:
             losses = all_reduce(fabric, state.losses[: state.step], "mean")
-            _check_finite(losses, state, settings)
-            top1 = 100 * int(state.hits) * world_size / (state.step * size)
+            _check_finite(losses, state, checkpointer)
+            top1 = 100 * int(state.hits) * world_size / (state.step * batch_size)
             progress.set_postfix(loss=f"{float(losses.mean()):.3f}", top1=f"{top1:.2f}%")
             if state.step < steps:
                 checkpointer.save_if_due(state)
     hits = int(all_reduce(fabric, state.hits, "sum"))
-    return {"train_loss": float(losses.mean()), "train_top1": 100 * hits / (steps * size)}
+    return {"train_loss": float(losses.mean()), "train_top1": 100 * hits / (steps * batch_size)}
 
 
 def _score(metrics: dict[str, float]) -> tuple[float, float]:
@@ -221,11 +236,11 @@ def _score(metrics: dict[str, float]) -> tuple[float, float]:
     return metrics["val_top1"], -metrics["val_loss"]
 
 
-def _check_finite(losses: torch.Tensor, state: TrainState, settings: RunSettings) -> None:
+def _check_finite(losses: torch.Tensor, state: TrainState, checkpointer: Checkpointer) -> None:
     bad_steps = (~losses.isfinite()).nonzero()
     if len(bad_steps):
         step = int(bad_steps[0])
-        kept = f"the last good checkpoint is kept in {settings.directory.path}; " if state.history else ""
+        kept = f"the last good checkpoint is kept in {checkpointer.directory.path}; " if state.history else ""
         raise UsageError(
             f"the loss is {float(losses[step])} at step {state.epoch * len(state.losses) + step + 1} "
             f"(epoch {state.epoch + 1}); {kept}try a lower optim.lr or optim.akp_lr_scale"

@@ -129,6 +129,6 @@ def read_commands(markdown: str) -> dict[str, list[str]]:
     commands = {}
     for comment, command in zip(lines[::2], lines[1::2], strict=True):
         program, script, *overrides = shlex.split(command)
-        assert (program, script) == ("python", "scripts/train.py")
+        assert (program, script) == (".venv/bin/python", "scripts/train.py")
         commands[comment.removeprefix("# ")] = overrides
     return commands
