@@ -1,4 +1,4 @@
-"""The arrangement of a mosaic: how many of a layer's 2-D kernels are of which kind."""
+"""The arrangement of a mosaic: how many 2-D kernels of each kind a layer contains."""
 
 import re
 from collections.abc import Sequence
@@ -15,13 +15,15 @@ _TERM = re.compile(r"([A-Za-z]+)([+-]?[0-9]*\.?[0-9]+)(%?)")
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How many kernels ("slots") of a layer are of which kind, in the order in which they fill the layer.
+    """The number of 2-D kernels of each kind in a layer, in the order in which they fill the layer's slots.
 
-    Written as counts, as in ``G30 Lg15 Lt15 Tf30 Ts6 P96`` (the paper's notation), or as shares of a layer of any
-    size, as in ``G50% P50%`` (ours). A count refers to 2-D kernels, not to output channels. Slots are filled
-    row-major over (output channel, input channel of the group), in the order written.
+    A slot is the position of one 2-D kernel in the weight. Slots are filled row-major over (output channel, input
+    channel of the group).
 
-    ``auto`` leaves the choice to a fit of the kernels being replaced (see ``acl.convert``).
+    An arrangement is written as counts, as in ``G30 Lg15 Lt15 Tf30 Ts6 P96`` (the paper's notation), or as shares of
+    a layer of any size, as in ``G50% P50%`` (ours). A count is a number of 2-D kernels, not of output channels.
+
+    With ``auto``, ``acl.convert`` chooses the kind of each slot by fitting the kernels that it replaces.
 
     Example:
         >>> arrangement = Arrangement.parse("G30_Lg15_Lt15_Tf30_Ts6_P96")
@@ -32,9 +34,11 @@ class Arrangement:
     """
 
     terms: tuple[tuple[str, Fraction], ...]
+    """The symbol of each kind, with its count or percentage."""
     shares: bool = False
-    """Whether the numbers are percentages of the layer rather than counts."""
+    """Whether the terms are percentages of the layer rather than counts."""
     auto: bool = False
+    """Whether ``acl.convert`` chooses the kinds; there are then no terms."""
 
     @classmethod
     def parse(cls, text: str) -> "Arrangement":
@@ -42,7 +46,7 @@ class Arrangement:
 
         Raises:
             ValueError: for an unknown or repeated kind, a count that is not a whole number of at least 0, a mix of
-                counts and shares, shares that do not add up to 100%, or any other text.
+                counts and shares, shares that do not add up to 100%, or text that cannot be parsed.
         """
         words = str(text).replace("_", " ").split()
         if not words:
@@ -76,17 +80,17 @@ class Arrangement:
 
     @classmethod
     def from_slot_kinds(cls, slot_kinds: Sequence[str]) -> tuple["Arrangement", Tensor | None]:
-        """The arrangement and ``placement`` of a layer whose slots hold these kinds.
+        """Creates the arrangement and ``placement`` of a layer from the kind in each slot.
 
         Args:
             slot_kinds: the symbol of the kind in each slot.
 
         Returns:
             The counts, with kinds in the registry's order, and the ``placement`` (slots,) that AnalyticConv2d needs
-            to put the kernels into their slots; None if they are in order already.
+            to put the kernels into their slots, or None if they are already in order.
         """
-        rank = {symbol: i for i, symbol in enumerate(KINDS)}
-        ranks = torch.tensor([rank[symbol] for symbol in slot_kinds])
+        rank_of_kind = {symbol: i for i, symbol in enumerate(KINDS)}
+        ranks = torch.tensor([rank_of_kind[symbol] for symbol in slot_kinds])
         counts = tuple((symbol, Fraction(list(slot_kinds).count(symbol))) for symbol in KINDS if symbol in slot_kinds)
         slot_of_kernel = ranks.argsort(stable=True)
         is_ordered = bool((ranks.diff() >= 0).all())
@@ -100,16 +104,18 @@ class Arrangement:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kernels per kind, in slot order. Raises ValueError for ``auto`` and for shares, which ``fill`` resolves."""
+        """The number of kernels of each kind, in order. Raises ValueError for ``auto`` and shares (see ``fill``)."""
         if self.auto:
-            raise ValueError("arrangement 'auto' needs kernels to choose from; acl.convert provides them")
+            raise ValueError(
+                "arrangement 'auto' works only with acl.convert, which fits the kernels of an existing layer"
+            )
         if self.shares:
-            raise ValueError(f"arrangement '{self}' is given in shares; fill() turns them into counts")
+            raise ValueError(f"arrangement '{self}' is given in shares; call fill() to convert them to counts")
         return {symbol: int(value) for symbol, value in self.terms}
 
     @property
     def kernel_ranges(self) -> dict[str, range]:
-        """For each kind, the positions of its kernels in the order of the arrangement."""
+        """For each kind, the range of its kernels' indices in the arrangement's order."""
         ranges, start = {}, 0
         for symbol, count in self.counts.items():
             ranges[symbol] = range(start, start + count)
@@ -117,30 +123,30 @@ class Arrangement:
         return ranges
 
     def fill(self, in_channels: int, out_channels: int, layer: str = "the layer") -> "Arrangement":
-        """This arrangement as counts for a layer of in_channels (per group) x out_channels kernels.
+        """Returns this arrangement as counts, for a layer with in_channels (per group) x out_channels kernels.
 
-        Shares are rounded by the largest-remainder method, so they fill the layer exactly.
+        Shares are rounded with the largest-remainder method, so that they fill the layer exactly.
 
         Raises:
-            ValueError: if the counts do not add up to the layer's kernels; ``layer`` names it in the message.
+            ValueError: if the counts do not add up to the layer's number of kernels. The message names ``layer``.
         """
-        kernels = in_channels * out_channels
+        num_kernels = in_channels * out_channels
         if not self.shares:
             total = sum(self.counts.values())
-            if total != kernels:
+            if total != num_kernels:
                 raise ValueError(
-                    f"arrangement '{self}' fills {total} of {kernels} kernels of {layer} "
+                    f"arrangement '{self}' fills {total} of {num_kernels} kernels of {layer} "
                     f"({in_channels} x {out_channels})"
                 )
             return self
-        exact = [value * kernels / 100 for _, value in self.terms]
-        counts = [int(value) for value in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
-        for i in by_remainder[: kernels - sum(counts)]:
+        exact_counts = [value * num_kernels / 100 for _, value in self.terms]
+        counts = [int(value) for value in exact_counts]
+        by_remainder = sorted(range(len(exact_counts)), key=lambda i: counts[i] - exact_counts[i])
+        for i in by_remainder[: num_kernels - sum(counts)]:
             counts[i] += 1
         return Arrangement(tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True)))
 
 
 def _format_number(value: Fraction) -> str:
-    """A decimal as people write it: 30, 33.3."""
+    """Formats a number without trailing zeros: 30, 33.3."""
     return str(value.numerator) if value.denominator == 1 else str(float(value))

@@ -25,7 +25,7 @@ _HOOK_ATTRIBUTES = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-"""Where nn.Module keeps the hooks that run with a forward or backward pass."""
+"""Where nn.Module stores the hooks that run in a forward or backward pass."""
 
 
 def convert(
@@ -36,30 +36,31 @@ def convert(
     tolerance: float | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Replaces convolutions of a model, in place, by analytic ones.
+    """Replaces convolutions of a model with analytic ones, in place.
 
-    Plain kernels and biases are copied from the slots they replace. AKPs are sampled at random, as in the paper, or
-    fitted to the kernels they replace. Device, dtype, memory format, training mode and hooks are kept. A subclass of
+    Plain kernels and biases are copied from the original layers. AKPs are sampled at random, as in the paper, or
+    fitted to the original kernels. Device, dtype, memory format, training mode and hooks are kept. A subclass of
     nn.Conv2d keeps its own forward pass (such as the padding of timm's Conv2dSame).
 
     Args:
         model: any network.
-        layers: names as in ``model.named_modules()``, globs of them, or rules: ``first`` or ``all`` convolutions, or
-            those of a minimum kernel size, as in ``k>=5``. Or a mapping from these to one arrangement each, where the
-            last entry that matches a layer wins.
-        arrangement: the arrangement for all ``layers``, unless they are a mapping. ``auto``: each slot takes the kind
-            with the fewest AKPs among those that fit its kernel within ``tolerance``, and stays plain if none does.
-        init: ``random``, or ``fit``: AKPs and gains fitted to the kernels being replaced. Defaults to ``random``, and
-            to ``fit`` for ``auto``. Without ``amplitude``, a fitted kernel has the target's shape but not its norm.
-        tolerance: the share of a kernel's energy that ``auto`` may miss, from 0 (all plain) to 1 (all analytic).
+        layers: layer names as in ``model.named_modules()``, glob patterns, or rules: ``first``, ``all``, or a minimum
+            kernel size such as ``k>=5``. Alternatively, a mapping from any of these to an arrangement; if several
+            entries match a layer, the last one wins.
+        arrangement: the arrangement of every matched layer; not used if ``layers`` is a mapping. With ``auto``, each
+            slot gets the kind with the fewest AKPs that fits its kernel within ``tolerance``, or stays plain.
+        init: ``random`` samples the AKPs; ``fit`` fits AKPs and gains to the original kernels. Defaults to ``fit``
+            for ``auto`` and to ``random`` otherwise. Without ``amplitude``, a kernel is fitted only up to its norm.
+        tolerance: the largest fraction of a kernel's energy that ``auto`` may leave unexplained, from 0 (all plain)
+            to 1 (all analytic).
         options: ``scale``, ``amplitude``, ``family``, ``profile`` and ``learn`` of AnalyticConv2d.
 
     Returns:
         The model, or the new layer if the model is a single convolution.
 
     Raises:
-        ValueError: for a name that matches no convolution (the message lists them), a layer that cannot be analytic,
-            or arguments that AnalyticConv2d rejects. The model is then unchanged.
+        ValueError: for a name that matches no convolution, a layer that cannot be converted, or arguments that
+            AnalyticConv2d rejects. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -73,22 +74,24 @@ def convert(
     if init not in (None, *INITS):
         raise ValueError(f"unknown init '{init}'; known: {', '.join(INITS)}")
     if isinstance(layers, Mapping):
-        requested = dict(layers)
+        arrangement_by_pattern = dict(layers)
     elif arrangement is None:
-        raise ValueError("convert needs an arrangement, such as 'G50% P50%', unless layers maps to one each")
+        raise ValueError(
+            "convert needs an arrangement, such as 'G50% P50%', unless layers is a mapping to arrangements"
+        )
     else:
-        requested = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
-    convolutions = _plain_convolutions(model)
+        arrangement_by_pattern = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
+    convolutions = _find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
-    for pattern, given in requested.items():
-        for name in _match(pattern, convolutions, model):
+    for pattern, value in arrangement_by_pattern.items():
+        for name in _match_layers(pattern, convolutions, model):
             conv = convolutions[name]
             if is_lazy(conv.weight) or conv._parameters.get("weight") is None:
                 raise ValueError(
-                    f"{name} has no weight of its own to replace ({type(conv).__name__}: the weight is lazy, or is "
-                    "computed from other parameters, as by weight_norm); materialize or remove that first"
+                    f"cannot convert {name} ({type(conv).__name__}): its weight is either uninitialized (lazy) or "
+                    "computed from other parameters (as by weight_norm); initialize it or remove the parametrization"
                 )
-            parsed = Arrangement.parse(given) if isinstance(given, str) else given
+            parsed = Arrangement.parse(value) if isinstance(value, str) else value
             if parsed.auto:
                 check_tolerance(tolerance)
                 arrangements[name] = parsed
@@ -107,9 +110,9 @@ def convert(
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Replaces the analytic convolutions of a model, in place, by plain ones with the same weight.
+    """Replaces the analytic convolutions of a model with plain ones of the same weight, in place.
 
-    Parameters get back the names they had before ``convert``; nothing of acl remains. Hooks are kept.
+    Parameters regain the names they had before ``convert``, and the model no longer depends on acl. Hooks are kept.
 
     Returns:
         The model, or the nn.Conv2d itself if the model is a single analytic convolution.
@@ -126,24 +129,27 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> str:
-    """A table of a model's analytic layers: arrangement, and parameters compared with the plain layer's."""
+    """Formats a table of a model's analytic layers: arrangement, and parameter counts before and after conversion."""
     rows = [("layer", "arrangement", "parameters before", "after")]
     for name, layer in analytic_layers(model).items():
         after = sum(p.numel() for p in layer.parameters())
-        kept = after - sum(p.numel() for p in layer.weight_parameters())
-        before = kept + layer.weight.numel()
+        other = after - sum(p.numel() for p in layer.weight_parameters())
+        before = other + layer.weight.numel()
         rows.append((name, str(layer.arrangement), f"{before:,}", f"{after:,}"))
-    a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(f"{row[0]:{a}}  {row[1]:{b}}  {row[2]:>{c}}  {row[3]:>{d}}" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{name:{widths[0]}}  {arrangement:{widths[1]}}  {before:>{widths[2]}}  {after:>{widths[3]}}"
+        for name, arrangement, before, after in rows
+    )
 
 
 def analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
-    """The analytic layers of a model by name, in the order of ``model.named_modules()``; a shared layer once."""
+    """The analytic layers of a model by name, in the order of ``model.named_modules()``, each shared layer once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AnalyticConv2d)}
 
 
 def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The stored AKPs of every analytic layer in a model, which need a learning rate of their own.
+    """Yields the stored AKPs of every analytic layer in a model, which need their own learning rate.
 
     Example:
         >>> layer = AnalyticConv2d(1, 6, 5, arrangement="G6")
@@ -154,8 +160,8 @@ def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from layer.raw.values()
 
 
-def _plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions that are not analytic, by name; those inside an analytic layer are its own."""
+def _find_plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of a model that are not analytic, by name, except the hosts inside analytic layers."""
     inside_analytic = tuple(f"{name}." for name in analytic_layers(model))
     return {
         name: module
@@ -166,8 +172,8 @@ def _plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     }
 
 
-def _match(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module) -> list[str]:
-    """The convolutions that a name, glob or rule refers to; a layer's own name takes precedence over a rule."""
+def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module) -> list[str]:
+    """The convolutions that a name, glob pattern or rule matches; a layer's name takes precedence over a rule."""
     names = [name for name in convolutions if fnmatchcase(name, pattern)]
     if not names and pattern == "first":
         names = list(convolutions)[:1]
@@ -182,14 +188,17 @@ def _match(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module
         raise ValueError(f"{pattern} is already analytic; acl.fold makes it plain again")
     if isinstance(module, _ConvNd):
         raise ValueError(f"{pattern} is a {type(module).__name__}; only a 2-D convolution (nn.Conv2d) can be analytic")
-    listed = ", ".join(f"{name} ({conv.kernel_size[0]} x {conv.kernel_size[1]})" for name, conv in convolutions.items())
-    raise ValueError(f"no convolution is named '{pattern}'; the model has: {listed or 'none'}")
+    available = ", ".join(
+        f"{name} ({conv.kernel_size[0]} x {conv.kernel_size[1]})" for name, conv in convolutions.items()
+    )
+    raise ValueError(f"no convolution is named '{pattern}'; the model has: {available or 'none'}")
 
 
 @torch.no_grad()
 def _to_analytic(
     conv: nn.Conv2d, arrangement: Arrangement, init: str | None, tolerance: float | None, options: dict[str, Any]
 ) -> AnalyticConv2d:
+    """Creates the analytic layer that replaces a convolution."""
     fit_options: dict[str, Any] = {
         "family": options.get("family", "paper"),
         "profile": options.get("profile", "exponential"),
@@ -237,7 +246,7 @@ def _to_analytic(
 
 
 def _replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> nn.Module:
-    """Replaces modules wherever they occur in the model."""
+    """Replaces modules wherever they occur in the model, and returns the new root module."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements and name:
             model.set_submodule(name, replacements[module])
@@ -245,7 +254,8 @@ def _replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) ->
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves the forward and backward hooks of a module to another, and leaves the source without hooks."""
     unhooked = nn.Module()
-    for attribute in _HOOK_ATTRIBUTES:  # the same dictionaries, so that the remove() of existing handles still works
+    for attribute in _HOOK_ATTRIBUTES:  # move the dictionaries themselves, so that existing handles work
         setattr(target, attribute, getattr(source, attribute))
         setattr(source, attribute, getattr(unhooked, attribute))

@@ -1,4 +1,4 @@
-"""Explains an analytic network: how much each kind of kernel, and each single kernel, contributes to its accuracy."""
+"""Explains an analytic network: how much each kind of kernel, and each individual kernel, adds to its accuracy."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Iterates over the data from the start at each call: inputs as the model takes them, and labels (n,)."""
+"""A function that starts a new pass over the data: batches of inputs to the model and their labels (n,)."""
 WeightParts = dict[AnalyticConv2d, dict[str, Tensor]]
 """For each layer and kind, the layer's weight with the kernels of all other kinds set to zero."""
 REPLACEMENTS = ("zero", "mean")
@@ -25,14 +25,16 @@ REPLACEMENTS = ("zero", "mean")
 
 @dataclass(frozen=True)
 class Attribution:
-    """Accuracies of a network with kinds of kernels removed from all its analytic layers."""
+    """A network's accuracy for every subset of its kernel kinds, with the other kinds removed from all layers."""
 
     kinds: tuple[str, ...]
     """Symbols of the kinds present in the network."""
     correct: dict[frozenset[str], int]
-    """For each subset of kinds that is kept, the number of correctly classified images."""
+    """For each subset of kinds to keep, the number of correctly classified images."""
     images: int
+    """The number of images in the data."""
     replaced_by: str
+    """What a removed kernel outputs: ``zero`` or ``mean``."""
 
     def accuracy(self, kept: Iterable[str]) -> float:
         """Top-1 accuracy in percent with only these kinds; kinds absent from the network have no effect."""
@@ -40,13 +42,13 @@ class Attribution:
 
     @property
     def drop(self) -> float:
-        """The accuracy lost, in points, if all kinds are removed."""
+        """The accuracy lost by removing all kinds, in percentage points."""
         return self.accuracy(KINDS) - self.accuracy(())
 
     def shapley(self) -> dict[str, float]:
-        """Each kind's exact Shapley value, in points of accuracy; the values add up to ``drop``.
+        """Computes each kind's exact Shapley value, in percentage points; the values add up to ``drop``.
 
-        This is the mean gain from adding a kind, over all orders in which the kinds can be added. A kind absent from
+        It is the kind's mean gain in accuracy, over all orders in which the kinds can be added. A kind absent from
         the network has value 0. Source: Shapley, A value for n-person games, 1953.
         """
         n = len(self.kinds)
@@ -64,21 +66,23 @@ class Attribution:
 
 @torch.no_grad()
 def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progress: bool = True) -> Attribution:
-    """The accuracy of a network for every subset of its kinds of kernels, with the others removed from all layers.
+    """Measures a network's accuracy for every subset of its kernel kinds, with the others removed from all layers.
 
-    This takes one pass over the data. A convolution is linear in its kernels, so the first analytic layer's output
-    for each kind is computed once per batch and summed for each subset. The inputs of later layers depend on the
-    subset; these layers convolve with the kernels of the kinds that are kept.
+    This takes one pass over the data, in which the network processes each batch once per subset. A convolution is
+    linear in its kernels, so the first analytic layer's output for each kind is computed once per batch and summed for
+    each subset. The inputs of later layers depend on the subset; these layers convolve with the kernels of the kinds
+    that are kept.
 
     Args:
         model: a network with at least one analytic layer.
-        batches: iterates over the data.
-        replace: what a removed kernel outputs: ``zero``, or ``mean``, its mean output per output channel over all
-            images and positions in the intact network (which takes another pass).
-        progress: show progress bars on stderr if that is a terminal.
+        batches: starts a pass over the data.
+        replace: what a removed kernel outputs: ``zero``, or ``mean``, its mean output in the intact network, per output
+            channel over all images and positions (which takes another pass).
+        progress: show progress bars if stderr is a terminal.
 
     Raises:
-        ValueError: for a network without analytic layers, no data, or an unknown ``replace``.
+        ValueError: for a network without analytic layers, no data, an unknown ``replace``, or ``mean`` for layers
+            converted from a subclass of nn.Conv2d.
     """
     if replace not in REPLACEMENTS:
         raise ValueError(f"unknown replace '{replace}'; known: {', '.join(REPLACEMENTS)}")
@@ -90,7 +94,7 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
     with _eval_mode(model):
         parts: WeightParts = {layer: _split_by_kind(layer, kinds) for layer in layers}
         first = _find_first_layer(model, layers, batches)
-        means = _mean_outputs(model, parts, batches, progress) if replace == "mean" else {}
+        means = _compute_mean_outputs(model, parts, batches, progress) if replace == "mean" else {}
         bar = tqdm(desc=f"{len(subsets)} subsets", unit="image", disable=None if progress else True)
         for inputs, labels in batches():
             images += len(labels)
@@ -98,7 +102,7 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
             for kept in subsets:
                 overrides: dict[AnalyticConv2d, Callable[[Tensor], Tensor]] = {
                     layer: partial(
-                        _reduced_output,
+                        _compute_reduced_output,
                         layer,
                         parts[layer],
                         kept,
@@ -118,36 +122,38 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
 
 @torch.no_grad()
 def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> dict[str, Tensor]:
-    """The accuracy lost without each single kernel, in points, for every slot of every analytic layer.
+    """Measures the accuracy lost by removing each kernel on its own, for every slot of every analytic layer.
 
     Returns:
-        Layer name -> (slots,) float64; negative if the network is better without the kernel.
+        Layer name -> (slots,) float64, in percentage points; negative if the network is better without the kernel.
 
     Raises:
         ValueError: for a network without analytic layers, or no data.
     """
     layers = require_analytic_layers(model)
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    lost = {name: torch.zeros(w.shape[0] * w.shape[1], dtype=torch.float64) for name, w in weights.items()}
+    correct_lost = {name: torch.zeros(w.shape[0] * w.shape[1], dtype=torch.float64) for name, w in weights.items()}
     images = 0
     with _eval_mode(model):
         for inputs, labels in batches():
             images += len(labels)
             correct = _count_correct(model, inputs, labels)
             bar = tqdm(
-                desc=f"kernels, {images} images", total=sum(map(len, lost.values())), disable=None if progress else True
+                desc=f"kernels, {images} images",
+                total=sum(map(len, correct_lost.values())),
+                disable=None if progress else True,
             )
             for name, layer in layers.items():
-                for slot in range(len(lost[name])):
+                for slot in range(len(correct_lost[name])):
                     weight = weights[name].clone()
                     weight[divmod(slot, weight.shape[1])] = 0
                     with _override_forward({layer: partial(layer.convolve, weight=weight, bias=layer.bias)}):
-                        lost[name][slot] += correct - _count_correct(model, inputs, labels)
+                        correct_lost[name][slot] += correct - _count_correct(model, inputs, labels)
                     bar.update()
             bar.close()
     if not images:
         raise ValueError("there is no data to explain the network with")
-    return {name: 100 * values / images for name, values in lost.items()}
+    return {name: 100 * values / images for name, values in correct_lost.items()}
 
 
 def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
@@ -164,6 +170,7 @@ def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode, then restores the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -175,7 +182,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replaces the forward pass of layers; hooks still run."""
+    """Replaces the forward passes of layers temporarily; hooks still run."""
     for layer, forward in overrides.items():
         layer.forward = forward  # type: ignore[assignment, method-assign]
     try:
@@ -186,7 +193,7 @@ def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tens
 
 
 def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Tensor]:
-    """For each kind in the layer, its weight with the kernels of all other kinds set to zero."""
+    """For each kind in the layer, the layer's weight with the kernels of all other kinds set to zero."""
     weight, slot_kinds = layer.weight.detach(), layer.slot_kinds
     parts = {}
     for symbol in kinds:
@@ -197,7 +204,7 @@ def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Ten
 
 
 def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches) -> AnalyticConv2d | None:
-    """The analytic layer that runs first, if it runs once per pass and its output is linear in its kernels."""
+    """Finds the first analytic layer to run; None unless it runs once per forward pass and is linear in its kernels."""
     calls: list[AnalyticConv2d] = []
     handles = [layer.register_forward_pre_hook(lambda layer, _: calls.append(layer)) for layer in layers]
     inputs, _ = next(iter(batches()), (None, None))
@@ -210,10 +217,10 @@ def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batche
 
 @dataclass
 class _SubsetOutputs:
-    """One layer's outputs for one batch, for every subset of kinds.
+    """A layer's outputs for one batch, for every subset of kinds.
 
-    The kinds are split into two halves and the output for each subset of a half is stored, so that the output for any
-    subset takes one addition, and each kind is convolved once.
+    The kinds are split into two halves and the output for each subset of a half is stored. The output for any subset
+    then takes one addition, and each kind is convolved only once.
     """
 
     halves: list[dict[frozenset[str], Tensor]] = field(default_factory=list)
@@ -222,18 +229,18 @@ class _SubsetOutputs:
         symbols = list(parts)
         split = symbols[: len(symbols) // 2], symbols[len(symbols) // 2 :]
         if not self.halves:
-            single = {symbol: layer.convolve(x, weight) for symbol, weight in parts.items()}
-            zero = torch.zeros_like(single[symbols[0]])
+            outputs = {symbol: layer.convolve(x, weight) for symbol, weight in parts.items()}
+            zero = torch.zeros_like(outputs[symbols[0]])
             bias = zero if layer.bias is None else zero + layer.bias[:, None, None]
             for half, start in zip(split, (zero, bias), strict=True):
                 subsets = [subset for size in range(len(half) + 1) for subset in combinations(half, size)]
                 self.halves.append(
-                    {frozenset(subset): sum((single[symbol] for symbol in subset), start) for subset in subsets}
+                    {frozenset(subset): sum((outputs[symbol] for symbol in subset), start) for subset in subsets}
                 )
         return self.halves[0][kept & frozenset(split[0])] + self.halves[1][kept & frozenset(split[1])]
 
 
-def _reduced_output(
+def _compute_reduced_output(
     layer: AnalyticConv2d,
     parts: Mapping[str, Tensor],
     kept: frozenset[str],
@@ -241,7 +248,7 @@ def _reduced_output(
     outputs: _SubsetOutputs | None,
     x: Tensor,
 ) -> Tensor:
-    """A layer's output with only the kept kinds, plus the mean output of each removed kind in ``means``."""
+    """Computes a layer's output with only the kept kinds, plus the mean output of each removed kind in ``means``."""
     if outputs is not None:
         output = outputs.get(layer, x, parts, kept)
     else:
@@ -254,12 +261,14 @@ def _reduced_output(
     return output
 
 
-def _mean_outputs(
+def _compute_mean_outputs(
     model: nn.Module, parts: WeightParts, batches: Batches, progress: bool
 ) -> dict[AnalyticConv2d, dict[str, Tensor]]:
-    """Each kind's mean output per output channel in the intact network, (out,)."""
+    """Computes each kind's mean output per output channel, (out,), in the intact network."""
     if any(layer.host is not None for layer in parts):
-        raise ValueError("replace='mean' needs layers that convolve as nn.Conv2d does; use replace='zero'")
+        raise ValueError(
+            "replace='mean' does not support layers converted from a subclass of nn.Conv2d; use replace='zero'"
+        )
     sums = {
         layer: {symbol: torch.zeros(layer.out_channels, dtype=torch.float64) for symbol in by_kind}
         for layer, by_kind in parts.items()

@@ -1,4 +1,4 @@
-"""Fits analytic kernels to given ones: finds the kind, the AKPs and the gain with the least squared error."""
+"""Fits formulas to given kernels: finds the kind, the AKPs and the gain with the smallest squared error."""
 
 import json
 import math
@@ -14,8 +14,8 @@ from acl.arrangement import Arrangement
 from acl.kernels import FAMILIES, KINDS, PROFILES, Kind, analytic_kinds
 from acl.layer import AnalyticConv2d
 
-_POOL_SIZE = 8192  # random kernels of a kind, compared with every target to find starting points
-_STARTS = 16  # nearest kernels of the pool from which each target's fit starts
+_POOL_SIZE = 8192  # random kernels of each kind, compared with every target to find starting points
+_STARTS = 16  # starting points per target: the nearest kernels of the pool
 _STEPS = 300
 _LEARNING_RATE = 0.4
 _PIXELS_PER_BATCH = 2**22
@@ -23,43 +23,44 @@ _PIXELS_PER_BATCH = 2**22
 
 @dataclass(frozen=True)
 class KernelFit:
-    """One 2-D kernel as a formula, or kept as it is."""
+    """One 2-D kernel, approximated by a formula or kept plain."""
 
     kind: str
-    """The symbol of its kind; ``P`` for a kernel that is kept as it is."""
+    """The symbol of the kind; ``P`` for a kernel that is kept plain."""
     akps: Mapping[str, float]
-    """Natural units (px, rad)."""
+    """The AKPs by name, in natural units (px, rad)."""
     gain: float
-    """The kernel is the gain times the formula of ``acl.kernels``, before any scaling."""
+    """The kernel is this factor times the formula in ``acl.kernels``, before any scaling."""
     r2: float | None
-    """The share of the kernel's energy that the fit explains; None for a zero or constant kernel, which has no fit."""
+    """The fraction of the kernel's energy that the fit explains; None for a zero or constant kernel (no fit)."""
     weights: tuple[float, ...] = ()
-    """The weights of a plain kernel, row by row."""
+    """The weights of a plain kernel, row by row; empty for an analytic kernel."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A layer's kernels as formulas, slot by slot (row-major over output channel, input channel of the group)."""
+    """The fits of a layer's kernels, slot by slot (row-major over output channel, input channel of the group)."""
 
     shape: tuple[int, int, int, int]
+    """(out, in / groups, kh, kw) of the target."""
     family: str
     profile: str
     energies: tuple[float, ...]
     """The sum of squares of each target kernel."""
     kernels: tuple[KernelFit, ...]
-    """The best fit of each target kernel."""
+    """The selected fit of each target kernel: the best one, until ``choose`` selects another."""
     by_kind: Mapping[str, tuple[KernelFit, ...]]
-    """For each kind that was tried, its best fit of each target kernel."""
+    """For each kind that was tried, its best fit to each target kernel."""
 
     @property
     def r2(self) -> float | None:
-        """The energy-weighted R^2 over all kernels that have a fit; None if none has."""
+        """The energy-weighted R^2 over all kernels that have a fit; None if there are none."""
         pairs = [(k.r2 * e, e) for k, e in zip(self.kernels, self.energies, strict=True) if k.r2 is not None]
-        return sum(a for a, _ in pairs) / sum(e for _, e in pairs) if pairs else None
+        return sum(explained for explained, _ in pairs) / sum(energy for _, energy in pairs) if pairs else None
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers describe the kernels: AKPs and a gain each, or the weights of a plain one."""
+        """The number of values that define the kernels: AKPs and gain of analytic ones, weights of plain ones."""
         return sum(len(k.weights) or len(k.akps) + 1 for k in self.kernels)
 
     @property
@@ -68,13 +69,13 @@ class Fit:
         return [i for i, kernel in enumerate(self.kernels) if kernel.r2 is None]
 
     def choose(self, tolerance: float, target: Tensor) -> "Fit":
-        """For each slot, chooses the kind with the fewest AKPs that misses at most ``tolerance`` of the energy.
+        """Chooses for each slot the kind with the fewest AKPs that fits its kernel within ``tolerance``.
 
-        A slot without such a kind stays plain. A larger tolerance never gives more parameters or a higher R^2.
+        If no kind does, the slot stays plain. A larger tolerance never gives more parameters or a higher R^2.
 
         Args:
             tolerance: 0 to 1; a kind qualifies if 1 - R^2 is at most this.
-            target: the weight that was fitted, for the slots that stay plain.
+            target: the weight that was fitted; plain slots copy their kernels from it.
         """
         check_tolerance(tolerance)
         kernels = []
@@ -86,19 +87,19 @@ class Fit:
             elif qualified:
                 kernels.append(min(qualified, key=lambda fit: (len(fit.akps), -(fit.r2 or 0))))
             else:
-                kernels.append(_keep_plain(kernel, 1.0))
+                kernels.append(_make_plain_fit(kernel, 1.0))
         return replace(self, kernels=tuple(kernels))
 
     def weight(self) -> Tensor:
-        """(out, in / groups, kh, kw) float32: the kernels that the formulas give."""
+        """Synthesizes the fitted weight, (out, in / groups, kh, kw) float32."""
         return self.to_layer().weight.detach()
 
     def to_layer(self, *, groups: int = 1, **options: Any) -> AnalyticConv2d:
-        """An AnalyticConv2d with these kernels, gains included (``amplitude=True``).
+        """Creates an AnalyticConv2d with these kernels and their gains (``amplitude=True``).
 
         Args:
-            groups: of the layer, which has ``shape[1]`` times as many input channels.
-            options: stride, padding, bias, ... as in nn.Conv2d; ``bias`` defaults to False.
+            groups: as in nn.Conv2d; the layer has ``groups * shape[1]`` input channels.
+            options: further arguments of AnalyticConv2d, such as stride and padding; ``bias`` defaults to False.
         """
         out_channels, in_channels, *size = self.shape
         arrangement, placement = Arrangement.from_slot_kinds([kernel.kind for kernel in self.kernels])
@@ -121,11 +122,12 @@ class Fit:
         return layer
 
     def to_json(self) -> str:
+        """Serializes the fit, for ``from_json`` to read."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Fit":
-        """Reads what ``to_json`` wrote. Raises ValueError for any other text."""
+        """Reads the output of ``to_json``. Raises ValueError for any other text."""
 
         def parse_kernels(entries: Any) -> tuple[KernelFit, ...]:
             return tuple(KernelFit(**{**entry, "weights": tuple(entry["weights"])}) for entry in entries)
@@ -155,11 +157,11 @@ def fit_kernels(
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
-    """Finds for each 2-D kernel the kind, AKPs and gain with the least squared error.
+    """Finds the kind, AKPs and gain with the smallest squared error for each 2-D kernel.
 
-    The gain is linear and is eliminated (variable projection): the fit maximizes the squared cosine between target
-    and formula. Each target is compared with many random kernels of a kind; the nearest ones are refined by Adam
-    with a decaying learning rate, for all targets and starting points in one batch. The same seed gives the same fit.
+    The gain is linear and therefore eliminated (variable projection): the fit maximizes the squared cosine similarity
+    of target and formula. Each target is compared with many random kernels of a kind. Adam with a decaying learning
+    rate refines the nearest ones, for many targets in one batch. The same seed gives the same fit.
 
     Args:
         weight: (out, in / groups, kh, kw).
@@ -167,9 +169,9 @@ def fit_kernels(
         family: ``paper``, or ``extended`` with center offsets and Gabor's aspect ratio.
         profile: the TGD kernel function.
         fixed: AKPs of the extended family to hold constant, such as ``{"gamma": 1.0}``.
-        signed: allow positive gains only, for layers without amplitude.
-        seed: of the random kernels.
-        progress: show a progress bar on stderr if that is a terminal.
+        signed: allow only positive gains, as in layers without ``amplitude``.
+        seed: seeds the random kernels.
+        progress: show a progress bar if stderr is a terminal.
 
     Raises:
         ValueError: for a weight that is not 4-D or not finite, or an unknown kind, family or profile.
@@ -190,15 +192,18 @@ def fit_kernels(
     if weight.ndim != 4:
         raise ValueError(f"the weight must have 4 dimensions (out, in / groups, kh, kw), got {tuple(weight.shape)}")
     target = weight.detach().flatten(0, 1).to("cpu", torch.float32)
-    if bad := (~target.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-        channels = divmod(bad[0], weight.shape[1])
-        raise ValueError(f"{len(bad)} kernels of the weight are not finite; the first belongs to channels {channels}")
+    if non_finite := (~target.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        out_channel, in_channel = divmod(non_finite[0], weight.shape[1])
+        raise ValueError(
+            f"the weight has non-finite values in {len(non_finite)} of {len(target)} kernels; "
+            f"the first is weight[{out_channel}, {in_channel}]"
+        )
     flat = target.flatten(1).double()
     energies = flat.square().sum(1)
     varies = (flat.amax(1) - flat.amin(1)) > 1e-6 * flat.abs().amax(1)
     slots = varies.nonzero().flatten()
     slots_per_batch = max(1, _PIXELS_PER_BATCH // (_STARTS * flat.shape[1]))
-    degenerate = [_keep_plain(kernel, None) for kernel in target]
+    degenerate = [_make_plain_fit(kernel, None) for kernel in target]
     size = (weight.shape[2], weight.shape[3])
     by_kind: dict[str, tuple[KernelFit, ...]] = {}
     with (
@@ -222,7 +227,7 @@ def fit_kernels(
 
 
 class _KindSearch:
-    """Fits kernels of one kind to targets."""
+    """Searches for the AKPs and gain of one kind of kernel that fit each target best."""
 
     def __init__(
         self, kind: Kind, size: tuple[int, int], family: str, profile: str, fixed: Mapping[str, float], signed: bool
@@ -240,13 +245,13 @@ class _KindSearch:
         return self.kind.synthesize(akps, self.size, self.profile).flatten(-2)
 
     def score(self, kernels: Tensor, target: Tensor) -> Tensor:
-        """The squared cosine of (..., pixels) and (..., pixels); negative for a negative gain if ``signed``."""
+        """The squared cosine similarity over pixels, the last dimension; negative for a negative gain if ``signed``."""
         dot = (kernels * target).sum(-1)
         cosine = dot * torch.rsqrt(kernels.square().sum(-1) + 1e-20)
         return cosine * cosine.abs() if self.signed else cosine.square()
 
     def fit(self, target: Tensor) -> list[KernelFit]:
-        """The best fit of each target (targets, pixels)."""
+        """Finds the best fit to each target, (targets, pixels)."""
         unit = target / target.norm(dim=1, keepdim=True)
         with torch.no_grad():
             pool = self.synthesize(self.pool)
@@ -271,24 +276,25 @@ class _KindSearch:
             r2 = (dot.square() / (energy.clamp(min=1e-20) * target.double().square().sum(1))).clamp(max=1)
             if self.signed:
                 gains, r2 = gains.clamp(min=0), torch.where(dot > 0, r2, torch.zeros_like(r2))
-        columns = {
+        akp_values = {
             akp.name: _wrap_angle(akp.to_natural(row)) if akp.unit == "rad" else akp.to_natural(row)
             for akp, row in zip(self.free_akps, chosen, strict=True)
         }
-        columns |= {name: value.expand(len(target)) for name, value in self.fixed.items()}
-        values = {akp.name: columns[akp.name].tolist() for akp in self.kind.akps("extended") if akp.name in columns}
+        akp_values |= {name: value.expand(len(target)) for name, value in self.fixed.items()}
+        ordered = [akp.name for akp in self.kind.akps("extended") if akp.name in akp_values]
+        columns = {name: akp_values[name].tolist() for name in ordered}
         return [
-            KernelFit(self.kind.symbol, {name: column[i] for name, column in values.items()}, gain, fitted)
-            for i, (gain, fitted) in enumerate(zip(gains.tolist(), r2.tolist(), strict=True))
+            KernelFit(self.kind.symbol, {name: column[i] for name, column in columns.items()}, gain, kernel_r2)
+            for i, (gain, kernel_r2) in enumerate(zip(gains.tolist(), r2.tolist(), strict=True))
         ]
 
 
 def _wrap_angle(values: Tensor) -> Tensor:
-    """Angles in [0, 2 pi)."""
+    """Maps angles to [0, 2 pi)."""
     return values.remainder(2 * math.pi)
 
 
-def _keep_plain(kernel: Tensor, r2: float | None) -> KernelFit:
+def _make_plain_fit(kernel: Tensor, r2: float | None) -> KernelFit:
     return KernelFit("P", {}, 1.0, r2, tuple(kernel.flatten().tolist()))
 
 
@@ -302,22 +308,24 @@ def check_tolerance(tolerance: float | None) -> None:
 
 @torch.no_grad()
 def apply_fits(layer: AnalyticConv2d, fits: Sequence[KernelFit]) -> None:
-    """Sets a layer's AKPs, and its gains if it has ``amplitude``, to those of the fits, one per slot.
+    """Sets a layer's AKPs, and its gains if it has ``amplitude``, from the fits, one per slot.
 
-    A slot whose target was degenerate keeps its AKPs and gets a gain of 0.
+    A slot whose target was zero or constant keeps its AKPs; its gain, if any, is set to 0.
     """
     for symbol in layer.akps():
         slots = layer.slots_of(symbol)
-        fitted = torch.tensor([i for i, slot in enumerate(slots) if fits[slot].r2 is not None], dtype=torch.long)
-        kind_fits = [fits[slots[i]] for i in fitted.tolist()]
+        fitted_indices = torch.tensor(
+            [i for i, slot in enumerate(slots) if fits[slot].r2 is not None], dtype=torch.long
+        )
+        kind_fits = [fits[slots[i]] for i in fitted_indices.tolist()]
         akps = {
             akp.name: torch.tensor([fit.akps[akp.name] for fit in kind_fits], dtype=torch.float64)
             for akp in KINDS[symbol].akps(layer.family)
         }
-        layer.set_akps(symbol, akps, fitted)
+        layer.set_akps(symbol, akps, fitted_indices)
         if layer.amplitude:
             gains = torch.tensor([fit.gain for fit in kind_fits], dtype=torch.float64)
             kernels = KINDS[symbol].synthesize(akps, layer.kernel_size, layer.profile)
             amplitudes = torch.zeros(len(slots), dtype=torch.float64)
-            amplitudes[fitted] = gains / layer.scale_factors(kernels).flatten()
+            amplitudes[fitted_indices] = gains / layer.scale_factors(kernels).flatten()
             layer.set_akps(symbol, {"amplitude": amplitudes})

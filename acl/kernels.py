@@ -1,13 +1,13 @@
 """Analytic convolution kernels (ACKs) as pure functions, and the registry of kernel kinds.
 
 Each kernel is defined in one place: its function and its entry in ``KINDS``. The parser, the layer, the fit, the
-plots, the printed formulas and the tests all read the registry, so a new kind takes one function and one entry.
+plots, the printed formulas and the tests all read the registry, so adding a kind takes one function and one entry.
 
 Coordinates: rows i and columns j of a kh x kw grid sit at x = j - (kw-1)/2 (to the right) and y = i - (kh-1)/2
 (downward), in pixels. The oriented axes are x' = x cos(theta) + y sin(theta) and y' = -x sin(theta) + y cos(theta).
 
 Every kernel function takes tensors in natural units (pixels, radians) that broadcast to one shape (...), returns
-(..., kh, kw) before scaling and gain, computes in at least float32, and is differentiable in every parameter.
+kernels (..., kh, kw) before scaling and gain, computes in at least float32, and is differentiable in every parameter.
 ``x0`` and ``y0`` (center offset, px) and Gabor's ``gamma`` (aspect ratio) form the ``extended`` family; their
 defaults give the ``paper`` family.
 """
@@ -28,8 +28,10 @@ PROFILES: tuple[str, ...] = get_args(Profile)
 FAMILIES: tuple[str, ...] = get_args(Family)
 
 
-def _on_grid(size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y0: Tensor | float) -> list[Tensor]:
-    """The AKPs shaped (..., 1, 1), then x (..., 1, kw) and y (..., kh, 1) about the center (x0, y0)."""
+def _expand_to_grid(
+    size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y0: Tensor | float
+) -> list[Tensor]:
+    """Returns the AKPs shaped (..., 1, 1), then x (..., 1, kw) and y (..., kh, 1) relative to the center (x0, y0)."""
     kh, kw = size
     if kh < 1 or kw < 1:
         raise ValueError(f"a kernel size must be at least (1, 1), got {tuple(size)}")
@@ -52,12 +54,13 @@ def _is_centered(x0: Tensor | float, y0: Tensor | float) -> bool:
 
 
 def _rotate(x: Tensor, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the oriented coordinates x' and y'."""
     cos, sin = torch.cos(theta), torch.sin(theta)
     return x * cos + y * sin, y * cos - x * sin
 
 
 def _tri(t: Tensor) -> Tensor:
-    """The impulse on a pixel grid under linear interpolation."""
+    """The triangle function: a unit impulse on the pixel grid, linearly interpolated."""
     return (1 - t.abs()).clamp(min=0)
 
 
@@ -65,8 +68,8 @@ def _gauss(t: Tensor, sigma: Tensor) -> Tensor:
     return torch.exp((t / sigma).square() * -0.5)
 
 
-def _profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
-    """The TGD kernel function w(t; s): positive and decreasing in t >= 0."""
+def _evaluate_profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
+    """The TGD kernel function w(t; s) of a distance t >= 0, with w(0; s) = 1."""
     if profile == "exponential":
         return torch.exp(-t / s)
     if profile == "gaussian":
@@ -76,16 +79,16 @@ def _profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
     raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
 
 
-def _total(t: Tensor) -> Tensor:
+def _sum_over_grid(t: Tensor) -> Tensor:
     return t.sum((-2, -1), keepdim=True)
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a / sum(a) - b / sum(b): zero-sum by construction; all zero, with zero gradient, if either sum vanishes."""
-    total_a, total_b = _total(a), _total(b)
-    tiny = torch.finfo(a.dtype).eps
-    exists = (total_a > tiny) & (total_b > tiny)
-    return a * (exists / total_a.clamp(min=tiny)) - b * (exists / total_b.clamp(min=tiny))
+def _subtract_normalized(a: Tensor, b: Tensor) -> Tensor:
+    """a / sum(a) - b / sum(b): zero-sum by construction. All zero, with zero gradient, if either sum vanishes."""
+    total_a, total_b = _sum_over_grid(a), _sum_over_grid(b)
+    eps = torch.finfo(a.dtype).eps
+    both_positive = (total_a > eps) & (total_b > eps)
+    return a * (both_positive / total_a.clamp(min=eps)) - b * (both_positive / total_b.clamp(min=eps))
 
 
 def gabor(
@@ -108,7 +111,7 @@ def gabor(
         psi: phase, rad, (...).
         sigma: width of the envelope, px, (...).
         size: (kh, kw).
-        gamma: aspect ratio of the envelope; 1 is round.
+        gamma: aspect ratio of the envelope; 1 is circular.
         x0: horizontal offset of the center, positive to the right, px.
         y0: vertical offset of the center, positive downward, px.
 
@@ -122,7 +125,9 @@ def gabor(
         >>> gabor(torch.zeros(30), torch.full((30,), 4.0), torch.zeros(30), torch.ones(30), size=(7, 7)).shape
         torch.Size([30, 7, 7])
     """
-    theta, wavelength, psi, sigma, gamma, x, y = _on_grid(size, theta, wavelength, psi, sigma, gamma, x0=x0, y0=y0)
+    theta, wavelength, psi, sigma, gamma, x, y = _expand_to_grid(
+        size, theta, wavelength, psi, sigma, gamma, x0=x0, y0=y0
+    )
     along, across = _rotate(x, y, theta)
     envelope = torch.exp(((along / sigma).square() + (gamma * across / sigma).square()) * -0.5)
     return envelope * torch.cos(along * (2 * math.pi / wavelength) + psi)
@@ -151,7 +156,7 @@ def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tens
         >>> kernel.shape, bool(kernel[2, 2] < 0)
         (torch.Size([5, 5]), True)
     """
-    sigma, x, y = _on_grid(size, sigma, x0=x0, y0=y0)
+    sigma, x, y = _expand_to_grid(size, sigma, x0=x0, y0=y0)
     q = ((x / sigma).square() + (y / sigma).square()) / 2
     kernel = (q - 1) * torch.exp(-q)
     return kernel - kernel.mean((-2, -1), keepdim=True)
@@ -166,7 +171,7 @@ def lot(
 ) -> Tensor:
     """Laplacian of TGD: M / sum(M) - C with C = tri(x) tri(y) and M = w(r; s) (1 - C).
 
-    Source: the isotropic second difference of the TGD theory (arXiv 2305.08098). C is divided by its sum as well:
+    Source: the isotropic second difference of the TGD theory (arXiv 2305.08098). The code also divides C by its sum:
     the sum is 1 for a centered kernel, and the division keeps an off-center kernel zero-sum.
 
     Args:
@@ -186,12 +191,12 @@ def lot(
         >>> lot(torch.ones(2, 3), size=(5, 7)).shape
         torch.Size([2, 3, 5, 7])
     """
-    s, x, y = _on_grid(size, s, x0=x0, y0=y0)
+    s, x, y = _expand_to_grid(size, s, x0=x0, y0=y0)
     center = _tri(x) * _tri(y)
-    # The square root has an infinite slope at r = 0. Adding (1e-12 px)^2 makes the slope 0 there; elsewhere the term
-    # is lost to rounding.
+    # The square root has an infinite slope at r = 0. Adding (1e-12 px)^2 makes the slope 0 there and
+    # is lost to rounding elsewhere.
     r = torch.sqrt(x.square() + y.square() + 1e-24)
-    return _difference(_profile(r, s, profile) * (1 - center), center)
+    return _subtract_normalized(_evaluate_profile(r, s, profile) * (1 - center), center)
 
 
 def tgd1(
@@ -206,8 +211,8 @@ def tgd1(
     """TGD of 1st order: step(x') w(|x'|; s) n(y'; sigma), an oriented, smoothed first difference.
 
     Source: the T operator in its orthogonal construction (arXiv 2305.08098, 2401.15287). step is the sign function
-    averaged over one pixel (ours: it makes the kernel continuous in theta). The window cuts an off-center kernel
-    unevenly, so its positive and negative halves are rescaled to equal sums, which keeps it zero-sum.
+    averaged over one pixel (ours: it makes the kernel continuous in theta). The grid truncates an off-center
+    kernel unevenly, so its positive and negative halves are rescaled to equal sums, which keeps it zero-sum.
 
     Args:
         theta: direction of the difference, rad, (...).
@@ -219,7 +224,7 @@ def tgd1(
         y0: vertical offset of the center, positive downward, px.
 
     Returns:
-        (..., kh, kw), sum 0; all zero on a 1 x 1 grid or if one half lies outside the window.
+        (..., kh, kw), sum 0; all zero on a 1 x 1 grid or if one half lies outside the grid.
 
     Raises:
         ValueError: if the size is below (1, 1) or the profile is unknown.
@@ -229,13 +234,13 @@ def tgd1(
         >>> tgd1(angle, torch.ones(2), torch.ones(2), size=(5, 5)).shape
         torch.Size([2, 5, 5])
     """
-    theta, s, sigma, x, y = _on_grid(size, theta, s, sigma, x0=x0, y0=y0)
+    theta, s, sigma, x, y = _expand_to_grid(size, theta, s, sigma, x0=x0, y0=y0)
     along, across = _rotate(x, y, theta)
-    kernel = (2 * along).clamp(-1, 1) * _profile(along.abs(), s, profile) * _gauss(across, sigma)
+    kernel = (2 * along).clamp(-1, 1) * _evaluate_profile(along.abs(), s, profile) * _gauss(across, sigma)
     if _is_centered(x0, y0):
         return kernel
     rise, fall = kernel.clamp(min=0), (-kernel).clamp(min=0)
-    return _difference(rise, fall) * (_total(rise) + _total(fall)) / 2
+    return _subtract_normalized(rise, fall) * (_sum_over_grid(rise) + _sum_over_grid(fall)) / 2
 
 
 def tgd2(
@@ -249,7 +254,7 @@ def tgd2(
 ) -> Tensor:
     """TGD of 2nd order: A / sum(A) - D / sum(D).
 
-    D = tri(x') n(y'; sigma) is the center line, A = w(|x'|; s) (1 - tri(x')) n(y'; sigma) its surroundings.
+    D = tri(x') n(y'; sigma) is the center line, and A = w(|x'|; s) (1 - tri(x')) n(y'; sigma) surrounds it.
     Source: the R operator in its orthogonal construction (arXiv 2305.08098, 2401.15287). tri is the impulse on a
     pixel grid (ours: it makes the kernel continuous in theta).
 
@@ -272,10 +277,10 @@ def tgd2(
         >>> tgd2(torch.zeros(6), torch.ones(6), torch.ones(6), size=(7, 7)).shape
         torch.Size([6, 7, 7])
     """
-    theta, s, sigma, x, y = _on_grid(size, theta, s, sigma, x0=x0, y0=y0)
+    theta, s, sigma, x, y = _expand_to_grid(size, theta, s, sigma, x0=x0, y0=y0)
     along, across = _rotate(x, y, theta)
     smooth, impulse = _gauss(across, sigma), _tri(along)
-    return _difference(_profile(along.abs(), s, profile) * (1 - impulse) * smooth, impulse * smooth)
+    return _subtract_normalized(_evaluate_profile(along.abs(), s, profile) * (1 - impulse) * smooth, impulse * smooth)
 
 
 @dataclass(frozen=True)
@@ -283,12 +288,13 @@ class AKP:
     """One analytic kernel parameter: its unit, its range and its initialization.
 
     A parameter with a floor is stored as raw = softplus^-1(value - floor), so any raw value maps into the valid range.
-    A parameter without one is stored as it is.
+    A parameter without a floor is stored unchanged.
     """
 
     name: str
+    """As the kernel function names the argument."""
     unit: str
-    """``px``, ``rad``, or empty for a plain number."""
+    """``px``, ``rad``, or empty for a dimensionless number."""
     floor: float | None
     """Exclusive lower bound in the natural unit; None if the parameter is unbounded."""
     init_range: Callable[[int], tuple[float, float]]
@@ -310,25 +316,25 @@ class AKP:
         return above + torch.log(-torch.expm1(-above))
 
     def sample(self, count: int, size: tuple[int, int]) -> Tensor:
-        """``count`` initial values in the natural unit, uniform over ``init_range``."""
+        """Samples ``count`` initial values in the natural unit, uniformly over ``init_range``."""
         return torch.empty(count, device="cpu").uniform_(*self.init_range(max(size)))
 
 
-def _angle(name: str, period: float) -> AKP:
+def _make_angle(name: str, period: float) -> AKP:
     return AKP(name, "rad", None, lambda k: (0.0, period))
 
 
-def _width(name: str, low: float, high: float, minimum: float = 0.5) -> AKP:
-    """A width in px, initialized between ``low`` and ``high`` times the kernel size and above ``minimum``."""
+def _make_width(name: str, low: float, high: float, minimum: float = 0.5) -> AKP:
+    """A width in px, initialized between ``low`` and ``high`` times the kernel size, and to at least ``minimum``."""
     return AKP(name, "px", 0.3, lambda k: (max(minimum, low * k), max(1.5 * minimum, high * k)))
 
 
-def _reach(low: float, high: float) -> AKP:
-    """The width s of a TGD kernel function. It starts above one pixel: a narrower linear profile has no neighbors."""
-    return _width("s", low, high, minimum=1.1)
+def _make_tgd_width(low: float, high: float) -> AKP:
+    """The width s of a TGD kernel function, initialized above 1 px: a narrower linear profile is 0 at all neighbors."""
+    return _make_width("s", low, high, minimum=1.1)
 
 
-_OFFSET = tuple(AKP(name, "px", None, lambda k: (-k / 8, k / 8)) for name in ("x0", "y0"))
+_OFFSETS = tuple(AKP(name, "px", None, lambda k: (-k / 8, k / 8)) for name in ("x0", "y0"))
 
 AMPLITUDE = AKP("amplitude", "", None, lambda k: (1.0, 1.0))
 """The gain that ``amplitude=True`` adds to every ACK."""
@@ -347,16 +353,18 @@ class Kind:
     symbol: str
     """As written in an arrangement."""
     name: str
+    """As shown in figures and messages."""
     color: str
     """Outline color in figures, as in the paper."""
     paper_akps: tuple[AKP, ...] = ()
     extended_akps: tuple[AKP, ...] = ()
     """The AKPs that ``family="extended"`` adds."""
     function: Callable[..., Tensor] | None = None
-    """Takes the AKPs and ``size`` (and ``profile``) as keyword arguments; None for free weights."""
+    """Takes the AKPs and ``size`` (and ``profile``) as keyword arguments; None for a plain kernel."""
     takes_profile: bool = False
+    """Whether the formula contains the TGD kernel function."""
     formula_template: str = ""
-    """The expression, then its definitions, separated by semicolons; ``{name}`` stands for the AKP's value."""
+    """The expression, then its definitions, separated by semicolons; ``{name}`` stands for an AKP's value."""
     extended_template: str = ""
     """The template of ``family="extended"``, if it differs."""
 
@@ -373,7 +381,7 @@ class Kind:
         return self.paper_akps + extended + ((AMPLITUDE,) if amplitude else ())
 
     def synthesize(self, akps: Mapping[str, Tensor], size: tuple[int, int], profile: str = "exponential") -> Tensor:
-        """Kernels (..., kh, kw) from AKPs (...) in natural units, before scaling and gain.
+        """Computes kernels (..., kh, kw) from AKPs (...) in natural units, before scaling and gain.
 
         Raises:
             ValueError: if the kind is plain, the size is below (1, 1) or the profile is unknown.
@@ -385,13 +393,13 @@ class Kind:
         return self.function(**akps, size=size)
 
     def formula(self, akps: Mapping[str, float], profile: str = "exponential", digits: int = 3) -> str:
-        """The kernel as text, with numbers in place of the AKPs: an expression, then its definitions.
+        """Formats the kernel as text, with numbers in place of the AKPs: an expression, then its definitions.
 
         ``sum`` and ``mean`` run over the grid; ``tri(t) = max(0, 1 - |t|)`` and ``step(t) = min(1, max(-1, 2t))``;
-        x' and y' are the axes rotated by theta, about the center.
+        x' and y' are the coordinates rotated by theta about the center.
 
         Args:
-            akps: values in natural units (px, rad), of the paper family or the extended one.
+            akps: values in natural units (px, rad), of the paper or the extended family.
             profile: the TGD kernel function.
             digits: significant digits of each number.
 
@@ -419,12 +427,12 @@ KINDS: dict[str, Kind] = {
             name="Gabor",
             color="red",
             paper_akps=(
-                _angle("theta", math.pi),
+                _make_angle("theta", math.pi),
                 AKP("wavelength", "px", 2.0, lambda k: (3.0, max(4.5, 1.5 * k))),
-                _angle("psi", 2 * math.pi),
-                _width("sigma", 0.15, 0.4),
+                _make_angle("psi", 2 * math.pi),
+                _make_width("sigma", 0.15, 0.4),
             ),
-            extended_akps=(AKP("gamma", "", 0.1, lambda k: (0.5, 1.5)), *_OFFSET),
+            extended_akps=(AKP("gamma", "", 0.1, lambda k: (0.5, 1.5)), *_OFFSETS),
             function=gabor,
             formula_template="exp(-(x'^2 + y'^2)/(2*{sigma}^2))*cos(2*pi*x'/{wavelength} + {psi})",
             extended_template="exp(-(x'^2 + ({gamma}*y')^2)/(2*{sigma}^2))*cos(2*pi*x'/{wavelength} + {psi})",
@@ -433,8 +441,8 @@ KINDS: dict[str, Kind] = {
             symbol="Lg",
             name="LoG",
             color="purple",
-            paper_akps=(_width("sigma", 0.1, 0.3),),
-            extended_akps=_OFFSET,
+            paper_akps=(_make_width("sigma", 0.1, 0.3),),
+            extended_akps=_OFFSETS,
             function=log,
             formula_template="L - mean(L); L = (q - 1)*exp(-q); q = (x^2 + y^2)/(2*{sigma}^2)",
         ),
@@ -442,8 +450,8 @@ KINDS: dict[str, Kind] = {
             symbol="Lt",
             name="LoT",
             color="deeppink",
-            paper_akps=(_reach(0.1, 0.4),),
-            extended_akps=_OFFSET,
+            paper_akps=(_make_tgd_width(0.1, 0.4),),
+            extended_akps=_OFFSETS,
             function=lot,
             takes_profile=True,
             formula_template="M/sum(M) - C/sum(C); M = w(sqrt(x^2 + y^2))*(1 - C); C = tri(x)*tri(y)",
@@ -452,8 +460,8 @@ KINDS: dict[str, Kind] = {
             symbol="Tf",
             name="TGD 1st",
             color="blue",
-            paper_akps=(_angle("theta", 2 * math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
-            extended_akps=_OFFSET,
+            paper_akps=(_make_angle("theta", 2 * math.pi), _make_tgd_width(0.1, 0.4), _make_width("sigma", 0.1, 0.4)),
+            extended_akps=_OFFSETS,
             function=tgd1,
             takes_profile=True,
             formula_template="step(x')*w(abs(x'))*n(y'); n(t) = exp(-t^2/(2*{sigma}^2))",
@@ -464,8 +472,8 @@ KINDS: dict[str, Kind] = {
             symbol="Ts",
             name="TGD 2nd",
             color="green",
-            paper_akps=(_angle("theta", math.pi), _reach(0.1, 0.4), _width("sigma", 0.1, 0.4)),
-            extended_akps=_OFFSET,
+            paper_akps=(_make_angle("theta", math.pi), _make_tgd_width(0.1, 0.4), _make_width("sigma", 0.1, 0.4)),
+            extended_akps=_OFFSETS,
             function=tgd2,
             takes_profile=True,
             formula_template="A/sum(A) - D/sum(D); A = w(abs(x'))*(1 - tri(x'))*n(y'); D = tri(x')*n(y'); "

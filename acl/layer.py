@@ -18,7 +18,7 @@ SCALES = ("unit", "raw")
 class AnalyticConv2d(nn.Conv2d):
     """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
-    The weight consists of 2-D kernels ("slots"), filled in the arrangement's order, row-major over (output channel,
+    The weight has one slot per 2-D kernel. The arrangement fills the slots in order, row-major over (output channel,
     input channel of the group). Each analytic kernel is computed from a few learned parameters (AKPs); each plain
     kernel (``P``) has k x k free weights.
 
@@ -29,12 +29,12 @@ class AnalyticConv2d(nn.Conv2d):
             as in nn.Conv2d.
         arrangement: text such as ``G30 Lg15 Lt15 Tf30 Ts6 P96`` or ``G50% P50%``, or an ``Arrangement``.
         scale: ``unit`` divides each ACK by its L2 norm and by sqrt(in_channels / groups), so that the layer roughly
-            preserves unit variance; ``raw`` uses the formula as it is.
-        amplitude: adds one AKP per ACK, its gain.
+            preserves unit variance; ``raw`` uses the formula's values unchanged.
+        amplitude: if True, each ACK has its gain as an additional AKP.
         family: ``paper``, or ``extended``, which adds a center offset to every ACK and an aspect ratio to Gabor.
         profile: the TGD kernel function: ``exponential``, ``gaussian`` or ``linear``.
-        learn: which AKPs learn: ``"all"``, ``"none"``, or their names, such as ``("theta", "sigma")``.
-        placement: (slots,), for each slot the index of its kernel in the arrangement's order. None: in order.
+        learn: which AKPs are trained: ``"all"``, ``"none"``, or their names, such as ``("theta", "sigma")``.
+        placement: (slots,), for each slot the index of its kernel in the arrangement's order; in order if None.
 
     Shape:
         Input (N, in_channels, H, W) or (in_channels, H, W); output as for nn.Conv2d.
@@ -80,7 +80,7 @@ class AnalyticConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
         )
-        del self.weight  # from here on, the property below computes it
+        del self.weight  # replaced by the property below, which computes it
         for option, value, known in (
             ("scale", scale, SCALES),
             ("family", family, FAMILIES),
@@ -104,7 +104,7 @@ class AnalyticConv2d(nn.Conv2d):
             {
                 f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
                 for symbol, count in self.arrangement.counts.items()
-                for akp in self._akps_of(symbol)
+                for akp in self._get_akps(symbol)
             }
         )
         """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
@@ -115,15 +115,15 @@ class AnalyticConv2d(nn.Conv2d):
         self._format: Tensor
         self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **factory), persistent=False)
         self.host: nn.Conv2d | None = None
-        """The replaced convolution, if it is of a subclass of nn.Conv2d; it then performs the convolution."""
+        """The replaced convolution if its class is a subclass of nn.Conv2d; it then performs the convolution."""
         self._cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None = None
-        self._select_learned(learn)
+        self._set_trainable_akps(learn)
         self.reset_parameters()
 
-    def _akps_of(self, symbol: str) -> tuple[AKP, ...]:
+    def _get_akps(self, symbol: str) -> tuple[AKP, ...]:
         return KINDS[symbol].akps(self.family, self.amplitude)
 
-    def _select_learned(self, learn: str | Iterable[str]) -> None:
+    def _set_trainable_akps(self, learn: str | Iterable[str]) -> None:
         akp_names = {key: key.split("_", 1)[1] for key in self.raw}
         known = {akp.name for kind in KINDS.values() for akp in kind.akps("extended", amplitude=True)}
         learned = {"all": known, "none": set()}.get(learn, {learn}) if isinstance(learn, str) else set(learn)
@@ -134,11 +134,11 @@ class AnalyticConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Samples the AKPs over their useful ranges for this kernel size, and plain kernels and bias as nn.Conv2d."""
+        """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does."""
         if "raw" not in self._modules:
             return  # nn.Conv2d's constructor calls this before the AKPs exist
         for symbol, count in self.arrangement.counts.items():
-            for akp in self._akps_of(symbol):
+            for akp in self._get_akps(symbol):
                 self.raw[f"{symbol}_{akp.name}"].copy_(akp.to_raw(akp.sample(count, self.kernel_size)))
         fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
@@ -151,7 +151,7 @@ class AnalyticConv2d(nn.Conv2d):
         dtype = torch.promote_types(self._format.dtype, torch.float32)
         return {
             symbol: {
-                akp.name: akp.to_natural(self.raw[f"{symbol}_{akp.name}"].to(dtype)) for akp in self._akps_of(symbol)
+                akp.name: akp.to_natural(self.raw[f"{symbol}_{akp.name}"].to(dtype)) for akp in self._get_akps(symbol)
             }
             for symbol in self.arrangement.counts
             if KINDS[symbol].is_analytic
@@ -162,15 +162,15 @@ class AnalyticConv2d(nn.Conv2d):
         """Sets AKPs of one kind from values in natural units (px, rad).
 
         Args:
-            symbol: the kind.
-            akps: by name, each of the shape that ``index`` selects.
-            index: which of the kind's kernels; all by default.
+            symbol: the symbol of the kind.
+            akps: AKP name -> values, of the shape that ``index`` selects.
+            index: which of the kind's kernels to set; all by default.
 
         Raises:
             ValueError: for an AKP that the layer does not have, or a value at or below an AKP's floor. The layer is
                 then unchanged.
         """
-        known = {f"{symbol}_{akp.name}": akp for akp in self._akps_of(symbol)} if symbol in self.akps() else {}
+        known = {f"{symbol}_{akp.name}": akp for akp in self._get_akps(symbol)} if symbol in self.akps() else {}
         if unknown := [name for name in akps if f"{symbol}_{name}" not in known]:
             raise ValueError(f"the layer has no AKP {symbol}_{unknown[0]}; it has: {', '.join(self.raw)}")
         raw = {key: akp.to_raw(akps[akp.name]) for key, akp in known.items() if akp.name in akps}
@@ -184,7 +184,7 @@ class AnalyticConv2d(nn.Conv2d):
         return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
 
     def slots_of(self, symbol: str) -> list[int]:
-        """The slots of a kind's kernels, in the order of its parameters."""
+        """The slot of each kernel of a kind, in the order of the kind's parameters."""
         kernels = self.arrangement.kernel_ranges[symbol]
         if self.placement is None:
             return list(kernels)
@@ -192,11 +192,11 @@ class AnalyticConv2d(nn.Conv2d):
         return [slot_of_kernel[i] for i in kernels]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the weight is synthesized from: stored AKPs, then plain kernels."""
+        """The parameters from which the weight is synthesized: stored AKPs, then plain kernels."""
         return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
 
     def scale_factors(self, kernels: Tensor) -> Tensor:
-        """What ``scale`` multiplies analytic kernels (count, kh, kw) by, (count, 1, 1)."""
+        """The factors (count, 1, 1) by which ``scale`` multiplies analytic kernels (count, kh, kw)."""
         if self.scale == "raw":
             return kernels.new_ones(len(kernels), 1, 1)
         energy = kernels.square().sum((-2, -1), keepdim=True) * (self.in_channels // self.groups)
@@ -213,8 +213,8 @@ class AnalyticConv2d(nn.Conv2d):
                 weight = weight * torch.cat(gains)[:, None, None]
             weight = weight.to(self._format.dtype)
             if self.plain is not None:
-                before = self.arrangement.kernel_ranges["P"].start
-                weight = torch.cat([weight[:before], self.plain, weight[before:]])
+                plain_start = self.arrangement.kernel_ranges["P"].start
+                weight = torch.cat([weight[:plain_start], self.plain, weight[plain_start:]])
         else:
             assert self.plain is not None
             weight = self.plain
@@ -222,19 +222,19 @@ class AnalyticConv2d(nn.Conv2d):
             weight = weight[self.placement]
         weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self._format.is_contiguous(memory_format=torch.channels_last):
-            # contiguous() would leave the weight of a single input channel as it is, and the convolution slow.
+            # contiguous() would keep the strides of a weight with one input channel, which makes the convolution slow.
             weight = weight.clone(memory_format=torch.channels_last)
         return weight
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override] # nn.Conv2d's is a parameter, this one is computed
+    def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
         """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
         parameters = self.weight_parameters()
-        use_cache = not (self.training or torch.compiler.is_compiling() or self._format.is_meta)
+        can_cache = not (self.training or torch.compiler.is_compiling() or self._format.is_meta)
         # Tensors that stand in for parameters (functional_call, torch.func, fake tensors) cannot be compared.
-        if not (use_cache and all(type(p) is nn.Parameter for p in parameters)):
+        if not (can_cache and all(type(p) is nn.Parameter for p in parameters)):
             return self._synthesize()
-        # Compare by value: an in-place edit through .data leaves no other trace, and a stale weight is a wrong answer.
+        # Compare by value: an in-place edit through .data leaves no other trace, and a stale weight is wrong.
         key = (self._format.device, self._format.dtype, self._format.stride(), self.scale, self.profile)
         sources: list[Tensor] = [*parameters, *([] if self.placement is None else [self.placement])]
         cache = self._cache
@@ -250,7 +250,7 @@ class AnalyticConv2d(nn.Conv2d):
         return _forward(self, input)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's convolution with another weight of the same shape, and another bias or none."""
+        """Performs the layer's convolution with the given weight and bias in place of its own."""
         if self.host is None:
             return self._conv_forward(x, weight, bias)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -258,15 +258,15 @@ class AnalyticConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def formula(self, slot: int, digits: int = 3) -> str:
-        """A slot's kernel as text, with its gain and its AKPs in numbers.
+        """Formats a slot's kernel as text, with the values of its gain and its AKPs.
 
         Args:
             slot: row-major over (output channel, input channel of the group).
             digits: significant digits of each number.
 
         Returns:
-            Such as ``0.21*(exp(-(x'^2 + y'^2)/(2*1.83^2))*cos(2*pi*x'/4.1 + 0.5)); theta = 30 deg``; the notation is
-            that of ``acl.kernels.Kind.formula``. A plain kernel has no formula: ``7 x 7 free weights``.
+            For example, ``0.21*(exp(-(x'^2 + y'^2)/(2*1.83^2))*cos(2*pi*x'/4.1 + 0.5)); theta = 30 deg``; see
+            ``acl.kernels.Kind.formula`` for the notation. For a plain kernel, ``7 x 7 free weights``.
         """
         symbol = self.slot_kinds[slot]
         kind = KINDS[symbol]
@@ -282,7 +282,7 @@ class AnalyticConv2d(nn.Conv2d):
         return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
 
     def fold(self) -> nn.Conv2d:
-        """An nn.Conv2d with the same weight, bias, device, dtype, memory format and mode, independent of acl."""
+        """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode."""
         if self.host is not None:
             conv = copy.deepcopy(self.host)
         else:
@@ -316,22 +316,22 @@ class AnalyticConv2d(nn.Conv2d):
 
 @torch.fx.wrap
 def _forward(layer: AnalyticConv2d, x: Tensor) -> Tensor:
-    """One node in a graph traced by torch.fx, which cannot follow the synthesis itself."""
+    """The forward pass as a single node of a torch.fx graph; fx cannot trace the synthesis itself."""
     return layer.convolve(x, layer.weight, layer.bias)
 
 
 class _CachedWeight(torch.autograd.Function):
-    """Returns the cached weight and synthesizes it again only if a gradient is needed."""
+    """Returns the cached weight; the backward pass synthesizes the weight again to differentiate it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: AnalyticConv2d, *parameters: Tensor) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(*parameters)
-        return weight.detach()  # unlike a view, it keeps the strides of a weight with a single input channel
+        return weight.detach()  # unlike a view, this keeps the strides of a weight with a single input channel
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if a parameter was changed in place since, as autograd does for any layer
+        _ = ctx.saved_tensors  # raises if a parameter was changed in place since forward, as for any layer
         parameters = ctx.layer.weight_parameters()
         learned = [p for p in parameters if p.requires_grad]
         with torch.enable_grad():

@@ -16,11 +16,11 @@ from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
 _RED_BLUE = colormaps["RdBu_r"]
-_TRAJECTORIES_SHOWN = 200
+_MAX_TRAJECTORIES = 200
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """Encodes a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
@@ -28,15 +28,15 @@ def to_png(figure: Figure) -> bytes:
 
 @torch.no_grad()
 def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
-    """A layer's kernels, outlined in the colors of their kinds as in the paper.
+    """Plots a layer's kernels, outlined in the colors of their kinds as in the paper.
 
-    A layer with three input channels is drawn as in the paper: one RGB tile per output channel (gray is 0), with one
-    outline shared by the kinds of its three slots. Any other layer is drawn slot by slot (blue is negative, red is
-    positive), one row per output channel. Each tile is scaled on its own.
+    A layer with three input channels is drawn as in the paper: one RGB tile per output channel (gray is 0), with
+    the colors of its three kernels' kinds alternating in the outline. Any other layer is drawn with one tile per
+    kernel (blue is negative, red is positive). Each tile is scaled separately.
 
     Args:
         layer: the layer to draw.
-        title: above the tiles.
+        title: the figure's title.
     """
     weight = layer.weight.detach().float().cpu()
     slot_kinds = layer.slot_kinds
@@ -71,9 +71,9 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
 
 
 def _draw_outline(axis: Axes, width: int, height: int, symbols: list[str]) -> None:
-    """Outlines a tile in the colors of its kinds; several kinds take turns as dashes."""
+    """Outlines a tile in the colors of its kinds; several kinds alternate as dashes."""
     for i, symbol in enumerate(symbols):
-        dashes = "solid" if len(set(symbols)) == 1 else (4 * i, (4, 4 * (len(symbols) - 1)))
+        linestyle = "solid" if len(set(symbols)) == 1 else (4 * i, (4, 4 * (len(symbols) - 1)))
         axis.add_patch(
             Rectangle(
                 (-0.5, -0.5),
@@ -82,14 +82,14 @@ def _draw_outline(axis: Axes, width: int, height: int, symbols: list[str]) -> No
                 fill=False,
                 edgecolor=KINDS[symbol].color,
                 linewidth=2.5,
-                linestyle=dashes,
+                linestyle=linestyle,
                 clip_on=False,
             )
         )
 
 
 def contributions(attribution: Attribution) -> Figure:
-    """Each kind's contribution to the accuracy, in points: its Shapley value, and the loss without it alone."""
+    """Plots each kind's contribution to the accuracy: its Shapley value, and the accuracy lost by removing only it."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     full, values = attribution.accuracy(KINDS), attribution.shapley()
@@ -99,7 +99,7 @@ def contributions(attribution: Attribution) -> Figure:
         axes.bar_label(bars, fmt="%+.2f", padding=2)
         axes.bar(i + 0.2, lost, 0.4, color="none", edgecolor=KINDS[symbol].color, hatch="///")
     axes.bar(0, 0, color="gray", label="Shapley value")
-    axes.bar(0, 0, color="none", edgecolor="gray", hatch="///", label="lost without this kind alone")
+    axes.bar(0, 0, color="none", edgecolor="gray", hatch="///", label="lost by removing only this kind")
     axes.set_xticks(range(len(attribution.kinds)), [KINDS[symbol].name for symbol in attribution.kinds])
     axes.set_ylabel("points of top-1 accuracy")
     axes.axhline(0, color="black", linewidth=0.8)
@@ -113,11 +113,11 @@ def contributions(attribution: Attribution) -> Figure:
 
 
 def akp_trajectories(layer: AnalyticConv2d, history: Mapping[str, Tensor]) -> Figure:
-    """How a layer's AKPs changed in training: one panel per kind and AKP, one line per kernel, and both histograms.
+    """Plots a layer's AKPs over training: per kind and AKP, one line per kernel and the first and last histograms.
 
     Args:
-        layer: the layer.
-        history: "<symbol>/<akp>" -> (times, count) in natural units; the first time is the start.
+        layer: the layer that was trained.
+        history: "<symbol>/<akp>" -> (times, count) in natural units; the first row holds the initial values.
     """
     panels = {
         symbol: [akp for akp in KINDS[symbol].akps("extended", amplitude=True) if f"{symbol}/{akp.name}" in history]
@@ -134,7 +134,7 @@ def akp_trajectories(layer: AnalyticConv2d, history: Mapping[str, Tensor]) -> Fi
         for axis, akp in zip(row, akps, strict=False):
             values = history[f"{symbol}/{akp.name}"].detach().float().cpu()
             axis.set_axis_on()
-            axis.plot(values[:, :_TRAJECTORIES_SHOWN].numpy(), color=kind.color, alpha=0.4, linewidth=0.8)
+            axis.plot(values[:, :_MAX_TRAJECTORIES].numpy(), color=kind.color, alpha=0.4, linewidth=0.8)
             histogram = axis.inset_axes((1.02, 0, 0.25, 1), sharey=axis)
             for time, color, style in ((0, "gray", "step"), (-1, kind.color, "stepfilled")):
                 histogram.hist(
@@ -149,14 +149,14 @@ def akp_trajectories(layer: AnalyticConv2d, history: Mapping[str, Tensor]) -> Fi
 
 @torch.no_grad()
 def approximation(target: Tensor, fitted: Tensor, title: str | None = None) -> Figure:
-    """Kernels, the formulas fitted to them and the residuals, side by side, from best to worst.
+    """Plots kernels, the formulas fitted to them and the residuals side by side, sorted from best to worst fit.
 
-    Kernels with three input channels are drawn as RGB tiles, one per output channel (gray is 0); others one by one
-    (blue is negative, red is positive). A tile has the same scale in all three panels.
+    Kernels with three input channels are drawn as RGB tiles, one per output channel (gray is 0); others as one tile per
+    kernel (blue is negative, red is positive). A tile has the same scale in all three panels.
 
     Args:
         target, fitted: (out, in / groups, kh, kw).
-        title: before the R^2 in the figure's title.
+        title: a prefix for the figure's title, which states R^2.
     """
     target, fitted = target.detach().float().cpu(), fitted.detach().float().cpu()
     is_rgb = target.shape[1] == 3
@@ -170,7 +170,7 @@ def approximation(target: Tensor, fitted: Tensor, title: str | None = None) -> F
     height, width = target.shape[2:]
     figure = Figure(figsize=(12, 4.4 * rows * height / (columns * width) + 0.5), layout="constrained")
     for axis, panel, name in zip(figure.subplots(1, 3), panels, ("kernels", "formulas", "residuals"), strict=True):
-        # One image of all tiles, separated by white lines.
+        # Draw all tiles in one image, separated by white lines.
         canvas = torch.ones(rows * (height + 1), columns * (width + 1), 3)
         for position, i in enumerate(order.tolist()):
             tile = (panel[i] / scale[i]).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Networks: plain ones, and the analytic networks (AnaNNs) converted from them."""
+"""Plain networks, and the analytic networks (AnaNNs) converted from them."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +17,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "four_layer": FourLayer,
     **{name: partial(create_from_torchvision, name) for name in TORCHVISION},
 }
-"""Each takes ``channels`` and ``classes`` of the data, and options of its own."""
+"""Backbone name -> constructor, which takes the data's ``channels`` and ``classes``, and options of its own."""
 
 
 def create_model(
@@ -32,10 +32,10 @@ def create_model(
 
     Args:
         backbone: one of ``BACKBONES``, or ``timm/<name>``.
-        channels, classes: of the data.
-        arrangement: convolution name -> arrangement; convolutions that are not named stay plain.
+        channels, classes: the numbers of image channels and classes.
+        arrangement: convolution name -> arrangement; convolutions without one stay plain.
         layer: options of ``acl.convert`` for an AnaNN; None for a plain network.
-        options: of the backbone, such as ``kernel_size`` of the four-layer network or ``pretrained`` of a library's.
+        options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
         ValueError: for an unknown backbone, an arrangement for a plain network, no arrangement for an AnaNN, or
@@ -62,6 +62,6 @@ def create_model(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters, frozen ones and biases included: (of all convolutions, of the whole model)."""
+    """Counts the parameters, including frozen ones and biases: (in all convolutions, in the whole model)."""
     convolutions = nn.ModuleList(module for module in model.modules() if isinstance(module, nn.Conv2d))
     return sum(p.numel() for p in convolutions.parameters()), sum(p.numel() for p in model.parameters())

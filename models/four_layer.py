@@ -4,14 +4,14 @@ from torch import Tensor, nn
 
 
 class FourLayer(nn.Module):
-    """Four convolutions (32, 64, 128, 128 channels) with batch norm and ReLU, global average pooling, a linear layer.
+    """Four convolutions (32, 64, 128 and 128 channels, batch norm, ReLU), global average pooling and a linear layer.
 
-    Max-pooling halves the image after each of the first three. The paper's figure 5b only says "four-layer"; the
-    widths, the normalization and the pooling are ours.
+    Max-pooling halves the image size after each of the first three convolutions. Figure 5b of the paper only says
+    "four-layer"; the widths, the normalization and the pooling are ours.
 
     Args:
-        channels, classes: of the data.
-        kernel_size: of all four convolutions; odd.
+        channels, classes: the numbers of image channels and classes.
+        kernel_size: the kernel size of all four convolutions; must be odd.
 
     Raises:
         ValueError: if the kernel size is even.
@@ -23,15 +23,15 @@ class FourLayer(nn.Module):
     def __init__(self, channels: int = 3, classes: int = 10, kernel_size: int = 5) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size={kernel_size} is even; it must be odd to keep the size of the image")
+            raise ValueError(f"model.kernel_size={kernel_size} is even; it must be odd to preserve the image size")
 
-        def conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+        def make_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
             return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
 
-        self.conv1, self.norm1 = conv(channels, 32), nn.BatchNorm2d(32)
-        self.conv2, self.norm2 = conv(32, 64), nn.BatchNorm2d(64)
-        self.conv3, self.norm3 = conv(64, 128), nn.BatchNorm2d(128)
-        self.conv4, self.norm4 = conv(128, 128), nn.BatchNorm2d(128)
+        self.conv1, self.norm1 = make_conv(channels, 32), nn.BatchNorm2d(32)
+        self.conv2, self.norm2 = make_conv(32, 64), nn.BatchNorm2d(64)
+        self.conv3, self.norm3 = make_conv(64, 128), nn.BatchNorm2d(128)
+        self.conv4, self.norm4 = make_conv(128, 128), nn.BatchNorm2d(128)
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(2)
         self.fc = nn.Linear(128, classes)

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, from scratch or with pretrained weights of the library or from a file."""
+"""Networks from torchvision and timm, initialized at random or with pretrained weights from the library or a file."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ def create_from_torchvision(name: str, channels: int, classes: int, pretrained: 
 
     Args:
         name: as in ``torchvision.models.get_model``.
-        channels: of the images; must be 3.
-        classes: the last linear layer is initialized at random if the weights are for another number of classes.
-        pretrained: True for torchvision's weights, or the path of a file (see ``load_weights``).
+        channels: the number of image channels; must be 3.
+        classes: the number of classes. The last linear layer is initialized at random if the weights have another.
+        pretrained: True for torchvision's weights, or the path of a weights file (see ``load_weights``).
 
     Raises:
-        ValueError: for images that do not have 3 channels, or weights that are unavailable or do not fit.
+        ValueError: if ``channels`` is not 3, or the weights are unavailable or do not fit the network.
     """
     if channels != 3:
         raise ValueError(f"{name} takes images with 3 channels, not {channels}")
@@ -36,8 +36,8 @@ def create_from_torchvision(name: str, channels: int, classes: int, pretrained: 
         except Exception as error:
             reason = f"{file} cannot be read" if file.exists() else f"{file.name} could not be downloaded ({error})"
             raise ValueError(
-                f"no pretrained {name}: {reason}; put {file.name} into {file.parent}, or set model.pretrained=<path> "
-                "to a file of weights"
+                f"cannot load pretrained {name}: {reason}; put {file.name} into {file.parent}, or set "
+                "model.pretrained=<path> to a weights file"
             ) from error
         _load_state(model, state, file)
     elif pretrained:
@@ -46,11 +46,12 @@ def create_from_torchvision(name: str, channels: int, classes: int, pretrained: 
 
 
 def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
-    """Creates a timm network by its name in ``timm.list_models()``; arguments and errors as for torchvision.
+    """Creates a timm network by its name in ``timm.list_models()``.
 
-    timm adapts pretrained weights to other numbers of channels.
+    The arguments and errors are those of ``create_from_torchvision``, but ``channels`` can be any number: timm adapts
+    its pretrained weights.
     """
-    import timm  # imported here because it takes over a second, which other networks need not spend
+    import timm  # imported here because it takes more than a second and other networks do not need it
 
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -62,9 +63,9 @@ def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | 
         if pretrained is not True:
             raise ValueError(f"timm cannot create '{name}': {' '.join(str(error).split())}") from error
         raise ValueError(
-            f"no pretrained {name}: its weights (model.safetensors of timm/{name} on the Hugging Face hub) are not in "
-            f"the hub's cache and could not be downloaded ({type(error).__name__}); download them elsewhere and set "
-            "model.pretrained=<path> to the file"
+            f"cannot load pretrained {name}: its weights (model.safetensors of timm/{name} on the Hugging Face hub) "
+            f"are not in the local cache and could not be downloaded ({type(error).__name__}); download them elsewhere "
+            "and set model.pretrained=<path> to the file"
         ) from error
     if pretrained and pretrained is not True:
         load_weights(model, Path(pretrained))
@@ -72,21 +73,21 @@ def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | 
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Loads a model's weights from ``.safetensors`` or ``.pth`` (tensors only), or one convolution's from ``.npy``.
+    """Loads a model's weights from ``.safetensors``, ``.pt`` or ``.pth``, or one convolution's weight from ``.npy``.
 
-    The last linear layer keeps its weights if those in the file are for another number of classes. A ``.npy`` array
-    (out, in / groups, kh, kw) is loaded into the first convolution with its shape.
+    The last linear layer keeps its weights if the file has another number of classes. A ``.npy`` array (out,
+    in / groups, kh, kw) is loaded into the first convolution whose weight has that shape.
 
     Raises:
-        ValueError: if the file is missing, unreadable, or for another architecture (the message names the keys).
+        ValueError: if the file is missing, unreadable, or does not match the model's architecture.
     """
     state = _read_weights(file)
     if isinstance(state, Tensor):
         shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         name = next((n for n, shape in shapes.items() if shape == tuple(state.shape)), None)
         if name is None:
-            listed = ", ".join(f"{n} {shape}" for n, shape in shapes.items())
-            raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; the model has: {listed}")
+            available = ", ".join(f"{n} {shape}" for n, shape in shapes.items())
+            raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; the model has: {available}")
         with torch.no_grad():
             model.get_parameter(f"{name}.weight").copy_(state)
     else:
@@ -94,14 +95,15 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def read_kernels(file: Path) -> Tensor:
-    """Reads an array such as one convolution's weight from ``.npy`` as float32. Raises ValueError for other files."""
+    """Reads an array, such as a convolution's weight, from ``.npy`` as float32. Raises ValueError for other files."""
     kernels = _read_weights(file)
     if not isinstance(kernels, Tensor):
-        raise ValueError(f"{file} is not an array; its name must end in .npy")
+        raise ValueError(f"{file} holds the weights of a model, not one array; use a .npy file")
     return kernels
 
 
 def _read_weights(file: Path) -> Any:
+    """Reads a tensor from ``.npy``, or a state dict from any other format."""
     readers: dict[str, Callable[[Path], Any]] = {
         ".npy": _read_npy,
         ".safetensors": load_file,
@@ -128,16 +130,21 @@ def _read_pth(file: Path) -> Mapping[str, Any]:
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path) -> None:
-    own = model.state_dict()
-    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
-    other_shape = [k for k in own if k in state and state[k].shape != own[k].shape and k.rpartition(".")[0] not in head]
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in state if k not in own]
-    if other_shape or missing or unknown:
+    """Loads a state dict, except for a last linear layer of another shape; ``file`` is named in the error."""
+    expected = model.state_dict()
+    last_linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    mismatched = [
+        k
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape and k.rpartition(".")[0] not in last_linear
+    ]
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in expected]
+    if mismatched or missing or unknown:
         differences = [
-            *(f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in other_shape[:2]),
+            *(f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}" for k in mismatched[:2]),
             *(f"{k} is missing" for k in missing[:2]),
             *(f"{k} is unknown" for k in unknown[:2]),
         ]
-        raise ValueError(f"{file} is for another architecture than {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict({k: v for k, v in state.items() if v.shape == own[k].shape}, strict=False)
+        raise ValueError(f"{file} does not match the architecture of {type(model).__name__}: {'; '.join(differences)}")
+    model.load_state_dict({k: v for k, v in state.items() if v.shape == expected[k].shape}, strict=False)

@@ -64,6 +64,9 @@ class PlannedRun:
     cfg: DictConfig
     directory: RunDirectory
 
+    def load_record(self) -> dict[str, Any] | None:
+        return self.directory.load_record(self.cfg.fresh)
+
     @property
     def last_failure_line(self) -> str:
         lines = self.directory.failure_file.read_text().strip().splitlines()
@@ -152,7 +155,7 @@ class Table:
             return []
         scores: list[tuple[float, float, int]] = []
         for number, trial in enumerate(self._plan_trials(row)):
-            record = trial.directory.load_record()
+            record = trial.load_record()
             if record is not None:
                 scores.append((record["val"]["top1"], -record["val"]["loss"], -number))
             elif not self._has_failed(trial):
@@ -180,7 +183,7 @@ class Table:
         """The titles of the runs that are done, running, failed (with the last line of the error) and left."""
         status: dict[str, list[str]] = {"done": [], "running": [], "failed": [], "left": []}
         for planned in self.plan_runs():
-            if planned.directory.load_record() is not None:
+            if planned.load_record() is not None:
                 status["done"].append(planned.title)
             elif planned.directory.is_locked():
                 status["running"].append(planned.title)
@@ -237,7 +240,7 @@ class Table:
                 time.sleep(POLL_SECONDS)
         progress.close()
         for row in self.rows:
-            records = [planned.directory.load_record() for planned in self._plan_seeds(row)]
+            records = [planned.load_record() for planned in self._plan_seeds(row)]
             row.records = [record for record in records if record is not None]
         # A search can do without a candidate that failed; a row needs all of its seeds.
         if any(row.chosen is None or len(row.records) < len(self.settings.seeds) for row in self.rows):
@@ -274,7 +277,7 @@ class Table:
             {"row": row.name, "candidate": candidate, **record}
             for row in self.rows
             for candidate, trial in zip(self._candidates, self._plan_trials(row), strict=True)
-            if (record := trial.directory.load_record()) is not None
+            if (record := trial.load_record()) is not None
         ]
         search_file = self.path.with_name(f"{self.name}_search.jsonl")
         if trials:

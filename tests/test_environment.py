@@ -1,45 +1,24 @@
-"""Dependencies, packaging, the layers of packages, and what README repeats from the code and the results."""
+"""Dependencies, packaging, and the imports between packages."""
 
-import ast
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-FLOORS = ["acl", "models", "training", "reporting", "scripts"]
-"""The packages; each imports only those before it."""
+from tests.sources import PACKAGES, ROOT, list_imports, list_modules
 
 
-def list_modules(package: str) -> list[Path]:
-    modules = sorted((ROOT / package).rglob("*.py"))
-    assert modules, package
-    return modules
-
-
-def list_imports(path: Path) -> list[tuple[str, str]]:
-    """(module, name) of each name that a file imports, wherever the import stands; the name of a module is empty."""
-    imports = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            imports += [(alias.name, "") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path} has a relative import"
-            imports += [(node.module, alias.name) for alias in node.names]
-    return imports
-
-
-def test_lock_pins_every_package_to_one_version() -> None:
+def test_requirements_lock_pins_each_package_once() -> None:
     lines = (ROOT / "requirements.lock").read_text().split()
     assert len(lines) > 50
+    assert len({re.sub("[-_.]+", "-", line.partition("==")[0].lower()) for line in lines}) == len(lines)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line) for line in lines)
 
 
-def test_conda_environment_equals_lock() -> None:
+def test_conda_environment_equals_requirements_lock() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     assert pip == (ROOT / "requirements.lock").read_text().split()
@@ -61,20 +40,20 @@ def test_distribution_contains_only_acl() -> None:
     assert (ROOT / "acl" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("floor", FLOORS)
-def test_package_imports_only_lower_floors(floor: str) -> None:
-    above = FLOORS[FLOORS.index(floor) + 1 :]
-    for path in list_modules(floor):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_imports_only_packages_before_it(package: str) -> None:
+    later = PACKAGES[PACKAGES.index(package) + 1 :]
+    for path in list_modules(package):
         imported = {module.split(".")[0] for module, _ in list_imports(path)}
-        assert imported.isdisjoint([*above, "tests", "benchmarks"]), path
+        assert imported.isdisjoint([*later, "tests", "benchmarks"]), path
 
 
-@pytest.mark.parametrize("package", [*FLOORS, "benchmarks"])
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
 def test_no_private_name_is_imported_from_another_module(package: str) -> None:
     for path in list_modules(package):
         private = [
             f"{module}.{name}".rstrip(".")
             for module, name in list_imports(path)
-            if module.split(".")[0] in FLOORS and any(part.startswith("_") for part in [*module.split("."), name])
+            if module.split(".")[0] in PACKAGES and any(part.startswith("_") for part in [*module.split("."), name])
         ]
         assert not private, f"{path} imports {', '.join(private)}"

@@ -17,7 +17,7 @@ def test_readme_python_block_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_readme_tables_equal_results() -> None:
+def test_readme_tables_equal_tables_in_results() -> None:
     blocks = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert blocks
     for name, block in blocks:
@@ -32,5 +32,5 @@ def test_readme_lists_every_kind_with_its_akps() -> None:
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_readme_link_leads_to_file(link: str) -> None:
+def test_readme_link_target_exists(link: str) -> None:
     assert (ROOT / link).exists()

@@ -24,7 +24,7 @@ from training.errors import UsageError
 from training.evaluate import evaluate
 from training.loggers import Logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
-from training.provenance import describe_environment, digest_sources
+from training.provenance import describe_environment
 from training.run_directory import RECORD_FORMAT, serialize
 from training.runs import RunSettings, build_model, load_run_data, parse_run
 
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
         BusyError: if another process is working on this run.
     """
     settings = parse_run(cfg)
-    if (record := _load_current_record(settings)) is not None:
+    if (record := settings.directory.load_record(settings.fresh)) is not None:
         return record, False
     fabric = build_fabric(settings.trainer)
     data = load_run_data(settings)
@@ -58,19 +58,14 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
     model = build_model(settings, data)
     # Only the main process of a run writes, so only it holds the lock; it launches the others once it has the lock.
     with settings.directory.lock() if is_main_process() else nullcontext():
-        if (record := _load_current_record(settings)) is not None:  # another worker has finished it meanwhile
+        if (
+            record := settings.directory.load_record(settings.fresh)
+        ) is not None:  # another worker has finished it meanwhile
             return record, False
         if is_main_process() and settings.directory.record_file.exists():
             settings.directory.set_aside()
         fabric.launch()
         return train(settings, fabric, model, data.to(fabric.device)), True
-
-
-def _load_current_record(settings: RunSettings) -> dict[str, Any] | None:
-    """The run's record, if any; with ``fresh``, only if the current code produced it."""
-    record = settings.directory.load_record()
-    is_outdated = record is not None and record.get("sources") != digest_sources()
-    return None if settings.fresh and is_outdated else record
 
 
 def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -> dict[str, Any]:

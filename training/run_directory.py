@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from training.errors import BusyError, UsageError
+from training.provenance import digest_sources
 
 RECORD_FORMAT = 1
 UNFINISHED = ".unfinished-"
@@ -71,8 +72,8 @@ class RunDirectory:
         """Writes a file of the run; errors as for ``write_atomic``."""
         write_atomic(self.path / name, content)
 
-    def load_record(self) -> dict[str, Any] | None:
-        """The record of the finished run; None if there is none.
+    def load_record(self, fresh: bool = False) -> dict[str, Any] | None:
+        """The record of the finished run; None if there is none, or with ``fresh`` if other code produced it.
 
         Raises:
             UsageError: for a record that is unreadable, of another configuration or of a newer format.
@@ -93,7 +94,7 @@ class RunDirectory:
             )
         if config != self.identity:
             raise UsageError(f"{self.record_file} belongs to another configuration; move it away to run this one")
-        return record
+        return None if fresh and record.get("sources") != digest_sources() else record
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         self.write(self.record_file.name, json.dumps(record, indent=1) + "\n")

@@ -10,9 +10,9 @@ from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, validate_call
-from pydantic.dataclasses import dataclass as validated_dataclass
 from safetensors.torch import load_file
 from torch import nn
+from typing_extensions import TypedDict
 
 import models
 from training.config import flatten, format_error, identity, resolve
@@ -106,12 +106,11 @@ def build_model(settings: RunSettings, data: Data) -> nn.Module:
     return model.train()
 
 
-@validated_dataclass(frozen=True, config=STRICT)
-class DataLocation:
+class DataLocation(TypedDict):
     """Where a finished run's data are now; None: where they were."""
 
-    root: str | None = None
-    cache: str | None = None
+    root: str | None
+    cache: str | None
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "has an unfinished run")):
         if not (path / name).exists():
             raise UsageError(f"{path} {problem}: it has no {name}")
-    moved = {name: value for name, value in vars(data_location or DataLocation()).items() if value is not None}
+    moved = {name: value for name, value in (data_location or {}).items() if value is not None}
     try:
         cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), {"data": moved})
     except OmegaConfBaseException as error:

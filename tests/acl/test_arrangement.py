@@ -4,8 +4,7 @@ from hypothesis import strategies as st
 
 from acl import AnalyticConv2d, Arrangement
 from acl.kernels import KINDS
-
-PAPER = "G30 Lg15 Lt15 Tf30 Ts6 P96"
+from tests.arrangements import PAPER
 
 counts_by_kind = st.lists(st.sampled_from(list(KINDS)), min_size=1, unique=True).flatmap(
     lambda symbols: st.fixed_dictionaries({symbol: st.integers(0, 500) for symbol in symbols})
@@ -99,7 +98,7 @@ def test_from_slot_kinds_needs_no_placement_in_registry_order(slot_kinds: list[s
         ("G1e3", "not a kind and a number"),
     ],
 )
-def test_parse_names_what_is_invalid(text: str, message: str) -> None:
+def test_parse_error_names_invalid_term(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Arrangement.parse(text)
 
@@ -112,5 +111,5 @@ def test_fill_rejects_wrong_total() -> None:
 def test_counts_reject_shares_and_auto() -> None:
     with pytest.raises(ValueError, match="in shares"):
         _ = Arrangement.parse("G100%").counts
-    with pytest.raises(ValueError, match="'auto' needs kernels to choose from"):
+    with pytest.raises(ValueError, match=r"'auto' works only with acl\.convert"):
         _ = Arrangement.parse("auto").counts

@@ -1,8 +1,7 @@
-"""acl.explain: contributions of kinds and of single kernels, compared with brute force on folded networks."""
+"""acl.explain: contributions of kinds and of individual kernels, compared with brute force on folded networks."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
 from itertools import chain, combinations, permutations
 
 import pytest
@@ -12,14 +11,10 @@ from torch import Tensor, nn
 import acl
 from acl.explain import Batches, attribute, leave_one_out, require_analytic_layers
 from acl.kernels import KINDS
+from tests.arrangements import arrange_all_kinds
 
 BATCH_SIZES = (40, 23)
 IMAGES = sum(BATCH_SIZES)
-
-
-def all_kinds() -> acl.Arrangement:
-    """Equal shares of every registered kind."""
-    return acl.Arrangement(tuple((symbol, Fraction(100, len(KINDS))) for symbol in KINDS), shares=True)
 
 
 def make_network(*arrangements: acl.Arrangement | str) -> nn.Module:
@@ -39,7 +34,7 @@ def iterate_batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(n, 3, 16, 16, generator=generator), torch.randint(0, 4, (n,), generator=generator)
 
 
-def subsets_of(kinds: Iterable[str]) -> list[frozenset[str]]:
+def list_subsets(kinds: Iterable[str]) -> list[frozenset[str]]:
     symbols = list(kinds)
     sizes = range(len(symbols) + 1)
     return [frozenset(kept) for kept in chain.from_iterable(combinations(symbols, size) for size in sizes)]
@@ -64,20 +59,22 @@ def count_correct_by_brute_force(model: nn.Module, kept: Iterable[str]) -> int:
 
 @pytest.mark.parametrize(
     "make_arrangements",
-    [lambda: (all_kinds(),), lambda: (all_kinds(), "G8 Lg8 P8"), lambda: ("Ts10 P14", "G8 Lg8 P8")],
+    [lambda: (arrange_all_kinds(),), lambda: (arrange_all_kinds(), "G8 Lg8 P8"), lambda: ("Ts10 P14", "G8 Lg8 P8")],
     ids=["one layer", "two layers", "different kinds per layer"],
 )
-def test_every_subset_matches_brute_force(make_arrangements: Callable[[], tuple[acl.Arrangement | str, ...]]) -> None:
+def test_accuracy_of_every_subset_matches_brute_force(
+    make_arrangements: Callable[[], tuple[acl.Arrangement | str, ...]],
+) -> None:
     model = make_network(*make_arrangements())
     result = attribute(model, iterate_batches, progress=False)
     present = [s for s in KINDS if any(s in layer.slot_kinds for layer in acl.analytic_layers(model).values())]
     assert result.kinds == tuple(present) and result.images == IMAGES
-    assert result.correct == {kept: count_correct_by_brute_force(model, kept) for kept in subsets_of(present)}
+    assert result.correct == {kept: count_correct_by_brute_force(model, kept) for kept in list_subsets(present)}
     assert model.training and not any("forward" in vars(module) for module in model.modules())
 
 
 def test_shapley_values_are_means_over_all_orders_and_sum_to_drop() -> None:
-    result = attribute(make_network(all_kinds(), "G8 Lg8 P8"), iterate_batches, progress=False)
+    result = attribute(make_network(arrange_all_kinds(), "G8 Lg8 P8"), iterate_batches, progress=False)
     values = result.shapley()
     assert result.drop == result.accuracy(KINDS) - result.accuracy([]) != 0
     assert abs(sum(values.values()) - result.drop) < 1e-12
@@ -95,9 +92,9 @@ def test_shapley_value_of_absent_kind_is_zero() -> None:
     assert {kind for kind, value in values.items() if value == 0} >= set(KINDS) - {"G", "P"}
 
 
-def test_replacing_by_mean_keeps_constant_outputs() -> None:
+def test_mean_replacement_keeps_accuracy_on_constant_images() -> None:
     """On constant images, every kernel outputs its mean, so removing it changes nothing."""
-    model = make_network(all_kinds())
+    model = make_network(arrange_all_kinds())
 
     def iterate_constant_batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.ones(30, 3, 16, 16), torch.arange(30) % 4
@@ -112,17 +109,17 @@ def test_replacing_by_mean_keeps_constant_outputs() -> None:
 
 
 def test_first_layer_convolves_once_per_kind_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_network(all_kinds())
+    model = make_network(arrange_all_kinds())
     calls = []
     convolve = acl.AnalyticConv2d.convolve
 
-    def counting_convolve(self: acl.AnalyticConv2d, *args: Tensor, **options: Tensor) -> Tensor:
+    def count_and_convolve(self: acl.AnalyticConv2d, *args: Tensor, **options: Tensor) -> Tensor:
         calls.append(self)
         return convolve(self, *args, **options)
 
-    monkeypatch.setattr(acl.AnalyticConv2d, "convolve", counting_convolve)
+    monkeypatch.setattr(acl.AnalyticConv2d, "convolve", count_and_convolve)
     attribute(model, iterate_batches, progress=False)
-    assert len(calls) == len(KINDS) * len(BATCH_SIZES) + 1  # one more to find out which layer runs first
+    assert len(calls) == len(KINDS) * len(BATCH_SIZES) + 1  # one more call finds out which layer runs first
 
 
 def test_leave_one_out_matches_brute_force() -> None:

@@ -1,14 +1,12 @@
 """Analytic networks export with torch.export and run in ONNX Runtime."""
 
-from fractions import Fraction
-
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 import acl
-from acl.kernels import KINDS
+from tests.arrangements import arrange_all_kinds
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -17,8 +15,7 @@ def test_exported_network_matches_eager_output(folded: bool) -> None:
     model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.LazyLinear(5)).eval()
     x = torch.randn(4, 3, 16, 16)
     model(x)
-    all_kinds = acl.Arrangement(tuple((symbol, Fraction(100, len(KINDS))) for symbol in KINDS), shares=True)
-    acl.convert(model, "all", all_kinds, amplitude=True, family="extended")
+    acl.convert(model, "all", arrange_all_kinds(), amplitude=True, family="extended")
     if folded:
         acl.fold(model)
     expected = model(x).detach()

@@ -53,16 +53,16 @@ def test_fit_recovers_sampled_extended_gabors() -> None:
     assert sum(kernel.r2 >= 0.999 for kernel in fit.kernels) >= 0.95 * 40
 
 
-def test_more_kinds_or_akps_never_fit_worse() -> None:
+def test_more_kinds_or_akps_fit_at_least_as_well() -> None:
     torch.manual_seed(0)
     weight = nn.functional.interpolate(torch.randn(8, 3, 4, 4), (7, 7), mode="bilinear")
     gabor = fit_kernels(weight, ["G"], progress=False)
     best = fit_kernels(weight, progress=False)
-    round_extended = fit_kernels(weight, ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
+    isotropic = fit_kernels(weight, ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
     extended = fit_kernels(weight, ["G"], "extended", progress=False)
     assert gabor.r2 <= best.r2
-    assert gabor.r2 <= round_extended.r2 + 1e-3 and round_extended.r2 <= extended.r2 + 1e-3
-    assert all(kernel.akps["gamma"] == 1.0 for kernel in round_extended.kernels)
+    assert gabor.r2 <= isotropic.r2 + 1e-3 and isotropic.r2 <= extended.r2 + 1e-3
+    assert all(kernel.akps["gamma"] == 1.0 for kernel in isotropic.kernels)
     assert set(best.by_kind) == set(analytic_kinds()) and best.by_kind["G"] == gabor.kernels
 
 
@@ -94,7 +94,7 @@ def test_json_round_trip_restores_fit() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"shape": 3}'])
-def test_from_json_rejects_other_text(text: str) -> None:
+def test_from_json_rejects_text_that_is_not_a_fit(text: str) -> None:
     with pytest.raises(ValueError, match="not a fit in JSON"):
         Fit.from_json(text)
 
@@ -118,7 +118,7 @@ def test_zero_and_constant_kernels_are_degenerate() -> None:
         (
             torch.full((2, 2, 3, 3), math.nan),
             {},
-            r"4 kernels of the weight are not finite; the first belongs to channels \(0, 0\)",
+            r"non-finite values in 4 of 4 kernels; the first is weight\[0, 0\]",
         ),
         (torch.randn(1, 1, 3, 3), {"kinds": "P"}, "no analytic kind 'P'"),
         (torch.randn(1, 1, 3, 3), {"family": "big"}, "unknown family 'big'; known: paper, extended"),
@@ -137,7 +137,7 @@ def test_fit_lists_analytic_kinds_if_kind_is_unknown() -> None:
         fit_kernels(torch.randn(1, 1, 3, 3), ["G", "X1"])
 
 
-def test_to_layer_takes_convolution_options_and_trains() -> None:
+def test_to_layer_accepts_convolution_options_and_trains() -> None:
     fit = fit_kernels(sample_kernels("Tf", 6, 6), progress=False)
     layer = fit.to_layer(groups=2, stride=2, bias=True)
     assert isinstance(layer, AnalyticConv2d) and layer(torch.randn(1, 2, 15, 15)).shape == (1, 6, 5, 5)
@@ -183,7 +183,7 @@ def test_init_fit_with_amplitude_keeps_zero_kernel_zero() -> None:
     assert (model[0].weight[0] == 0).all() and (model[0].weight[1] != 0).any()
 
 
-def test_auto_meets_tolerance_and_is_monotone() -> None:
+def test_auto_saves_more_parameters_as_tolerance_grows() -> None:
     sizes, errors = [], []
     shape = make_convolution()[0].weight.shape
     slots, out_channels = shape[0] * shape[1], shape[0]
@@ -246,18 +246,6 @@ def test_auto_requires_valid_tolerance() -> None:
         convert(make_convolution(), "first", "auto", tolerance=2)
 
 
-def test_auto_requires_kernels_to_choose_from() -> None:
-    with pytest.raises(ValueError, match="arrangement 'auto' needs kernels to choose from"):
+def test_layer_rejects_auto_arrangement() -> None:
+    with pytest.raises(ValueError, match=r"arrangement 'auto' works only with acl\.convert"):
         AnalyticConv2d(3, 10, 7, arrangement="auto")
-
-
-def test_placement_must_be_permutation() -> None:
-    with pytest.raises(ValueError, match="placement must be a permutation of the layer's 4 slots"):
-        AnalyticConv2d(2, 2, 3, arrangement="G4", placement=torch.tensor([0, 1, 2, 2]))
-
-
-def test_loading_another_placement_updates_weight_in_eval_mode() -> None:
-    layer = AnalyticConv2d(2, 3, 5, arrangement="G3 P3", placement=torch.arange(6)).eval()
-    before = layer.weight.detach().clone()
-    layer.load_state_dict({**layer.state_dict(), "placement": torch.arange(5, -1, -1)})
-    assert torch.equal(layer.weight.flatten(0, 1), before.flatten(0, 1).flip(0))

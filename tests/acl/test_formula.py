@@ -15,10 +15,10 @@ from acl.layer import SCALES
 
 
 class Formula(dict[str, Any]):
-    """A printed formula on a kh x kw grid: looks names up in its definitions.
+    """The names in a printed formula, with their values on a kh x kw grid.
 
-    The text is ``expression; definition; ...``. A definition is that of a name (``q = ...``), of a function
-    (``w(t) = ...``), of the angle (``theta = 30 deg``) or of the center (``center = (x0, y0)``).
+    The text is ``expression; definition; ...``. A definition gives a name (``q = ...``), a function
+    (``w(t) = ...``), the angle (``theta = 30 deg``) or the center (``center = (x0, y0)``).
     """
 
     def __init__(self, text: str, size: tuple[int, int]) -> None:
@@ -115,7 +115,7 @@ def test_formula_follows_placement(family: str) -> None:
         assert (evaluate_formula(layer.formula(slot, digits=12), (7, 7)) - kernel).abs().max() < 1e-9
 
 
-def test_formula_does_not_depend_on_dtype_and_mode() -> None:
+def test_formula_is_independent_of_dtype_and_mode() -> None:
     layer = make_layer(family="extended", amplitude=True)
     texts = [layer.formula(slot) for slot, _ in list_kernels(layer)]
     assert [layer.float().eval().formula(slot) for slot, _ in list_kernels(layer)] == texts
@@ -124,7 +124,9 @@ def test_formula_does_not_depend_on_dtype_and_mode() -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("symbol", analytic_kinds())
-def test_formula_states_angle_and_center_if_the_kernel_has_them(symbol: str, family: str, profile: str) -> None:
+def test_formula_defines_angle_center_and_profile_only_if_kernel_has_them(
+    symbol: str, family: str, profile: str
+) -> None:
     layer = AnalyticConv2d(1, 1, 5, arrangement=f"{symbol}1", family=family, profile=profile)
     text, akps = layer.formula(0), layer.akps()[symbol]
     assert ("; theta = " in text and " deg" in text) == ("theta" in akps)
@@ -150,7 +152,7 @@ def test_formula_of_gabor_kernel_reads_as_documented() -> None:
     assert layer.formula(0) == expected
 
 
-def test_formula_of_plain_kernel_is_its_size() -> None:
+def test_formula_of_plain_kernel_states_its_size() -> None:
     layer = AnalyticConv2d(2, 3, (7, 5), arrangement="P2 G4")
     assert layer.formula(0) == "7 x 5 free weights"
     assert AnalyticConv2d(2, 3, 7, arrangement=Arrangement.parse("G5 P1")).formula(5) == "7 x 7 free weights"

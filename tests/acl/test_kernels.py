@@ -1,4 +1,4 @@
-"""What holds for every kind of kernel, and what holds for single kinds, in float64."""
+"""Properties of every kind of kernel, and of individual kinds, in float64."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from acl.kernels import AKP, AMPLITUDE, FAMILIES, KINDS, PROFILES, Kind, analyti
 SIZES = [(5, 5), (6, 6), (7, 7), (8, 8), (5, 9), (8, 5), (11, 11), (15, 15)]
 OFFSETS = {"x0", "y0"}
 
-# Properties of single kinds, by symbol. A kind that has none of them is not listed.
+# Properties of individual kinds, by symbol. A kind without any of them is not listed.
 ZERO_SUM = ("Lg", "Lt", "Tf", "Ts")
 PARITY = {"Lg": 1, "Lt": 1, "Tf": -1, "Ts": 1}
 SECOND_DIFFERENCES = ("Lg", "Lt", "Ts")
@@ -51,7 +51,7 @@ def sample_akps(kind: Kind, count: int, high: float = 6.0, family: str = "paper"
 
 
 def sample_initial_akps(kind: Kind, count: int, family: str = "paper") -> dict[str, Tensor]:
-    """AKPs from the ranges in which a 5 x 5 layer starts."""
+    """AKPs from the initial ranges of a 5 x 5 layer."""
     return {akp.name: akp.sample(count, (5, 5)).double() for akp in kind.akps(family)}
 
 
@@ -88,7 +88,7 @@ def test_kernel_shape_follows_akps_and_size(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("kind", "profile"), EVERY_VARIANT)
-def test_akps_broadcast(kind: Kind, profile: str, family: str) -> None:
+def test_broadcast_akps_give_kernels_of_expanded_akps(kind: Kind, profile: str, family: str) -> None:
     rows, columns = sample_akps(kind, 3, family=family), sample_akps(kind, 4, family=family)
     akps = {name: rows[name][:, None] if i % 2 else columns[name] for i, name in enumerate(rows)}
     expanded = dict(zip(akps, torch.broadcast_tensors(*akps.values()), strict=True))
@@ -110,7 +110,9 @@ def test_kernel_dtype_is_at_least_float32(kind: Kind, profile: str, family: str,
 @pytest.mark.parametrize("size", [(5, 5), (4, 6)])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("kind", "profile"), EVERY_VARIANT)
-def test_gradients_agree_with_finite_differences(kind: Kind, profile: str, family: str, size: tuple[int, int]) -> None:
+def test_kernel_gradients_agree_with_finite_differences(
+    kind: Kind, profile: str, family: str, size: tuple[int, int]
+) -> None:
     akps = sample_initial_akps(kind, 3, family)
     if profile == "linear" and "s" in akps:
         akps["s"] += 1.0
@@ -191,20 +193,26 @@ def test_to_raw_inverts_to_natural(akp: AKP) -> None:
             akp.to_raw(torch.tensor(akp.floor))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.symbol)
-def test_akps_grow_by_family_and_amplitude(kind: Kind) -> None:
-    if kind.is_analytic:
-        assert kind.akps() == kind.paper_akps
-        assert kind.akps("extended") == kind.paper_akps + kind.extended_akps
-        assert kind.akps(amplitude=True) == (*kind.paper_akps, AMPLITUDE)
-    else:
-        assert kind.akps("extended", amplitude=True) == ()
-        with pytest.raises(ValueError, match=rf"kind {kind.symbol} \({kind.name}\) has no formula"):
-            kind.synthesize({}, (5, 5))
-    assert (kind.symbol in analytic_kinds()) == kind.is_analytic
+@pytest.mark.parametrize("kind", analytic_kinds().values(), ids=lambda kind: kind.symbol)
+def test_akps_include_those_of_family_and_amplitude(kind: Kind) -> None:
+    assert kind.akps() == kind.paper_akps
+    assert kind.akps("extended") == kind.paper_akps + kind.extended_akps
+    assert kind.akps(amplitude=True) == (*kind.paper_akps, AMPLITUDE)
 
 
-def test_invalid_arguments_are_named() -> None:
+def test_analytic_kinds_are_kinds_with_formula() -> None:
+    assert analytic_kinds() == {symbol: kind for symbol, kind in KINDS.items() if kind.is_analytic}
+
+
+@pytest.mark.parametrize("symbol", [symbol for symbol in KINDS if symbol not in analytic_kinds()])
+def test_kind_without_formula_has_no_akps_and_rejects_synthesize(symbol: str) -> None:
+    kind = KINDS[symbol]
+    assert kind.akps("extended", amplitude=True) == ()
+    with pytest.raises(ValueError, match=rf"kind {symbol} \({kind.name}\) has no formula"):
+        kind.synthesize({}, (5, 5))
+
+
+def test_error_names_invalid_argument() -> None:
     one = torch.ones(1)
     with pytest.raises(ValueError, match="unknown profile 'box'; known: exponential, gaussian, linear"):
         lot(one, size=(5, 5), profile="box")
@@ -212,7 +220,7 @@ def test_invalid_arguments_are_named() -> None:
         log(one, size=(0, 5))
 
 
-# Single kinds
+# Individual kinds
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -225,7 +233,7 @@ def test_kernel_sums_to_zero(kind: Kind, profile: str, family: str, size: tuple[
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("kind", "profile"), list_variants(PARITY))
-def test_point_reflection_gives_parity(kind: Kind, profile: str, size: tuple[int, int]) -> None:
+def test_point_reflection_multiplies_kernel_by_parity(kind: Kind, profile: str, size: tuple[int, int]) -> None:
     kernel = kind.synthesize(sample_akps(kind, 500), size, profile)
     assert (kernel - PARITY[kind.symbol] * kernel.flip(-1, -2)).abs().max() < 1e-12
 
@@ -294,7 +302,7 @@ def test_degenerate_kernel_is_zero_with_finite_gradients(
     assert all(t.grad is not None and t.grad.isfinite().all() for t in tensors.values())
 
 
-# The formulas, written a second time, pixel by pixel
+# Reference implementations of the formulas, pixel by pixel
 
 Akps = dict[str, float]
 Size = tuple[int, int]

@@ -11,21 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from acl import AnalyticConv2d, akp_parameters, convert, kernels
+from acl import AnalyticConv2d, Arrangement, akp_parameters, convert, kernels
 from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
 from acl.layer import SCALES
+from tests.arrangements import PAPER, arrange_all_kinds
 
 MOSAIC = "G25% Lg10% Lt10% Tf20% Ts10% P25%"
-PAPER = "G30 Lg15 Lt15 Tf30 Ts6 P96"
 
 
-def arrange_all_kinds(slots: int) -> str:
-    """An arrangement of every registered kind that splits the slots as evenly as possible."""
-    count, rest = divmod(slots, len(KINDS))
-    return " ".join(f"{symbol}{count + 1 if i < rest else count}" for i, symbol in enumerate(KINDS))
-
-
-def make_layer(arrangement: str = MOSAIC, **options: Any) -> AnalyticConv2d:
+def make_layer(arrangement: str | Arrangement = MOSAIC, **options: Any) -> AnalyticConv2d:
     return AnalyticConv2d(4, 8, 5, arrangement=arrangement, **options)
 
 
@@ -36,7 +30,7 @@ def take_sgd_step(layer: AnalyticConv2d) -> None:
 
 @pytest.fixture
 def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[AnalyticConv2d]:
-    """Grows by one entry for each synthesis of a weight."""
+    """A list that grows by one layer each time a layer synthesizes its weight."""
     calls: list[AnalyticConv2d] = []
     synthesize = AnalyticConv2d._synthesize
 
@@ -52,7 +46,7 @@ def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[AnalyticConv2d]:
 
 
 @pytest.mark.parametrize(
-    "signature",
+    "options",
     [
         {},
         {"stride": 2},
@@ -72,21 +66,21 @@ def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[AnalyticConv2d]:
     ],
     ids=str,
 )
-def test_output_equals_that_of_conv2d_with_same_weight(signature: dict[str, Any]) -> None:
-    arguments = {"in_channels": 4, "out_channels": 8, "kernel_size": 5, **signature}
+def test_output_equals_conv2d_with_same_weight(options: dict[str, Any]) -> None:
+    arguments = {"in_channels": 4, "out_channels": 8, "kernel_size": 5, **options}
     layer = AnalyticConv2d(**arguments, arrangement=MOSAIC)
     conv = nn.Conv2d(**arguments)
     with torch.no_grad():
         conv.weight.copy_(layer.weight)
         if layer.bias is not None:
             conv.bias.copy_(layer.bias)
-    x = torch.randn(2, 4, 16, 18, dtype=signature.get("dtype"))
+    x = torch.randn(2, 4, 16, 18, dtype=options.get("dtype"))
     assert torch.equal(layer(x), conv(x))
     assert torch.equal(layer.fold()(x), conv(x))
     assert layer(x[0]).shape == conv(x[0]).shape
-    if signature.get("padding_mode", "zeros") == "zeros":
-        geometry = [signature.get("stride", 1), signature.get("padding", 0), signature.get("dilation", 1)]
-        expected = F.conv2d(x, layer.weight, layer.bias, *geometry, signature.get("groups", 1))
+    if options.get("padding_mode", "zeros") == "zeros":
+        geometry = [options.get("stride", 1), options.get("padding", 0), options.get("dilation", 1)]
+        expected = F.conv2d(x, layer.weight, layer.bias, *geometry, options.get("groups", 1))
         assert torch.equal(layer(x), expected)
 
 
@@ -99,7 +93,7 @@ def test_layer_is_conv2d_without_weight_parameter() -> None:
         layer.weight = nn.Parameter(torch.zeros(8, 4, 5, 5))
 
 
-def test_repr_adds_arrangement_and_options_to_that_of_conv2d() -> None:
+def test_repr_adds_arrangement_and_options_to_conv2d_repr() -> None:
     options = {"padding": 2, "groups": 2, "bias": False}
     conv_repr = nn.Conv2d(4, 8, 5, **options).extra_repr()
     layer = make_layer("G25% P75%", **options)
@@ -115,7 +109,7 @@ def test_repr_adds_arrangement_and_options_to_that_of_conv2d() -> None:
     [nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.zeros_, nn.init.trunc_normal_, nn.init.dirac_],
     ids=lambda initialize: initialize.__name__,
 )
-def test_weight_initializer_leaves_trained_layer_unchanged(initialize: Callable[[Tensor], Tensor]) -> None:
+def test_conv2d_initializer_leaves_weight_unchanged(initialize: Callable[[Tensor], Tensor]) -> None:
     """Initializers written for nn.Conv2d neither raise nor overwrite the AKPs."""
 
     def initialize_conv(module: nn.Module) -> None:
@@ -134,7 +128,7 @@ def test_weight_initializer_leaves_trained_layer_unchanged(initialize: Callable[
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 2}, {"groups": 2, "bias": False}], ids=str)
-def test_flops_equal_those_of_conv2d(options: dict[str, Any], training: bool) -> None:
+def test_flops_equal_conv2d_flops(options: dict[str, Any], training: bool) -> None:
     x = torch.randn(2, 4, 16, 16, requires_grad=True)
     counts = []
     for module in (make_layer(**options), nn.Conv2d(4, 8, 5, **options)):
@@ -194,11 +188,12 @@ def test_feature_extractor_finds_analytic_layers_of_resnet() -> None:
         ({"profile": "box"}, "unknown profile 'box'; known: exponential, gaussian, linear"),
         ({"learn": ["phi"]}, "unknown AKP 'phi' in learn; known: all, none, amplitude"),
         ({"placement": torch.tensor([0, 0])}, "placement must be a permutation of the layer's 32 slots"),
+        ({"placement": torch.arange(32).clamp(max=30)}, "placement must be a permutation of the layer's 32 slots"),
         ({"groups": 3}, "divisible by groups"),
         ({"padding_mode": "mirror"}, "padding_mode"),
     ],
 )
-def test_invalid_arguments_are_named(options: dict[str, Any], message: str) -> None:
+def test_error_names_invalid_argument(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_layer(**{"arrangement": MOSAIC, **options})
 
@@ -215,7 +210,7 @@ def test_paper_example_has_4962_parameters() -> None:
 
 
 def test_slots_are_filled_in_order_of_arrangement() -> None:
-    """Also if plain kernels stand between analytic ones."""
+    """Even if plain kernels stand between analytic ones."""
     layer = AnalyticConv2d(2, 5, 5, arrangement="Lg3 P4 G2 Tf1", scale="raw", bias=False)
     akps = layer.akps()
     slots = layer.weight.flatten(0, 1)
@@ -244,7 +239,7 @@ def test_weight_parameters_are_akps_then_plain_kernels() -> None:
 @pytest.mark.parametrize("amplitude", [False, True])
 @pytest.mark.parametrize("profile", PROFILES)
 def test_sgd_step_changes_every_parameter(profile: str, amplitude: bool, family: str) -> None:
-    layer = make_layer(arrange_all_kinds(32), profile=profile, amplitude=amplitude, family=family, dtype=torch.double)
+    layer = make_layer(arrange_all_kinds(), profile=profile, amplitude=amplitude, family=family, dtype=torch.double)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     layer(torch.randn(2, 4, 12, 12, dtype=torch.double)).square().mean().backward()
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
@@ -257,9 +252,9 @@ def test_sgd_step_changes_every_parameter(profile: str, amplitude: bool, family:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("profile", PROFILES)
-def test_gradients_agree_with_finite_differences(profile: str, scale: str, family: str) -> None:
+def test_layer_gradients_agree_with_finite_differences(profile: str, scale: str, family: str) -> None:
     out_channels = math.ceil(len(KINDS) / 2)
-    arrangement = arrange_all_kinds(2 * out_channels)
+    arrangement = arrange_all_kinds()
     layer = AnalyticConv2d(
         2, out_channels, 5, arrangement=arrangement, profile=profile, scale=scale, family=family, amplitude=True
     ).double()
@@ -273,8 +268,10 @@ def test_gradients_agree_with_finite_differences(profile: str, scale: str, famil
     assert torch.autograd.gradcheck(compute_output, values)
 
 
-@pytest.mark.parametrize("arrangement", [*(f"{symbol}100%" for symbol in analytic_kinds()), arrange_all_kinds(512)])
-def test_unit_scale_preserves_variance(arrangement: str) -> None:
+@pytest.mark.parametrize(
+    "arrangement", [*(f"{symbol}100%" for symbol in analytic_kinds()), arrange_all_kinds()], ids=str
+)
+def test_unit_scale_preserves_variance(arrangement: str | Arrangement) -> None:
     """Kernels of norm 1 / sqrt(C_in) map white noise of variance 1 to outputs of variance 1."""
     layer = AnalyticConv2d(16, 32, 5, arrangement=arrangement, bias=False)
     if layer.plain is not None:
@@ -282,7 +279,7 @@ def test_unit_scale_preserves_variance(arrangement: str) -> None:
     assert layer(torch.randn(4, 16, 32, 32)).var().item() == pytest.approx(1, abs=0.1)
 
 
-def test_scale_factors_give_unit_norm_per_input_channel() -> None:
+def test_unit_scale_factors_give_squared_norm_of_one_over_input_channels() -> None:
     analytic = torch.randn(3, 5, 5)
     layer = make_layer(groups=2)
     norms = (analytic * layer.scale_factors(analytic)).square().sum((-2, -1))
@@ -291,7 +288,7 @@ def test_scale_factors_give_unit_norm_per_input_channel() -> None:
 
 
 def test_initial_akps_are_within_init_range() -> None:
-    layer = make_layer(arrange_all_kinds(32), amplitude=True, family="extended")
+    layer = make_layer(arrange_all_kinds(), amplitude=True, family="extended")
     akps = layer.akps()
     assert set(akps) == set(analytic_kinds())
     for symbol, values in akps.items():
@@ -301,7 +298,12 @@ def test_initial_akps_are_within_init_range() -> None:
             low, high = akp.init_range(5)
             assert values[akp.name].shape == (layer.arrangement.counts[symbol],)
             assert (values[akp.name] >= low - 1e-5).all() and (values[akp.name] <= high + 1e-5).all()
-    assert len(list(akp_parameters(nn.Sequential(layer, nn.Conv2d(8, 8, 3))))) == len(layer.raw)
+
+
+def test_akp_parameters_are_those_of_analytic_layers() -> None:
+    layers = [make_layer(), make_layer(amplitude=True)]
+    expected = [id(p) for layer in layers for p in layer.raw.values()]
+    assert [id(p) for p in akp_parameters(nn.Sequential(layers[0], nn.Conv2d(8, 4, 3), layers[1]))] == expected
 
 
 @pytest.mark.parametrize("placed", [False, True])
@@ -309,7 +311,7 @@ def test_initial_akps_are_within_init_range() -> None:
 def test_set_akps_inverts_akps(symbol: str, placed: bool) -> None:
     options: dict[str, Any] = {"amplitude": True, "family": "extended", "dtype": torch.double}
     options["placement"] = torch.randperm(32) if placed else None
-    layer, source = make_layer(arrange_all_kinds(32), **options), make_layer(arrange_all_kinds(32), **options)
+    layer, source = make_layer(arrange_all_kinds(), **options), make_layer(arrange_all_kinds(), **options)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     layer.set_akps(symbol, source.akps()[symbol])
     for name, values in layer.akps()[symbol].items():
@@ -406,7 +408,7 @@ CHANGES: dict[str, Callable[[AnalyticConv2d], Any]] = {
     "scale": lambda layer: setattr(layer, "scale", "raw"),
     "profile": lambda layer: setattr(layer, "profile", "linear"),
     "dtype": lambda layer: layer.double(),
-    "half": lambda layer: layer.to(torch.bfloat16),
+    "bfloat16": lambda layer: layer.to(torch.bfloat16),
     "memory format": lambda layer: layer.to(memory_format=torch.channels_last),
     "step in training mode": lambda layer: (take_sgd_step(layer.train()), layer.eval()),
 }
@@ -425,6 +427,13 @@ def test_cached_weight_follows_change(change: str) -> None:
         or layer.weight.stride() != before.stride()
         or not torch.equal(layer.weight, before)
     )
+
+
+def test_loaded_placement_reorders_cached_weight() -> None:
+    layer = AnalyticConv2d(2, 3, 5, arrangement="G3 P3", placement=torch.arange(6)).eval()
+    before = layer.weight.detach().clone()
+    layer.load_state_dict({**layer.state_dict(), "placement": torch.arange(5, -1, -1)})
+    assert torch.equal(layer.weight.flatten(0, 1), before.flatten(0, 1).flip(0))
 
 
 def test_eval_mode_gives_same_gradients_in_every_backward() -> None:

@@ -1,4 +1,4 @@
-"""A new kind of kernel takes one function and one entry in ``KINDS``; everything else then works with it."""
+"""A new kind of kernel needs only a function and an entry in ``KINDS``; every feature then supports it."""
 
 import math
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def test_arrangement_parses_new_kind() -> None:
 
 
 @pytest.mark.parametrize("family", ["paper", "extended"])
-def test_layer_trains_evaluates_and_folds(family: str) -> None:
+def test_layer_of_new_kind_trains_evaluates_and_folds(family: str) -> None:
     layer = AnalyticConv2d(4, 8, 5, arrangement="D50% P50%", family=family, amplitude=True)
     assert list(layer.akps()["D"]) == [akp.name for akp in DISC.akps(family, amplitude=True)]
     assert all(values.shape == (16,) for values in layer.akps()["D"].values())
@@ -109,7 +109,7 @@ def test_fit_tries_new_kind_by_default() -> None:
     assert [kernel.kind for kernel in fit.kernels] == ["D"] * 4
 
 
-def test_convert_with_fit_reproduces_new_kind() -> None:
+def test_convert_with_fit_keeps_output_of_new_kind() -> None:
     conv = make_disc_conv()
     x = torch.randn(2, 2, 12, 12)
     expected = conv(x)

@@ -2,7 +2,6 @@
 
 import io
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -12,18 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from acl import AnalyticConv2d, Arrangement
+from acl import AnalyticConv2d
 from acl.explain import Attribution
 from acl.kernels import KINDS
 from acl.plot import akp_trajectories, approximation, contributions, mosaic, to_png
+from tests.arrangements import arrange_all_kinds
 
 
-def all_kinds() -> Arrangement:
-    """Equal shares of every registered kind."""
-    return Arrangement(tuple((symbol, Fraction(100, len(KINDS))) for symbol in KINDS), shares=True)
-
-
-def visible_axes(figure: Figure) -> list[Axes]:
+def list_visible_axes(figure: Figure) -> list[Axes]:
     return [axes for axes in figure.axes if axes.axison]
 
 
@@ -33,7 +28,7 @@ def visible_axes(figure: Figure) -> list[Axes]:
     ids=["RGB", "gray", "four channels", "RGB, all kinds", "four channels, all kinds"],
 )
 def test_mosaic_outlines_every_slot_in_color_of_its_kind(channels: int, arrangement: str | None) -> None:
-    layer = AnalyticConv2d(channels, 5, 5, arrangement=arrangement or all_kinds())
+    layer = AnalyticConv2d(channels, 5, 5, arrangement=arrangement or arrange_all_kinds())
     figure = mosaic(layer, "title")
     outlines = [patch.get_edgecolor() for axes in figure.axes for patch in axes.patches if isinstance(patch, Rectangle)]
     assert outlines == [to_rgba(KINDS[symbol].color) for symbol in layer.slot_kinds]
@@ -44,7 +39,7 @@ def test_mosaic_outlines_every_slot_in_color_of_its_kind(channels: int, arrangem
     figure.savefig(io.BytesIO())
 
 
-def collect_history(layer: AnalyticConv2d) -> dict[str, Tensor]:
+def make_history(layer: AnalyticConv2d) -> dict[str, Tensor]:
     """AKPs that grow by 1 in each of four epochs."""
     return {
         f"{symbol}/{name}": torch.stack([values.detach() + epoch for epoch in range(4)])
@@ -55,10 +50,10 @@ def collect_history(layer: AnalyticConv2d) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("family", "amplitude"), [("paper", False), ("extended", True)])
 def test_akp_trajectories_draws_one_panel_per_akp_and_one_line_per_kernel(family: str, amplitude: bool) -> None:
-    layer = AnalyticConv2d(3, 2 * len(KINDS), 5, arrangement=all_kinds(), family=family, amplitude=amplitude)
-    history = collect_history(layer)
+    layer = AnalyticConv2d(3, 2 * len(KINDS), 5, arrangement=arrange_all_kinds(), family=family, amplitude=amplitude)
+    history = make_history(layer)
     figure = akp_trajectories(layer, history)
-    panels = visible_axes(figure)
+    panels = list_visible_axes(figure)
     assert len(panels) == len(history)
     expected_titles = [
         f"{KINDS[symbol].name}: {akp.name}" + (f" ({akp.unit})" if akp.unit else "")
@@ -75,10 +70,10 @@ def test_akp_trajectories_draws_one_panel_per_akp_and_one_line_per_kernel(family
 
 def test_to_png_renders_figure() -> None:
     layer = AnalyticConv2d(1, 2, 3, arrangement="G2")
-    assert to_png(akp_trajectories(layer, collect_history(layer))).startswith(b"\x89PNG\r\n")
+    assert to_png(akp_trajectories(layer, make_history(layer))).startswith(b"\x89PNG\r\n")
 
 
-def test_contributions_draws_shapley_value_and_loss_of_every_kind_present() -> None:
+def test_contributions_draws_shapley_value_and_lost_accuracy_of_every_kind_present() -> None:
     present = tuple(symbol for symbol in KINDS if symbol != "Lt")
     correct = {frozenset(): 10, frozenset(present): 90}
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +86,7 @@ def test_contributions_draws_shapley_value_and_loss_of_every_kind_present() -> N
     assert [label.get_text() for label in axes.get_xticklabels()] == [KINDS[symbol].name for symbol in present]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "Shapley value",
-        "lost without this kind alone",
+        "lost by removing only this kind",
     ]
     assert axes.get_ylabel() == "points of top-1 accuracy"
     assert axes.get_title() == "0.50% without kernels, 4.50% with all (2,000 images)"
@@ -115,7 +110,7 @@ def test_approximation_draws_kernels_formulas_and_residuals(channels: int) -> No
     columns = math.ceil(math.sqrt(tiles))
     canvases = [torch.tensor(panel.images[0].get_array()) for panel in panels]
     assert all(canvas.shape == (math.ceil(tiles / columns) * 6, columns * 8, 3) for canvas in canvases)
-    torch.testing.assert_close(canvases[1], canvases[2])  # half of the kernel and what is left of it
+    torch.testing.assert_close(canvases[1], canvases[2])  # the fit is half of the kernel, and so is the residual
     figure.savefig(io.BytesIO())
 
 

@@ -1,7 +1,6 @@
 """Networks of torchvision and timm convert, train, and fold back to their original architecture."""
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torchvision
 from torch import nn
 
 import acl
-from acl.kernels import KINDS
+from tests.arrangements import arrange_all_kinds
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 TIMM = [
@@ -80,8 +79,7 @@ def check_round_trip(create: Callable[[], nn.Module], image_sizes: tuple[int, ..
         model = model.to("meta")
     names, keys = [name for name, _ in model.named_parameters()], list(model.state_dict())
     classes = [type(module) for module in model.modules()]
-    all_kinds = acl.Arrangement(tuple((symbol, Fraction(100, len(KINDS))) for symbol in KINDS), shares=True)
-    acl.convert(model, "first", all_kinds)
+    acl.convert(model, "first", arrange_all_kinds())
     (layer,) = acl.analytic_layers(model).values()
     if not is_huge:
         x = find_image(model, image_sizes)

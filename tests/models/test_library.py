@@ -56,11 +56,11 @@ def test_pretrained_weights_load_from_file(tmp_path: Path, suffix: str) -> None:
     assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(other.conv1.weight[32:], source.conv1.weight[32:])
     with pytest.raises(
-        ValueError, match=rf"{file} is for another architecture than AlexNet: features.0.weight is missing"
+        ValueError, match=rf"{file} does not match the architecture of AlexNet: features.0.weight is missing"
     ):
         models.create_model("alexnet", 3, 5, {}, pretrained=str(file))
     with pytest.raises(
-        ValueError, match=r"another architecture than ResNet: layer1.0.conv1.weight is \(64, 64, 3, 3\), not"
+        ValueError, match=r"does not match the architecture of ResNet: layer1.0.conv1.weight is \(64, 64, 3, 3\), not"
     ):
         models.create_model("resnet50", 3, 5, {}, pretrained=str(file))
 
@@ -76,7 +76,7 @@ def test_npy_file_loads_into_first_convolution_of_its_shape(tmp_path: Path) -> N
         models.create_model("resnet18", 3, 5, {}, pretrained=str(file))
 
 
-def test_read_kernels_returns_float32_array(tmp_path: Path) -> None:
+def test_read_kernels_returns_float32_tensor(tmp_path: Path) -> None:
     file = tmp_path / "conv1.npy"
     weight = np.random.default_rng(0).normal(size=(4, 3, 7, 7))
     np.save(file, weight)
@@ -85,7 +85,7 @@ def test_read_kernels_returns_float32_array(tmp_path: Path) -> None:
         read_kernels(Path("none.npy"))
 
 
-class CodeOnUnpickling:
+class FileOnUnpickling:
     """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> Any:
@@ -94,8 +94,8 @@ class CodeOnUnpickling:
 
 def test_unreadable_weights_are_rejected_without_running_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": CodeOnUnpickling()}, "pickled.pth")
-    np.save("pickled.npy", np.array([CodeOnUnpickling()], dtype=object), allow_pickle=True)
+    torch.save({"state_dict": FileOnUnpickling()}, "pickled.pth")
+    np.save("pickled.npy", np.array([FileOnUnpickling()], dtype=object), allow_pickle=True)
     Path("truncated.safetensors").write_bytes(b"\0" * 20)
     for name in ("pickled.pth", "pickled.npy", "truncated.safetensors"):
         with pytest.raises(ValueError, match=f"cannot read weights from {name}") as error:
@@ -121,7 +121,7 @@ def test_failed_download_error_names_file_and_its_folder(tmp_path: Path, monkeyp
     assert f"put resnet50-11ad3fa6.pth into {tmp_path}/checkpoints" in str(error.value)
     monkeypatch.setattr(timm, "create_model", raise_offline)
     with pytest.raises(
-        ValueError, match=r"no pretrained resnet18: .*timm/resnet18 on the Hugging Face hub.*\(OSError\)"
+        ValueError, match=r"cannot load pretrained resnet18: .*timm/resnet18 on the Hugging Face hub.*\(OSError\)"
     ):
         models.create_model("timm/resnet18", 3, 5, {}, pretrained=True)
 

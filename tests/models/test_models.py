@@ -29,7 +29,7 @@ def test_lenet_has_expected_parameter_counts(
 
 
 def test_plain_and_analytic_network_share_initial_weights_outside_analytic_kernels() -> None:
-    """The rows of a table are paired by seed."""
+    """So that runs of a table with equal seeds can be compared in pairs."""
     torch.manual_seed(3)
     plain = models.create_model("lenet", 1, 10, {})
     torch.manual_seed(3)

@@ -1,8 +1,11 @@
-"""Records made by hand, and small tables of real runs."""
+"""Artificial records, and small tables of real runs."""
 
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import reporting.table
 from reporting.table import Table, TableSettings
 from training.config import compose, resolve
 from training.validation import construct
@@ -27,8 +30,21 @@ def load_settings(name: str, **changes: Any) -> TableSettings:
 
 
 def create_table(folder: Path, *overrides: str, **changes: Any) -> Table:
-    """The first two rows of the table digits, with two seeds and one epoch; it writes to ``folder`` only."""
+    """The first two rows of the table ``digits``, with two seeds and one epoch; it writes only to ``folder``."""
     rows = load_settings("digits").rows[:2]
     settings = load_settings("digits", **{"rows": rows, "seeds": [0, 1], **changes})
     paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
     return Table("digits", settings, [*paths, "trainer.epochs=1", *overrides])
+
+
+def forbid_calls(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Makes these functions of reporting.table raise an AssertionError."""
+
+    def forbid(name: str) -> None:
+        def fail(*_: Any) -> None:
+            raise AssertionError(f"{name} must not be called")
+
+        patch.setattr(reporting.table, name, fail)
+
+    for name in names:
+        forbid(name)

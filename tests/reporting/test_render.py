@@ -1,16 +1,14 @@
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
-import reporting.table
 from reporting.render import describe_runs, draw_accuracy, format_difference, render_markdown
 from reporting.statistics import Row, summarize
 from reporting.table import Table
-from tests.reporting.helpers import load_settings, make_record
+from tests.reporting.helpers import forbid_calls, load_settings, make_record
 from training.config import compose
 from training.runs import open_run_directory
 
@@ -21,7 +19,7 @@ def make_row(name: str, *top1: float) -> Row:
     return Row(name, [], chosen=[], records=[make_record(seed, value) for seed, value in enumerate(top1)])
 
 
-def test_markdown_shows_a_second_comparison() -> None:
+def test_markdown_shows_second_comparison() -> None:
     rows = [make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)]
     lines = render_markdown("Title", rows, "Gabor", None, {"plain": [], "Gabor": []}).splitlines()
     assert lines[0] == "# Title"
@@ -30,7 +28,7 @@ def test_markdown_shows_a_second_comparison() -> None:
     assert lines[5].endswith("| +1.50 [-4.85, +7.85] |  |")
 
 
-def test_markdown_lists_chosen_hyperparameters_after_a_search() -> None:
+def test_markdown_lists_hyperparameters_chosen_by_search() -> None:
     row = make_row("plain", 90.0)
     row.chosen = ["optim.lr=2e-3", "optim.akp_lr_scale=15"]
     text = render_markdown("Title", [row], None, "Each row tries two candidates.", {"plain": []})
@@ -39,13 +37,13 @@ def test_markdown_lists_chosen_hyperparameters_after_a_search() -> None:
     assert "| row | chosen |" not in render_markdown("Title", [row], None, None, {"plain": []})
 
 
-def test_markdown_of_a_single_seed_has_no_spread_and_no_interval() -> None:
+def test_markdown_of_single_seed_has_no_spread_and_no_interval() -> None:
     rows = [make_row("plain", 90.0), make_row("Gabor", 91.5)]
     text = render_markdown("Title", rows, None, None, {"plain": [], "Gabor": []})
     assert "| 91.50 | +1.50 |" in text and "over 1 seed;" in text and "nan" not in text
 
 
-def test_markdown_commands_survive_the_shell() -> None:
+def test_markdown_commands_are_quoted_for_shell() -> None:
     overrides = ["data=imagefolder", 'data.title="CIFAR-10 (JPEG)"', "arrangement.all=G25%_P75%", "seed=3"]
     text = render_markdown("Title", [make_row("plain", 90.0)], None, None, {"plain": overrides})
     assert read_commands(text) == {"plain": overrides}
@@ -55,7 +53,7 @@ def test_markdown_commands_survive_the_shell() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "text"), [(-0.105, 1.2, "+0.50 [-0.10, +1.20]"), (float("nan"), float("nan"), "+0.50")]
 )
-def test_format_difference_omits_a_missing_interval(low: float, high: float, text: str) -> None:
+def test_format_difference_omits_missing_interval(low: float, high: float, text: str) -> None:
     assert format_difference(pd.Series({"diff_mean": 0.5, "diff_ci95_low": low, "diff_ci95_high": high})) == text
 
 
@@ -82,28 +80,24 @@ def test_figure_shows_rows_with_equal_parameters_side_by_side() -> None:
 
 
 @pytest.fixture(scope="module", params=sorted(path.stem for path in COMMITTED_TABLES.glob("*.csv")))
-def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Path]:
-    """A committed table, written again from nothing but its records; the folder of its files."""
+def rendered_table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Path]:
+    """A committed table rendered from its records alone, and the folder of its files."""
     folder = tmp_path_factory.mktemp("rendered")
     (folder / "results/tables").mkdir(parents=True)
     shutil.copy(COMMITTED_TABLES / f"{request.param}.jsonl", folder / "results/tables")
     paths = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
     table = Table(request.param, load_settings(request.param), paths)
 
-    def fail(*_: Any) -> None:
-        raise AssertionError("rendering must not need runs, data or models")
-
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("run", "load_run_data", "build_model"):
-            patch.setattr(reporting.table, name, fail)
+        forbid_calls(patch, "run", "load_run_data", "build_model")
         table.load_results()
         table.write()
     assert not (folder / "runs").exists()
     return table, folder / "results/tables"
 
 
-def test_render_gives_the_committed_csv_and_records(rendered: tuple[Table, Path]) -> None:
-    table, folder = rendered
+def test_rendered_csv_and_records_equal_committed_ones(rendered_table: tuple[Table, Path]) -> None:
+    table, folder = rendered_table
     for suffix in (".csv", ".jsonl"):
         assert (folder / f"{table.name}{suffix}").read_bytes() == (
             COMMITTED_TABLES / f"{table.name}{suffix}"
@@ -112,8 +106,8 @@ def test_render_gives_the_committed_csv_and_records(rendered: tuple[Table, Path]
     assert (folder / f"{table.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_markdown_command_has_the_run_id_of_the_recorded_seed(rendered: tuple[Table, Path]) -> None:
-    table, folder = rendered
+def test_markdown_command_gives_run_id_of_record(rendered_table: tuple[Table, Path]) -> None:
+    table, folder = rendered_table
     commands = read_commands((folder / f"{table.name}.md").read_text())
     assert list(commands) == [row.name for row in table.rows]
     for row in table.rows:
@@ -124,7 +118,7 @@ def test_markdown_command_has_the_run_id_of_the_recorded_seed(rendered: tuple[Ta
 
 
 def read_commands(markdown: str) -> dict[str, list[str]]:
-    """Row name -> overrides of its command."""
+    """The overrides of each row's command, by the name of the row."""
     lines = markdown.partition("```sh\n")[2].partition("```")[0].splitlines()
     commands = {}
     for comment, command in zip(lines[::2], lines[1::2], strict=True):

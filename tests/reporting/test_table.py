@@ -13,7 +13,7 @@ import torchvision
 
 import reporting.table
 from reporting.table import Table
-from tests.reporting.helpers import create_table, load_settings
+from tests.reporting.helpers import create_table, forbid_calls, load_settings
 from tests.training import trees
 from tests.training.processes import run_in_child, start_process, wait_for
 from training.config import CONFIGS, compose
@@ -26,8 +26,8 @@ OTHER_SOURCES = "0" * 12
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Table]:
-    """A table with a search, and its folder."""
+def searched_table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Table]:
+    """The folder of a table with a search, and the table."""
     folder = tmp_path_factory.mktemp("searched")
     table = create_table(folder, search=SEARCH)
     table.reproduce()
@@ -35,8 +35,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Table]:
 
 
 @pytest.fixture
-def searched_copy(searched: tuple[Path, Table], tmp_path: Path) -> Path:
-    return shutil.copytree(searched[0], tmp_path / "copy")
+def searched_table_copy(searched_table: tuple[Path, Table], tmp_path: Path) -> Path:
+    return shutil.copytree(searched_table[0], tmp_path / "copy")
 
 
 def read_json_lines(folder: Path, name: str = "digits.jsonl") -> list[dict[str, Any]]:
@@ -51,15 +51,11 @@ def count_states(table: Table) -> dict[str, int]:
     return {state: len(titles) for state, titles in table.status().items()}
 
 
-def fail(*_: Any) -> None:
-    raise AssertionError("this must not be called")
-
-
 # Files
 
 
-def test_reproduce_writes_csv_records_markdown_and_figure(searched: tuple[Path, Table]) -> None:
-    folder, table = searched
+def test_reproduce_writes_csv_records_markdown_and_figure(searched_table: tuple[Path, Table]) -> None:
+    folder, table = searched_table
     assert sorted(path.name for path in (folder / "results/tables").iterdir()) == [
         "digits.csv",
         "digits.jsonl",
@@ -79,14 +75,14 @@ def test_reproduce_writes_csv_records_markdown_and_figure(searched: tuple[Path, 
     assert (folder / "results/tables/digits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_search_does_not_evaluate_the_test_set(searched: tuple[Path, Table]) -> None:
-    records = read_records(searched[0]).values()
+def test_search_does_not_evaluate_test_set(searched_table: tuple[Path, Table]) -> None:
+    records = read_records(searched_table[0]).values()
     assert len(records) == 8
     assert [record["config"]["seed"] for record in records if record["test"] is None] == [7] * 4
 
 
-def test_search_file_has_every_trial_and_gives_the_choice(searched: tuple[Path, Table]) -> None:
-    folder, table = searched
+def test_search_file_lists_every_trial_and_explains_choice(searched_table: tuple[Path, Table]) -> None:
+    folder, table = searched_table
     trials = read_json_lines(folder, "digits_search.jsonl")
     assert [(trial["row"], trial["candidate"]) for trial in trials] == [
         (row.name, candidate) for row in table.rows for candidate in SEARCH["candidates"]
@@ -108,8 +104,8 @@ def test_table_without_search_writes_no_search_file(tmp_path: Path) -> None:
     assert "all trials" not in (tmp_path / "results/tables/digits.md").read_text()
 
 
-def test_load_results_restores_records_and_choices(searched: tuple[Path, Table], tmp_path: Path) -> None:
-    folder, table = searched
+def test_load_results_restores_records_and_choices(searched_table: tuple[Path, Table], tmp_path: Path) -> None:
+    folder, table = searched_table
     shutil.copytree(folder / "results", tmp_path / "results")
     loaded = create_table(tmp_path, search=SEARCH)
     loaded.load_results()
@@ -120,17 +116,17 @@ def test_load_results_restores_records_and_choices(searched: tuple[Path, Table],
             assert (tmp_path / "results/tables" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_load_results_rejects_missing_and_other_records(searched_copy: Path, tmp_path: Path) -> None:
+def test_load_results_rejects_missing_and_mismatched_records(searched_table_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no .*digits\.jsonl; reproduce the table first"):
         create_table(tmp_path / "nowhere", search=SEARCH).load_results()
     with pytest.raises(UsageError, match=r"digits\.jsonl has no complete row 'LeNet-5 plain' of the configuration"):
-        create_table(searched_copy, "optim.weight_decay=0.5", search=SEARCH).load_results()
+        create_table(searched_table_copy, "optim.weight_decay=0.5", search=SEARCH).load_results()
 
 
 # Scheduling
 
 
-def test_reproduce_reuses_records(searched_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduce_reuses_records(searched_table_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
     def run_recorded(cfg: Any) -> tuple[dict[str, Any], bool]:
@@ -139,9 +135,9 @@ def test_reproduce_reuses_records(searched_copy: Path, monkeypatch: pytest.Monke
         return record, is_new
 
     monkeypatch.setattr(reporting.table, "run", run_recorded)
-    before = {path: path.stat().st_mtime_ns for path in read_records(searched_copy)}
-    create_table(searched_copy, search=SEARCH).reproduce()
-    assert {path: path.stat().st_mtime_ns for path in read_records(searched_copy)} == before
+    before = {path: path.stat().st_mtime_ns for path in read_records(searched_table_copy)}
+    create_table(searched_table_copy, search=SEARCH).reproduce()
+    assert {path: path.stat().st_mtime_ns for path in read_records(searched_table_copy)} == before
 
 
 def test_interrupted_table_keeps_whole_records_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +158,7 @@ def test_interrupted_table_keeps_whole_records_and_is_resumed(tmp_path: Path, mo
     assert len(create_table(tmp_path).reproduce()) == 2 and count == 7
 
 
-def test_without_leaves_out_rows(tmp_path: Path) -> None:
+def test_without_option_excludes_rows(tmp_path: Path) -> None:
     assert [row.name for row in create_table(tmp_path, without=["conv1 Gabor"]).rows] == ["LeNet-5 plain"]
 
 
@@ -181,7 +177,7 @@ def test_comparison_with_unknown_row_is_rejected(tmp_path: Path, changes: dict[s
         create_table(tmp_path, **changes)
 
 
-def test_invalid_row_is_rejected_before_the_first_run(tmp_path: Path) -> None:
+def test_invalid_row_is_rejected_before_first_run(tmp_path: Path) -> None:
     rows = [{"name": "plain", "overrides": ["model=lenet"]}, {"name": "bad", "overrides": ["arrangement.conv1=G5"]}]
     with pytest.raises(UsageError, match="'G5' fills 5 of 6 kernels of conv1"):
         create_table(tmp_path, rows=rows).reproduce()
@@ -192,19 +188,18 @@ def test_invalid_row_is_rejected_before_the_first_run(tmp_path: Path) -> None:
 
 
 def test_init_and_status_load_no_data_and_build_no_model(
-    searched: tuple[Path, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searched_table: tuple[Path, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_run_data", "build_model"):
-        monkeypatch.setattr(reporting.table, name, fail)
+    forbid_calls(monkeypatch, "load_run_data", "build_model")
     assert count_states(create_table(tmp_path, search=SEARCH)) == {"done": 0, "running": 0, "failed": 0, "left": 8}
     assert not any(tmp_path.iterdir())
-    finished = create_table(searched[0], search=SEARCH)
+    finished = create_table(searched_table[0], search=SEARCH)
     assert count_states(finished) == {"done": 8, "running": 0, "failed": 0, "left": 0}
-    with pytest.raises(AssertionError, match="this must not be called"):
-        finished.check_rows()  # does load data
+    with pytest.raises(AssertionError, match="load_run_data must not be called"):
+        finished.check_rows()  # needs data
 
 
-def test_status_names_a_run_that_another_worker_has_locked(tmp_path: Path) -> None:
+def test_status_names_run_locked_by_another_worker(tmp_path: Path) -> None:
     table = create_table(tmp_path)
     planned = table.plan_runs()[1]
     with planned.directory.lock():
@@ -220,7 +215,7 @@ def check_running(folder: Path, title: str) -> None:
 
 
 def read_outcome(folder: Path) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """A table, its records and its trials, without the time that they took."""
+    """A table, its records and its trials; the time that they took is set to 0."""
     records, trials = (
         [{**line, "seconds": 0} for line in read_json_lines(folder, name)]
         for name in ("digits.jsonl", "digits_search.jsonl")
@@ -228,7 +223,7 @@ def read_outcome(folder: Path) -> tuple[str, list[dict[str, Any]], list[dict[str
     return (folder / "results/tables/digits.csv").read_text(), records, trials
 
 
-def test_workers_share_a_table_and_a_killed_one_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting.table, "POLL_SECONDS", 0.1)
     single, shared, log = tmp_path / "single", tmp_path / "shared", tmp_path / "log"
     assert run_in_child(lambda: create_table(single, search=SEARCH).reproduce()) == 0
@@ -295,7 +290,7 @@ def test_search_ignores_failed_candidates(tmp_path: Path, monkeypatch: pytest.Mo
     assert [trial["candidate"] for trial in trials] == [["optim.lr=0.01"]] * 2
 
 
-# Records made with other code
+# Records of other code
 
 
 def make_outdated(path: Path, **changes: Any) -> None:
@@ -304,10 +299,10 @@ def make_outdated(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(record))
 
 
-def test_count_outdated_counts_records_of_other_and_unknown_code(searched_copy: Path) -> None:
-    table = create_table(searched_copy, search=SEARCH)
+def test_count_outdated_counts_records_of_other_and_unknown_code(searched_table_copy: Path) -> None:
+    table = create_table(searched_table_copy, search=SEARCH)
     assert table.count_outdated() == (0, 8)
-    first, second, *_ = read_records(searched_copy)
+    first, second, *_ = read_records(searched_table_copy)
     make_outdated(first)
     record = json.loads(second.read_text())
     assert record.pop("sources") == digest_sources()
@@ -317,38 +312,36 @@ def test_count_outdated_counts_records_of_other_and_unknown_code(searched_copy: 
     assert table.count_outdated() == (2, 8)  # reused
 
 
-def test_fresh_reruns_outdated_records_only(searched: tuple[Path, Table], searched_copy: Path) -> None:
-    records = read_records(searched_copy)
+def test_fresh_reruns_outdated_records_only(searched_table: tuple[Path, Table], searched_table_copy: Path) -> None:
+    records = read_records(searched_table_copy)
     outdated = next(path for path, record in records.items() if record["test"] is not None)
     make_outdated(outdated, test={"top1": 1.0, "loss": 9.0})
     untouched = {path: path.stat().st_mtime_ns for path in records if path != outdated}
-    table = create_table(searched_copy, "fresh=true", search=SEARCH)
+    table = create_table(searched_table_copy, "fresh=true", search=SEARCH)
     table.reproduce()
     assert table.count_outdated() == (0, 8)
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert json.loads(outdated.read_text())["sources"] == digest_sources()
-    (superseded,) = searched_copy.glob("runs/*/superseded-1/record.json")
+    (superseded,) = searched_table_copy.glob("runs/*/superseded-1/record.json")
     assert superseded.parents[1] == outdated.parent
     assert json.loads(superseded.read_text())["sources"] == OTHER_SOURCES
     csv = Path("results/tables/digits.csv")
-    assert (searched_copy / csv).read_bytes() == (searched[0] / csv).read_bytes()
+    assert (searched_table_copy / csv).read_bytes() == (searched_table[0] / csv).read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the search reads outdated records before they are rerun")
-def test_fresh_chooses_among_rerun_trials(searched: tuple[Path, Table], searched_copy: Path) -> None:
-    for path, record in read_records(searched_copy).items():
+def test_fresh_chooses_among_rerun_trials(searched_table: tuple[Path, Table], searched_table_copy: Path) -> None:
+    for path, record in read_records(searched_table_copy).items():
         if record["config"]["optim"]["lr"] == 0.0001:
             make_outdated(path, val={"top1": 100.0, "loss": 0.0})
-    table = create_table(searched_copy, "fresh=true", search=SEARCH)
+    table = create_table(searched_table_copy, "fresh=true", search=SEARCH)
     table.reproduce()
     assert [row.chosen for row in table.rows] == [["optim.lr=0.02"]] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="the outdated record stays in the table")
 def test_fresh_does_not_reuse_an_outdated_record_if_the_rerun_fails(
-    searched_copy: Path, monkeypatch: pytest.MonkeyPatch
+    searched_table_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = next(path for path, record in read_records(searched_copy).items() if record["test"] is not None)
+    path = next(path for path, record in read_records(searched_table_copy).items() if record["test"] is not None)
     make_outdated(path)
     original = reporting.table.run
 
@@ -359,17 +352,17 @@ def test_fresh_does_not_reuse_an_outdated_record_if_the_rerun_fails(
 
     monkeypatch.setattr(reporting.table, "run", run_or_fail)
     with pytest.raises(UsageError, match="1 of 8 runs failed, 7 are done"):
-        create_table(searched_copy, "fresh=true", search=SEARCH).reproduce()
+        create_table(searched_table_copy, "fresh=true", search=SEARCH).reproduce()
 
 
 # Tables of configs/table
 
 
 @pytest.mark.parametrize(("name", "rows"), [("flowers102", [0, 3, 4, 7]), ("food101", [4, 7])])
-def test_large_images_become_a_table(
+def test_table_of_large_images_is_reproduced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list[int]
 ) -> None:
-    """Image cache, pretrained weights from the library's cache, two steps, test and table, for plain and exp3."""
+    """Covers the image cache, cached pretrained weights, two steps, the test and the table, for plain and exp3."""
     getattr(trees, f"write_{name}")(tmp_path / "data")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     weights = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
@@ -406,7 +399,7 @@ def test_every_table_composes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backbone"), [("flowers102_alexnet", "alexnet"), ("food101_resnet18", "resnet18"), ("food101", "resnet50")]
 )
-def test_rows_name_the_backbone_of_their_table(tmp_path: Path, name: str, backbone: str) -> None:
+def test_rows_use_backbone_of_their_table(tmp_path: Path, name: str, backbone: str) -> None:
     table = Table(name, load_settings(name), [f"paths.results={tmp_path}"])
     assert len(table.rows) == 8 and backbone in table.settings.title
     for row in table.rows:

@@ -13,13 +13,13 @@ RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def script_command() -> Command:
-    """Gives the command line that runs a script with arguments."""
+    """Returns the command line that runs a script with arguments."""
     return lambda name, *arguments: [sys.executable, str(ROOT / "scripts" / name), *arguments]
 
 
 @pytest.fixture
 def run_script(script_command: Command) -> RunScript:
-    """Runs a script and waits for its end; the result has the exit status, stdout and stderr."""
+    """Runs a script and waits until it ends; the result has the exit status, stdout and stderr."""
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(script_command(name, *arguments), capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import acl
 from tests.scripts.conftest import RunScript
 
 
-def test_approximate_fits_a_file_of_kernels(tmp_path: Path, run_script: RunScript) -> None:
+def test_approximate_fits_kernels_of_file(tmp_path: Path, run_script: RunScript) -> None:
     weight = np.random.default_rng(0).normal(size=(4, 3, 5, 5)).astype(np.float32)
     weight[1, 1] = 0
     np.save(tmp_path / "conv.npy", weight)
@@ -32,7 +32,7 @@ def test_approximate_fits_a_file_of_kernels(tmp_path: Path, run_script: RunScrip
 
 
 @pytest.mark.slow
-def test_approximate_fits_a_layer_of_a_network(tmp_path: Path, run_script: RunScript) -> None:
+def test_approximate_fits_layer_of_network(tmp_path: Path, run_script: RunScript) -> None:
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "weights.pth")
     arguments = ["source=timm/mobilenetv3_small_050", f"weights={tmp_path}/weights.pth", f"folder={tmp_path}"]
     done = run_script("approximate.py", *arguments, "layer=blocks.0.0.conv_dw", "tolerances=[]")
@@ -49,7 +49,7 @@ def test_approximate_fits_a_layer_of_a_network(tmp_path: Path, run_script: RunSc
         (np.zeros((2, 3)), "the weight must have 4 dimensions (out, in / groups, kh, kw), got (2, 3)"),
         (
             np.full((1, 1, 3, 3), np.nan),
-            "1 kernels of the weight are not finite; the first belongs to channels (0, 0)",
+            "the weight has non-finite values in 1 of 1 kernels; the first is weight[0, 0]",
         ),
         (np.zeros((2, 1, 3, 3)), "all 2 kernels of conv are zero or constant: there is nothing to fit"),
     ],

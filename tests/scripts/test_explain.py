@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
-from training.errors import UsageError
 from training.loop import run, snapshot_akps
 from training.runs import build_model, load_finished_run, open_run_directory
 
@@ -22,7 +21,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def train_run(folder: Path, *overrides: str) -> Path:
-    """The folder of a run of two epochs."""
+    """Trains for two epochs and returns the folder of the run."""
     cfg = compose([*overrides, "trainer.epochs=2", "trainer.accelerator=cpu", f"paths.runs={folder}"])
     run(cfg)
     return open_run_directory(cfg).path
@@ -60,7 +59,7 @@ def test_page_is_self_contained_and_shows_every_kernel(page: Path) -> None:
     assert re.search(f'data-formula="{gabor}{number} deg"', text.replace("&#39;", "'"))
 
 
-def test_page_shows_the_initial_akps_of_the_run(run_path: Path) -> None:
+def test_recorded_akps_start_at_initial_akps_of_run(run_path: Path) -> None:
     finished = load_finished_run(run_path)
     torch.manual_seed(finished.settings.seed)
     initial = snapshot_akps(build_model(finished.settings, finished.data))
@@ -72,8 +71,8 @@ def test_page_shows_the_initial_akps_of_the_run(run_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_page_in_a_browser_shows_the_formula_of_a_tapped_kernel(page: Path, tmp_path: Path) -> None:
-    """Also logs no error on the console and sends no request but for the page."""
+def test_page_in_browser_shows_formula_of_tapped_kernel(page: Path, tmp_path: Path) -> None:
+    """The page also logs nothing to the console and sends no request to a server."""
     tapped = tmp_path / "tapped.html"
     tap = "<script>document.querySelectorAll('.tiles button')[7].click()</script>"
     tapped.write_text(page.read_text().replace("</body>", f"{tap}</body>"))
@@ -119,11 +118,13 @@ def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Pat
     )
     unfinished = shutil.copytree(run_path, tmp_path / "unfinished")
     (unfinished / "record.json").unlink()
-    with pytest.raises(UsageError, match=f"{unfinished} has an unfinished run: it has no record.json"):
-        load_finished_run(unfinished)
+    done = run_script("explain.py", f"run={unfinished}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {unfinished} has an unfinished run: it has no record.json")
+    assert done.stderr.count("\n") == 1
 
 
-def test_export_gives_the_logits_of_the_run(run_path: Path, tmp_path: Path, run_script: RunScript) -> None:
+def test_exported_network_gives_logits_of_run(run_path: Path, tmp_path: Path, run_script: RunScript) -> None:
     done = run_script("export.py", f"run={run_path}", f"file={tmp_path}/net.onnx", "fold=false")
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")

@@ -18,7 +18,7 @@ from tests.scripts.conftest import ROOT, Command, RunScript
 from training.config import compose
 
 
-def test_train_trains_and_tests_a_network(tmp_path: Path, run_script: RunScript) -> None:
+def test_train_records_configuration_and_test_accuracy(tmp_path: Path, run_script: RunScript) -> None:
     arguments = ["model=ana_lenet", "arrangement.conv1=G6", "arrangement.conv2=G50%_P50%", "seed=3", "trainer.epochs=1"]
     done = run_script("train.py", *arguments, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,9 @@ def test_train_trains_and_tests_a_network(tmp_path: Path, run_script: RunScript)
     assert record["config"]["seed"] == 3 and f"test {record['test']['top1']:.2f}%" in done.stdout
 
 
-def test_train_says_where_a_result_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_reports_whether_result_is_new_reused_or_outdated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = ["model=lenet", "trainer.epochs=1", "trainer.batch_size=600", f"paths.runs={tmp_path}"]
     cfg = compose(overrides)
     train.main(cfg)
@@ -45,7 +47,7 @@ def test_train_says_where_a_result_comes_from(tmp_path: Path, capsys: pytest.Cap
     assert (path.parent / "superseded-1/record.json").exists()
 
 
-def test_train_sweeps_and_collect_gathers_the_runs(tmp_path: Path, run_script: RunScript) -> None:
+def test_collect_lists_every_run_of_sweep(tmp_path: Path, run_script: RunScript) -> None:
     sweep = ["-m", "hydra/launcher=cores", "arrangement.conv1=G6,G3_P3", "seed=0,1", "trainer.epochs=1"]
     done = run_script("train.py", *sweep, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -63,7 +65,7 @@ def test_train_sweeps_and_collect_gathers_the_runs(tmp_path: Path, run_script: R
     assert {"test.top1", "parameters.conv", "optim.lr", "commit", "machine.device", "versions.torch"} <= set(frame)
 
 
-def test_mosaic_draws_a_layer(tmp_path: Path, run_script: RunScript) -> None:
+def test_mosaic_draws_layer(tmp_path: Path, run_script: RunScript) -> None:
     file = tmp_path / "mosaic.png"
     done = run_script("mosaic.py", "mosaic=G50%_P50%", "out_channels=8", f"file={file}")
     assert (done.returncode, done.stdout.strip()) == (0, str(file)), done.stderr
@@ -122,7 +124,7 @@ def test_invalid_input_gives_one_line_and_exit_status_2(
     assert not any(tmp_path.iterdir())
 
 
-def test_reproduce_table_writes_a_table_and_reports_outdated_runs(tmp_path: Path, run_script: RunScript) -> None:
+def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, run_script: RunScript) -> None:
     arguments = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
     arguments += ["trainer.epochs=1", "trainer.batch_size=600"]
     done = run_script("reproduce_table.py", *arguments)
@@ -164,8 +166,8 @@ def test_reproduce_table_renders_committed_records_without_runs(tmp_path: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_processes_give_the_result_of_one(tmp_path: Path, run_script: RunScript, script_command: Command) -> None:
-    """To 1e-9 in float64, also if batches do not divide evenly or the processes are killed midway; only one writes."""
+def test_two_processes_give_result_of_one(tmp_path: Path, run_script: RunScript, script_command: Command) -> None:
+    """Weights agree to 1e-9 in float64, with uneven batches and after both processes were killed; only one prints."""
     arguments = ["arrangement=mosaic", "trainer.precision=64-true", "trainer.epochs=3", "trainer.batch_size=51"]
     arguments += ["data.shift=1", "trainer.accelerator=cpu"]
     results = []

@@ -1,4 +1,4 @@
-"""Several reproduce_table.py at once, in shells and through Slurm. Minutes: pytest -m "slow or slurm" """
+"""Several workers of reproduce_table.py, in shells and in Slurm jobs. Takes minutes: pytest -m "slow or slurm" """
 
 import json
 import os
@@ -34,7 +34,7 @@ def table_arguments(folder: Path) -> Arguments:
 
 @pytest.fixture
 def single_worker_outcome(folder: Path, run_script: RunScript, table_arguments: Arguments) -> Outcome:
-    """The table of a single worker."""
+    """The table that a single worker reproduces."""
     if not (folder / "single/results").exists():
         done = run_script("reproduce_table.py", *table_arguments("single"))
         assert done.returncode == 0, done.stderr
@@ -56,18 +56,18 @@ def wait_for_records(folder: Path, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_in_shells_share_a_table(
+def test_workers_in_shells_share_table(
     folder: Path,
     script_command: Command,
     table_arguments: Arguments,
     single_worker_outcome: Outcome,
     workers: int,
 ) -> None:
-    """One worker is killed midway and replaced; no run is done twice."""
+    """One worker is killed midway and replaced; no run is trained twice."""
     name = f"{workers}"
     command = script_command("reproduce_table.py", *table_arguments(name))
     logs = [(folder / f"{name}-{i}.log").open("w+") for i in range(workers + 1)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that the log has what a killed worker printed
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # keeps what a killed worker has printed
     processes = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for log in logs[:workers]]
     wait_for_records(folder / name, 6)
     processes[0].kill()
@@ -86,7 +86,7 @@ def test_workers_in_shells_share_a_table(
 
 @pytest.fixture
 def list_slurm_jobs() -> Iterator[Callable[[], list[str]]]:
-    """Lists the ids of the Slurm jobs that the test has started; any that are left are canceled at its end."""
+    """Lists the ids of the Slurm jobs that the test has started; cancels those that remain at its end."""
     if shutil.which("sbatch") is None:
         pytest.skip("needs sbatch")
 
@@ -113,14 +113,14 @@ def test_sweep_runs_through_slurm(
 
 
 @pytest.mark.slurm
-def test_slurm_jobs_share_a_table(
+def test_slurm_jobs_share_table(
     folder: Path,
     script_command: Command,
     table_arguments: Arguments,
     single_worker_outcome: Outcome,
     list_slurm_jobs: Callable[[], list[str]],
 ) -> None:
-    """One of two jobs is canceled midway; the same command, submitted again, does the rest."""
+    """One of two jobs is canceled midway; submitting the same command again completes the table."""
     command = script_command(
         "reproduce_table.py", "-m", "hydra/launcher=slurm", "worker=0,1", *table_arguments("slurm")
     )

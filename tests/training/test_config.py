@@ -9,11 +9,15 @@ from training.errors import UsageError
 from training.run_directory import compute_run_id
 
 
+def get_identity(*overrides: str) -> dict[str, Any]:
+    return identity(compose(list(overrides)))
+
+
 def compute_id(*overrides: str) -> str:
-    return compute_run_id(identity(compose(list(overrides))))
+    return compute_run_id(get_identity(*overrides))
 
 
-def test_overrides_may_name_any_layer_and_keep_their_text() -> None:
+def test_arrangement_override_accepts_any_layer_name_and_keeps_its_text() -> None:
     cfg = compose(["arrangement.conv1=G2 P4", "arrangement.conv2=G50%_P50%", "arrangement.layer1.0.conv1=G100%"])
     assert cfg.arrangement.conv1 == "G2 P4" and cfg.arrangement.conv2 == "G50%_P50%"
     assert flatten(resolve(cfg)["arrangement"])["layer1.0.conv1"] == "G100%"
@@ -121,16 +125,12 @@ def test_null_option_added_later_keeps_run_id() -> None:
         assert compute_id(override) == compute_id()
 
 
-def get_identity(*overrides: str) -> dict[str, Any]:
-    return identity(compose(list(overrides)))
-
-
 def test_options_that_were_always_null_stay_in_identity() -> None:
     assert get_identity("model=lenet")["model"]["layer"] is None
-    imagefolder = ("data=flowers102", "data.mean=null", "data.std=null", "data.crop=null")
-    data = get_identity(*imagefolder)["data"]
+    null_options = ("data=flowers102", "data.mean=null", "data.std=null", "data.crop=null")
+    data = get_identity(*null_options)["data"]
     assert [data[key] for key in ("mean", "std", "crop")] == [None, None, None]
-    assert compute_id(*imagefolder) != compute_id("data=flowers102")
+    assert compute_id(*null_options) != compute_id("data=flowers102")
 
 
 def test_null_arrangement_of_a_layer_stays_in_identity() -> None:

@@ -37,14 +37,14 @@ def test_normalized_training_images_have_mean_zero_and_variance_one(digits: Data
     assert normalized.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_given_mean_and_std_are_those_of_images_of_0_to_1(digits: Data) -> None:
+def test_given_mean_and_std_refer_to_pixels_from_0_to_1(digits: Data) -> None:
     data = load_data(name="digits", augmentation=make_augmentation(), root="data", mean=[0.5], std=[0.25])
     expected = (digits.train.images.float() / 255 - 0.5) / 0.25
     torch.testing.assert_close(data.normalize(data.train.images), expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_normalized_images_have_memory_format_and_leave_input_unchanged(
+def test_normalize_gives_memory_format_of_data_and_leaves_input_unchanged(
     digits: Data, memory_format: torch.memory_format
 ) -> None:
     data = replace(digits, memory_format=memory_format)
@@ -104,7 +104,7 @@ def test_no_augmentation_leaves_images_unchanged() -> None:
     assert torch.equal(make_augmentation()(images, torch.Generator()), images)
 
 
-def test_shift_moves_each_image_on_its_own() -> None:
+def test_shift_moves_each_image_independently() -> None:
     images = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
     shifted = make_augmentation(shift=2)(images, make_generator())
     shifts = set()
@@ -133,7 +133,7 @@ def test_random_crops_are_boxes_of_their_own_image() -> None:
     x, y = crops[:, 0], crops[:, 1]
     assert (x - x[:, :1]).abs().max() < 1e-3 and (y - y[:, :, :1]).abs().max() < 1e-3  # no skew
     inner = slice(2, -2)  # the outermost pixels repeat the border
-    width = (x[:, 0, inner][:, -1] - x[:, 0, inner][:, 0]) / 27 * 32
+    width = (x[:, 0, inner][:, -1] - x[:, 0, inner][:, 0]) / 27 * 32  # 27 steps between 28 pixels
     height = (y[:, inner, 0][:, -1] - y[:, inner, 0][:, 0]) / 27 * 32
     assert width.max() <= side + 0.5 and height.max() <= side + 0.5 and crops.min() >= 0 and crops.max() <= side
     area, aspect = width * height / side**2, width / height
@@ -172,7 +172,7 @@ def test_crops_in_threads_match_crops_in_one_batch() -> None:
         [[0, 0, 64, 64], [8, 16, 32, 16], [0, 32, 64, 32], [1, 2, 60, 50], [40, 40, 24, 24], [5, 0, 9, 64]]
     )
     boxes = boxes / 64
-    mirrored = boxes + boxes[:, 2:3] * torch.tensor([1, 0, -2, 0])
+    mirrored = boxes + boxes[:, 2:3] * torch.tensor([1, 0, -2, 0])  # a negative width mirrors the box
     images, boxes = smooth.repeat(2, 1, 1, 1), torch.cat([boxes, mirrored])
     threaded, batched = (crop(images, boxes, 32).float() for crop in (crop_images_in_threads, crop_images_in_one_batch))
     assert (threaded - batched).abs().mean() < 1.5 and (threaded - batched).abs().max() < 40

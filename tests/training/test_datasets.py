@@ -14,7 +14,7 @@ from training.runs import load_run_data, parse_run
 
 
 def load(name: str, root: Path, *overrides: str) -> Data:
-    """The data that a command line with these options gives."""
+    """Loads the data set that these command-line options select."""
     options = [f"data={name}", f"data.root={root}"]
     if name in ("flowers102", "food101", "imagefolder"):
         options += [f"data.cache={root}/cache", "data.size=32", "data.crop=24"]
@@ -23,7 +23,7 @@ def load(name: str, root: Path, *overrides: str) -> Data:
     return load_run_data(parse_run(compose([*options, *overrides])))
 
 
-def split_sizes(data: Data) -> list[int]:
+def list_split_sizes(data: Data) -> list[int]:
     return [len(split) for split in (data.train, data.val, data.test)]
 
 
@@ -42,7 +42,7 @@ def accept_any_checksum(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
 
 def test_digits_need_no_files(tmp_path: Path) -> None:
     data = load("digits", tmp_path / "missing")
-    assert split_sizes(data) == [1237, 200, 360] and not (tmp_path / "missing").exists()
+    assert list_split_sizes(data) == [1237, 200, 360] and not (tmp_path / "missing").exists()
     assert data.train.images.shape[1:] == (1, 28, 28) and data.train.images.dtype == torch.uint8
     assert data.train.images.max() > 240
 
@@ -58,7 +58,7 @@ def test_digits_splits_are_disjoint_and_fixed(tmp_path: Path) -> None:
 def test_idx_files_are_read(tmp_path: Path, name: str, folder: str) -> None:
     write_mnist(tmp_path, folder)
     data = load(name, tmp_path)
-    assert split_sizes(data) == [200, 5000, 300]
+    assert list_split_sizes(data) == [200, 5000, 300]
     for split in (data.train, data.val, data.test):
         assert torch.equal(split.images[:, 0, 3, 5], (split.labels * 20).to(torch.uint8))
 
@@ -92,7 +92,7 @@ def test_idx_label_out_of_range_raises_usage_error(tmp_path: Path) -> None:
 def test_flowers102_has_official_splits(tmp_path: Path) -> None:
     write_flowers102(tmp_path)
     data = load("flowers102", tmp_path)
-    assert split_sizes(data) == [12, 6, 9] and data.classes == 3 and data.train.images.shape[1:] == (3, 32, 32)
+    assert list_split_sizes(data) == [12, 6, 9] and data.classes == 3 and data.train.images.shape[1:] == (3, 32, 32)
     assert labels_match_colors(data)
     assert data.mean.flatten().tolist() == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
 
@@ -100,20 +100,20 @@ def test_flowers102_has_official_splits(tmp_path: Path) -> None:
 def test_food101_holds_out_a_tenth_of_each_class(tmp_path: Path) -> None:
     write_food101(tmp_path)
     data = load("food101", tmp_path)
-    assert split_sizes(data) == [27, 3, 12] and labels_match_colors(data)
+    assert list_split_sizes(data) == [27, 3, 12] and labels_match_colors(data)
     assert data.val.labels.bincount().tolist() == [1, 1, 1]
 
 
 def test_imagefolder_with_validation_folder_uses_it(tmp_path: Path) -> None:
     write_imagefolder(tmp_path, train=5, val=2, test=3)
     data = load("imagefolder", tmp_path)
-    assert split_sizes(data) == [15, 6, 9] and labels_match_colors(data)
+    assert list_split_sizes(data) == [15, 6, 9] and labels_match_colors(data)
 
 
 def test_imagefolder_without_validation_folder_holds_out_fixed_share(tmp_path: Path) -> None:
     write_imagefolder(tmp_path, train=10, test=3)
     data = load("imagefolder", tmp_path, "data.validation=0.2")
-    assert split_sizes(data) == [24, 6, 9] and data.val.labels.bincount().tolist() == [2, 2, 2]
+    assert list_split_sizes(data) == [24, 6, 9] and data.val.labels.bincount().tolist() == [2, 2, 2]
     assert labels_match_colors(data)
     assert torch.equal(load("imagefolder", tmp_path, "data.validation=0.2").val.images, data.val.images)
 
@@ -126,21 +126,21 @@ def test_imagefolder_without_mean_is_normalized_by_training_images(tmp_path: Pat
     assert normalized.std().item() == pytest.approx(1, abs=1e-2)
 
 
-def test_skipped_images_are_skipped_with_their_labels(tmp_path: Path) -> None:
+def test_undecodable_images_are_skipped_with_their_labels(tmp_path: Path) -> None:
     write_imagefolder(tmp_path, train=5, val=2, test=3)
     for name in ("train/class_0/1.png", "train/class_2/4.png", "test/class_1/0.png"):
         (tmp_path / name).write_bytes(b"not an image")
     with pytest.raises(UsageError, match=r"train/class_0/1.png cannot be decoded"):
         load("imagefolder", tmp_path)
     data = load("imagefolder", tmp_path, "data.skip_undecodable=true")
-    assert split_sizes(data) == [13, 6, 8] and labels_match_colors(data)
+    assert list_split_sizes(data) == [13, 6, 8] and labels_match_colors(data)
 
 
 def test_cifar10_official_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar10(tmp_path)
     accept_any_checksum(monkeypatch, "torchvision.datasets.cifar")
     data = load("cifar10", tmp_path)
-    assert split_sizes(data) == [500, 5000, 50] and data.train.images.shape[1:] == (3, 32, 32)
+    assert list_split_sizes(data) == [500, 5000, 50] and data.train.images.shape[1:] == (3, 32, 32)
     for split in (data.train, data.val, data.test):
         assert torch.equal(split.images[:, 0, 3, 5], (split.labels * 20).to(torch.uint8))
         assert (split.images[:, 1] == 7).all()
@@ -184,7 +184,7 @@ def test_missing_files_without_network_are_named(
     assert not root.exists()
 
 
-def test_split_without_a_class_raises_before_decoding(tmp_path: Path) -> None:
+def test_split_that_lacks_a_class_is_rejected_before_decoding(tmp_path: Path) -> None:
     write_imagefolder(tmp_path, train=5, val=2, test=3)
     for path in (tmp_path / "val/class_1").iterdir():
         path.unlink()

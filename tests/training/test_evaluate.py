@@ -20,7 +20,7 @@ def model_and_data() -> tuple[nn.Module, Data]:
     return build_model(settings, data), data
 
 
-def test_evaluate_equals_accuracy_and_loss_in_one_batch(model_and_data: tuple[nn.Module, Data]) -> None:
+def test_evaluate_matches_accuracy_and_loss_of_one_batch(model_and_data: tuple[nn.Module, Data]) -> None:
     """The training split fills more than one batch, and the last one is smaller."""
     model, data = model_and_data
     split = data.train

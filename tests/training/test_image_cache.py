@@ -21,7 +21,7 @@ def make_image(seed: int, width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def center_square(image: Image.Image) -> torch.Tensor:
+def crop_center_square(image: Image.Image) -> torch.Tensor:
     """The center 40 x 40 pixels of a 60 x 40 image."""
     return torch.from_numpy(np.array(image)[:, 10:50]).permute(2, 0, 1)
 
@@ -60,7 +60,7 @@ def test_images_are_center_squares(paths: list[Path]) -> None:
     images = load_images(paths)
     assert images.shape == (20, 3, 40, 40) and images.dtype == torch.uint8
     for i, image in enumerate(images):
-        assert torch.equal(image, center_square(make_image(i)))
+        assert torch.equal(image, crop_center_square(make_image(i)))
 
 
 def test_scaling_matches_torchvision_resize_and_center_crop(paths: list[Path]) -> None:
@@ -74,7 +74,7 @@ def test_other_color_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) ->
     path = tmp_path / f"image.{suffix}"
     make_image(0).convert(mode).save(path)
     with Image.open(path) as image:
-        expected = center_square(image.convert("RGB"))
+        expected = crop_center_square(image.convert("RGB"))
     assert torch.equal(load_images([path])[0], expected)
 
 
@@ -142,12 +142,12 @@ def test_interrupted_cache_is_resumed(paths: list[Path], monkeypatch: pytest.Mon
     images = load_images(paths)
     assert sorted(decoded) == sorted(paths[12:])
     for i, image in enumerate(images):
-        assert torch.equal(image, center_square(make_image(i)))
+        assert torch.equal(image, crop_center_square(make_image(i)))
 
 
 @pytest.fixture
-def damaged(paths: list[Path]) -> tuple[list[Path], torch.Tensor]:
-    """Paths of which the images 5 and 17 cannot be decoded, and the images from before the damage."""
+def damaged_images(paths: list[Path]) -> tuple[list[Path], torch.Tensor]:
+    """The paths, of which 5 and 17 now hold undecodable images, and all images as decoded before the damage."""
     intact = load_images(paths).clone()
     content = paths[5].read_bytes()
     paths[5].write_bytes(content[: len(content) // 2])
@@ -155,26 +155,26 @@ def damaged(paths: list[Path]) -> tuple[list[Path], torch.Tensor]:
     return paths, intact
 
 
-def test_undecodable_image_raises_one_line_error(damaged: tuple[list[Path], torch.Tensor]) -> None:
+def test_undecodable_image_raises_one_line_error(damaged_images: tuple[list[Path], torch.Tensor]) -> None:
     with pytest.raises(UsageError, match=r"5\.png cannot be decoded \(.*data.skip_undecodable=true") as error:
-        load(damaged[0])
+        load(damaged_images[0])
     assert "\n" not in str(error.value)
 
 
 def test_undecodable_images_are_skipped_on_request(
-    damaged: tuple[list[Path], torch.Tensor], capsys: pytest.CaptureFixture[str]
+    damaged_images: tuple[list[Path], torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths, intact = damaged
+    paths, intact = damaged_images
     images, skipped = load(paths, skip_undecodable=True)
     assert skipped == [5, 17]
     assert torch.equal(images, intact[[i for i in range(20) if i not in skipped]])
     assert f"left out 2 images that cannot be decoded: {paths[5]}, ..." in capsys.readouterr().err
 
 
-def test_cache_with_skipped_images_raises_when_skipping_is_off(damaged: tuple[list[Path], torch.Tensor]) -> None:
-    load(damaged[0], skip_undecodable=True)
+def test_cache_with_skipped_images_raises_when_skipping_is_off(damaged_images: tuple[list[Path], torch.Tensor]) -> None:
+    load(damaged_images[0], skip_undecodable=True)
     with pytest.raises(UsageError, match=r"5\.png cannot be decoded"):
-        load(damaged[0])
+        load(damaged_images[0])
 
 
 def test_concurrent_processes_decode_each_image_once(paths: list[Path], tmp_path: Path) -> None:

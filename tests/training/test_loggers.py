@@ -15,7 +15,7 @@ from training.validation import construct
 
 BLOCK, HEADER = 32768, 7  # bytes
 WHOLE, LAST = 1, 4
-"""Types of fragments that complete a record."""
+"""The types of fragments that end a record."""
 
 
 def read_records(path: Path) -> list[Any]:
@@ -46,7 +46,7 @@ def read_records(path: Path) -> list[Any]:
 
 
 def unflatten(items: Any) -> dict[str, Any]:
-    """The values of items with nested keys, as nested dictionaries."""
+    """The values of W&B's items as nested dictionaries."""
     result: dict[str, Any] = {}
     for item in items:
         *path, last = item.nested_key or [item.key]

@@ -9,8 +9,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from tests.training.configurations import compose_run
 from training import loop
-from training.config import compose, identity
+from training.config import identity
 from training.data import Augmentation
 from training.errors import UsageError
 from training.evaluate import evaluate
@@ -20,15 +21,9 @@ from training.provenance import digest_sources
 from training.run_directory import compute_run_id
 from training.runs import build_model, load_finished_run, load_run_data, open_run_directory, parse_run
 
-SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.accelerator=cpu"]
-
-
-def compose_run(runs: Path, *overrides: str) -> DictConfig:
-    return compose([*SMALL, f"paths.runs={runs}", *overrides])
-
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any]]:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any]]:
     cfg = compose_run(tmp_path_factory.mktemp("runs"), "trainer.epochs=3", "trainer.batch_size=32")
     record, is_new = run(cfg)
     assert is_new
@@ -36,17 +31,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict
 
 
 @pytest.fixture
-def finished_copy(tmp_path: Path, finished: tuple[DictConfig, dict[str, Any]]) -> tuple[DictConfig, dict[str, Any]]:
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a run builds a model."""
+    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
+
+
+@pytest.fixture
+def finished_run_copy(
+    tmp_path: Path, finished_run: tuple[DictConfig, dict[str, Any]]
+) -> tuple[DictConfig, dict[str, Any]]:
     """The finished run in a folder that a test may change."""
-    cfg, record = finished
+    cfg, record = finished_run
     shutil.copytree(cfg.paths.runs, tmp_path / "runs")
     copy = cfg.copy()
     copy.paths.runs = str(tmp_path / "runs")
     return copy, record
 
 
-def test_run_learns_and_writes_its_files(finished: tuple[DictConfig, dict[str, Any]]) -> None:
-    cfg, record = finished
+def test_run_learns_and_writes_its_files(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run
     assert record["test"]["top1"] > 60 and record["val"]["top1"] > 60
     assert record["parameters"] == {"conv": 310, "total": 59444}
     folder = open_run_directory(cfg).path
@@ -71,12 +74,12 @@ def test_run_learns_and_writes_its_files(finished: tuple[DictConfig, dict[str, A
     assert float(best["val_top1"]) == record["val"]["top1"] == max(float(row["val_top1"]) for row in rows)
 
 
-def test_record_contains_source_digest(finished: tuple[DictConfig, dict[str, Any]]) -> None:
-    assert finished[1]["sources"] == digest_sources()
+def test_record_contains_source_digest(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    assert finished_run[1]["sources"] == digest_sources()
 
 
-def test_akp_trajectories_contain_those_of_saved_weights(finished: tuple[DictConfig, dict[str, Any]]) -> None:
-    cfg, record = finished
+def test_akp_trajectories_contain_akps_of_saved_weights(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run
     folder = open_run_directory(cfg).path
     trajectories = load_file(folder / "akps.safetensors")
     akps = snapshot_akps(load_finished_run(folder).model)
@@ -87,8 +90,8 @@ def test_akp_trajectories_contain_those_of_saved_weights(finished: tuple[DictCon
         assert not torch.equal(trajectories[name][0], values)
 
 
-def test_saved_weights_reproduce_recorded_test_accuracy(finished: tuple[DictConfig, dict[str, Any]]) -> None:
-    cfg, record = finished
+def test_saved_weights_reproduce_recorded_test_accuracy(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run
     settings = parse_run(cfg)
     data = load_run_data(settings)
     model = build_model(settings, data)
@@ -96,18 +99,16 @@ def test_saved_weights_reproduce_recorded_test_accuracy(finished: tuple[DictConf
     assert evaluate(model, data, data.test)["top1"] == record["test"]["top1"]
 
 
-def test_saved_optimizer_state_loads(finished: tuple[DictConfig, dict[str, Any]]) -> None:
-    settings = parse_run(finished[0])
+def test_saved_optimizer_state_loads(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    settings = parse_run(finished_run[0])
     optimizer = build_optimizer(build_model(settings, load_run_data(settings)), settings.optim)
     optimizer.load_state_dict(torch.load(settings.directory.path / "optimizer.pt", weights_only=True))
     assert next(iter(optimizer.state.values()))["exp_avg"].abs().sum() > 0
 
 
-def test_recorded_run_is_not_repeated(
-    finished: tuple[DictConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg, record = finished
-    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
+@pytest.mark.usefixtures("forbid_training")
+def test_recorded_run_is_not_repeated(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run
     same_run = cfg.copy()
     same_run.data.root = "somewhere/else"
     same_run.logger = {"name": "none"}
@@ -127,8 +128,10 @@ def replace_source_digest(cfg: DictConfig, sources: str | None) -> dict[str, Any
 
 
 @pytest.mark.parametrize("sources", ["0123456789ab", None])
-def test_fresh_repeats_run_of_other_code(finished_copy: tuple[DictConfig, dict[str, Any]], sources: str | None) -> None:
-    cfg, _ = finished_copy
+def test_fresh_repeats_run_of_other_code(
+    finished_run_copy: tuple[DictConfig, dict[str, Any]], sources: str | None
+) -> None:
+    cfg, _ = finished_run_copy
     old_record = replace_source_digest(cfg, sources)
     folder = open_run_directory(cfg).path
     old_files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("lock", "worker")}
@@ -144,23 +147,21 @@ def test_fresh_repeats_run_of_other_code(finished_copy: tuple[DictConfig, dict[s
     assert run(cfg) == (record, False)
 
 
-def test_fresh_keeps_run_of_same_code(
-    finished_copy: tuple[DictConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg, record = finished_copy
+@pytest.mark.usefixtures("forbid_training")
+def test_fresh_keeps_run_of_same_code(finished_run_copy: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run_copy
     cfg.fresh = True
-    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
     assert run(cfg) == (record, False)
     assert not list(open_run_directory(cfg).path.glob("superseded-*"))
 
 
+@pytest.mark.usefixtures("forbid_training")
 @pytest.mark.parametrize("sources", ["0123456789ab", None])
 def test_run_of_other_code_is_reused_without_fresh(
-    finished_copy: tuple[DictConfig, dict[str, Any]], sources: str | None, monkeypatch: pytest.MonkeyPatch
+    finished_run_copy: tuple[DictConfig, dict[str, Any]], sources: str | None
 ) -> None:
-    cfg, _ = finished_copy
+    cfg, _ = finished_run_copy
     record = replace_source_digest(cfg, sources)
-    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("the run was repeated"))
     assert run(cfg) == (record, False)
 
 
@@ -208,7 +209,7 @@ def test_nonfinite_loss_stops_run_and_keeps_checkpoint(tmp_path: Path, monkeypat
         (["trainer.batch_size=5000"], r"trainer.batch_size=5000 must be .* the number of training images \(1237\)"),
         (["trainer.epochs=0"], "trainer.epochs=0 is invalid: it should be greater than or equal to 1"),
         (["trainer.epochs=1.5"], "trainer.epochs=1.5 is invalid: it should be a valid integer"),
-        (["trainer.devices=true"], "trainer.devices=True is invalid: it should be a valid integer"),
+        (["trainer.devices=true"], "trainer.devices=true is invalid: it should be a valid integer"),
         (["trainer.compile=1"], "trainer.compile=1 is invalid: it should be a valid boolean"),
         (["trainer.checkpoint_minutes=0"], "trainer.checkpoint_minutes=0 is invalid: it should be greater than 0"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),

@@ -20,7 +20,7 @@ def test_akps_have_own_learning_rate_and_no_weight_decay() -> None:
     rates = [(group["lr"], group["weight_decay"]) for group in groups]
     assert rates == [(0.001, 0.1), (0.001, 0), (pytest.approx(0.007), 0)]
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim <= 1 for p in groups[1]["params"])
-    assert sum(p.numel() for p in groups[2]["params"]) == 288
+    assert sum(p.numel() for p in groups[2]["params"]) == 288  # AKPs of the mosaic
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 

@@ -9,7 +9,7 @@ from training.provenance import SOURCES, describe_environment, digest_sources
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree with one source file in each package, in place of the project's."""
+    """A source tree with one module in each package, which replaces the project's."""
     for package in SOURCES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "module.py").write_text("x = 1\n")
@@ -22,7 +22,7 @@ def compute_digest() -> str:
 
 
 @pytest.mark.parametrize("package", SOURCES)
-def test_digest_changes_with_each_package(root: Path, package: str) -> None:
+def test_digest_changes_with_module_of_each_package(root: Path, package: str) -> None:
     path, before = root / package / "module.py", compute_digest()
     assert re.fullmatch("[0-9a-f]{12}", before)
     path.write_text("x = 2\n")
@@ -31,7 +31,7 @@ def test_digest_changes_with_each_package(root: Path, package: str) -> None:
     assert compute_digest() == before
 
 
-def test_digest_changes_with_added_renamed_and_moved_modules(root: Path) -> None:
+def test_digest_changes_when_module_is_added_renamed_or_moved(root: Path) -> None:
     digests = [compute_digest()]
     (root / "acl/other.py").write_text("y = 1\n")
     digests.append(compute_digest())

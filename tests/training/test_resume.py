@@ -13,27 +13,27 @@ import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
+from tests.training.configurations import compose_run
 from tests.training.processes import run_in_child
 from training import loop
 from training.checkpoint import Checkpointer, TrainState
-from training.config import compose
 from training.data import Augmentation, Data
 from training.loop import run
 from training.provenance import digest_sources
 from training.run_directory import RunDirectory
 from training.runs import open_run_directory
 
-SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.batch_size=8", "data.shift=1", "trainer.accelerator=cpu"]
 STEPS = 1237 // 8
-"""Steps of an epoch."""
+"""Steps per epoch."""
 
 Outcome = tuple[bytes, bytes, dict[str, Any]]
 """Weights, metrics and record."""
 
 
-def compose_run(runs: Path, *overrides: str) -> DictConfig:
-    # A checkpoint at every check of the loss, and so also within epochs.
-    return compose([*SMALL, f"paths.runs={runs}", "trainer.checkpoint_minutes=1e-9", *overrides])
+def compose_checkpointed_run(runs: Path, *overrides: str) -> DictConfig:
+    """A run that saves a checkpoint at every check of the loss, and so also within epochs."""
+    options = ["trainer.batch_size=8", "data.shift=1", "trainer.checkpoint_minutes=1e-9"]
+    return compose_run(runs, *options, *overrides)
 
 
 def kill_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
@@ -64,30 +64,30 @@ def read_outcome(cfg: DictConfig) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    cfg = compose_run(tmp_path_factory.mktemp("uninterrupted"))
+def uninterrupted_outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    cfg = compose_checkpointed_run(tmp_path_factory.mktemp("uninterrupted"))
     assert run_in_child(lambda: run(cfg)) == 0
     assert not list(open_run_directory(cfg).path.glob("checkpoint*"))  # a finished run needs none
     return read_outcome(cfg)
 
 
-def test_run_killed_anywhere_is_resumed_with_same_result(tmp_path: Path, uninterrupted: Outcome) -> None:
-    cfg = compose_run(tmp_path)
+def test_run_killed_anywhere_is_resumed_with_same_result(tmp_path: Path, uninterrupted_outcome: Outcome) -> None:
+    cfg = compose_checkpointed_run(tmp_path)
     generator = random.Random(0)
-    places = [(Data, "normalize", 60), (Path, "replace", 4), (Path, "write_bytes", 2), (loop, "load_run_data", 1)]
-    for owner, name, last in places * 2:
+    kill_points = [(Data, "normalize", 60), (Path, "replace", 4), (Path, "write_bytes", 2), (loop, "load_run_data", 1)]
+    for owner, name, last in kill_points * 2:
         run_until_killed(cfg, owner, name, generator.randint(1, last))
     assert open_run_directory(cfg).load_checkpoint() is not None
     assert run_in_child(lambda: run(cfg)) == 0
-    assert read_outcome(cfg) == uninterrupted
+    assert read_outcome(cfg) == uninterrupted_outcome
     assert not list(open_run_directory(cfg).path.glob(".unfinished*"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
 def test_damaged_checkpoint_falls_back_to_previous_one(
-    tmp_path: Path, uninterrupted: Outcome, damage: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, uninterrupted_outcome: Outcome, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = compose_run(tmp_path)
+    cfg = compose_checkpointed_run(tmp_path)
     run_until_killed(cfg, Augmentation, "__call__", STEPS + 80)
     path = open_run_directory(cfg).checkpoint_files[0]
     content = bytearray(path.read_bytes())
@@ -95,14 +95,14 @@ def test_damaged_checkpoint_falls_back_to_previous_one(
     path.write_bytes({"truncated": bytes(content[:-1000]), "flipped bit": bytes(content), "empty": b""}[damage])
     assert run_in_child(lambda: run(cfg)) == 0
     assert f"{path} is damaged; resuming from the checkpoint before it" in capfd.readouterr().err
-    assert read_outcome(cfg) == uninterrupted
+    assert read_outcome(cfg) == uninterrupted_outcome
 
 
 def test_old_checkpoint_without_newer_fields_is_resumed_with_same_result(
-    tmp_path: Path, uninterrupted: Outcome
+    tmp_path: Path, uninterrupted_outcome: Outcome
 ) -> None:
     """The removed fields are not needed at the start of an epoch."""
-    cfg = compose_run(tmp_path)
+    cfg = compose_checkpointed_run(tmp_path)
     run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
     directory = open_run_directory(cfg)
     checkpoint = directory.load_checkpoint()
@@ -124,7 +124,7 @@ def test_old_checkpoint_without_newer_fields_is_resumed_with_same_result(
         assert is_new and calls == STEPS  # the second epoch only
 
     assert run_in_child(resume) == 0
-    assert read_outcome(cfg) == uninterrupted
+    assert read_outcome(cfg) == uninterrupted_outcome
 
 
 FIELDS_WITH_DEFAULTS = [field.name for field in dataclasses.fields(TrainState) if field.name not in ("losses", "hits")]
@@ -161,12 +161,12 @@ def test_field_missing_from_checkpoint_keeps_its_default(tmp_path: Path, missing
             assert actual == expected
 
 
-def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, uninterrupted: Outcome) -> None:
-    cfg = compose_run(tmp_path, "fresh=true")
+def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, uninterrupted_outcome: Outcome) -> None:
+    cfg = compose_checkpointed_run(tmp_path, "fresh=true")
     directory = open_run_directory(cfg)
-    directory.write_record({**uninterrupted[2], "sources": "0123456789ab", "seconds": 1.0})
+    directory.write_record({**uninterrupted_outcome[2], "sources": "0123456789ab", "seconds": 1.0})
     run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
     assert directory.load_record() is None and directory.load_checkpoint() is not None
     assert run_in_child(lambda: run(cfg)) == 0
-    assert read_outcome(cfg) == uninterrupted and uninterrupted[2]["sources"] == digest_sources()
+    assert read_outcome(cfg) == uninterrupted_outcome and uninterrupted_outcome[2]["sources"] == digest_sources()
     assert [path.name for path in directory.path.glob("superseded-*")] == ["superseded-1"]

@@ -5,20 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
 
+from tests.training.configurations import compose_run
 from tests.training.processes import run_in_child
 from training.config import compose, identity
 from training.errors import BusyError, UsageError
 from training.loop import run
 from training.run_directory import UNFINISHED, RunDirectory, compute_run_id, serialize, write_atomic
 from training.runs import open_run_directory
-
-SMALL = ["arrangement=mosaic", "trainer.epochs=2", "trainer.accelerator=cpu"]
-
-
-def compose_run(runs: Path, *overrides: str) -> DictConfig:
-    return compose([*SMALL, f"paths.runs={runs}", *overrides])
 
 
 @pytest.fixture
@@ -29,14 +23,14 @@ def directory(tmp_path: Path) -> RunDirectory:
 # Identity
 
 
-def test_identity_excludes_options_that_do_not_change_result(tmp_path: Path) -> None:
+def test_run_id_excludes_options_that_do_not_change_result(tmp_path: Path) -> None:
     cfg = compose_run(tmp_path)
     options = ["data.root=/x", "logger=wandb", "fresh=true", "trainer.accelerator=auto", "trainer.checkpoint_minutes=1"]
     assert open_run_directory(cfg).id == open_run_directory(compose_run(tmp_path / "other", *options)).id
     assert "paths" not in identity(cfg)
 
 
-def test_identity_includes_options_that_change_result(tmp_path: Path) -> None:
+def test_run_id_includes_options_that_change_result(tmp_path: Path) -> None:
     overrides = ("seed=1", "optim.lr=0.1", "arrangement.conv1=G6", "data.shift=1", "trainer.test=false")
     cfgs = [compose_run(tmp_path), *(compose_run(tmp_path, override) for override in overrides)]
     assert len({open_run_directory(cfg).id for cfg in cfgs}) == 1 + len(overrides)
@@ -50,7 +44,7 @@ def test_identity_ignores_new_option_at_null(tmp_path: Path) -> None:
     assert identity(compose(["model=lenet"]))["model"]["layer"] is None  # this was null from the start
 
 
-def test_run_id_is_hash_independent_of_key_order() -> None:
+def test_run_id_does_not_depend_on_key_order() -> None:
     assert compute_run_id({"seed": 0, "data": {"name": "digits"}}) == "04b9f0707ff1"
     assert compute_run_id({"data": {"name": "digits"}, "seed": 0}) == "04b9f0707ff1"
     assert compute_run_id({"seed": 1, "data": {"name": "digits"}}) != "04b9f0707ff1"
@@ -75,7 +69,7 @@ def test_record_is_loaded_as_written(directory: RunDirectory) -> None:
         ('{"format": 1, "config": {}}', "belongs to another configuration"),
     ],
 )
-def test_foreign_record_is_rejected_and_kept(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_record_is_rejected_and_kept(tmp_path: Path, content: str, message: str) -> None:
     cfg = compose_run(tmp_path)
     record_file = open_run_directory(cfg).record_file
     record_file.parent.mkdir()
@@ -128,7 +122,7 @@ def test_is_locked_while_process_holds_lock(directory: RunDirectory) -> None:
     assert not directory.is_locked()
 
 
-def test_lock_of_killed_process_is_void(directory: RunDirectory) -> None:
+def test_lock_of_killed_process_is_released(directory: RunDirectory) -> None:
     def die_with_lock() -> None:
         with directory.lock():
             os.kill(os.getpid(), signal.SIGKILL)
@@ -146,7 +140,7 @@ def test_lock_deletes_unfinished_files_of_killed_process(directory: RunDirectory
         assert sorted(path.name for path in directory.path.iterdir()) == ["lock", "worker"]
 
 
-def test_folder_that_cannot_be_created_is_usage_error(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_raises_usage_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UsageError, match=r"cannot use .*runs.*: (Not a directory|File exists)"):
         run(compose_run(tmp_path / "runs"))
@@ -179,7 +173,7 @@ def test_write_atomic_creates_folders_and_replaces_file(tmp_path: Path) -> None:
 # Checkpoints
 
 
-def test_last_two_checkpoints_are_kept(directory: RunDirectory) -> None:
+def test_load_checkpoint_returns_newest_of_last_two(directory: RunDirectory) -> None:
     assert directory.load_checkpoint() is None
     for step in (1, 2, 3):
         directory.save_checkpoint({"config": {"seed": 0}, "step": step, "losses": torch.full((2,), float(step))})

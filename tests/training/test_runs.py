@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
+from tests.training.configurations import compose_run
 from training.config import compose
 from training.datasets import Split
 from training.errors import UsageError
@@ -21,12 +21,8 @@ from training.runs import (
 )
 
 
-def compose_run(runs: Path, *overrides: str) -> DictConfig:
-    return compose(["trainer.epochs=1", "trainer.accelerator=cpu", f"paths.runs={runs}", *overrides])
-
-
 def test_finished_run_with_auto_arrangement_has_chosen_kinds(tmp_path: Path) -> None:
-    layer = ["model.layer.tolerance=0.5", "model.layer.amplitude=true"]
+    layer = ["trainer.epochs=1", "model.layer.tolerance=0.5", "model.layer.amplitude=true"]
     cfg = compose_run(tmp_path, "arrangement.conv2=auto", *layer, "seed=5")
     record, _ = run(cfg)
     torch.manual_seed(99)
@@ -37,7 +33,7 @@ def test_finished_run_with_auto_arrangement_has_chosen_kinds(tmp_path: Path) -> 
 
 
 def test_finished_run_has_settings_record_and_weights(tmp_path: Path) -> None:
-    cfg = compose_run(tmp_path, "arrangement=mosaic", "trainer.batch_size=200")
+    cfg = compose_run(tmp_path, "trainer.epochs=1", "trainer.batch_size=200")
     record, _ = run(cfg)
     finished = load_finished_run(open_run_directory(cfg).path)
     assert finished.record == record and finished.path == open_run_directory(cfg).path
@@ -56,7 +52,7 @@ def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
-    cfg = compose_run(tmp_path, "arrangement=mosaic", "trainer.batch_size=200")
+    cfg = compose_run(tmp_path, "trainer.epochs=1", "trainer.batch_size=200")
     run(cfg)
     weights = open_run_directory(cfg).path / "model.safetensors"
     save_file({"fc9.weight": torch.zeros(1)}, weights)
@@ -65,7 +61,7 @@ def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_run_path_may_be_id_in_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_run_path_finds_id_in_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs/0123456789ab").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve_run_path(Path("0123456789ab")) == Path("runs/0123456789ab")
@@ -74,7 +70,7 @@ def test_run_path_may_be_id_in_runs_folder(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> None:
-    settings = parse_run(compose_run(tmp_path, "arrangement=mosaic"))
+    settings = parse_run(compose_run(tmp_path))
     data = load_run_data(settings)
     models = []
     for seed in (1, 1, 2):
@@ -86,8 +82,8 @@ def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> 
     assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
 
 
-def test_images_that_network_does_not_accept_are_rejected(tmp_path: Path) -> None:
-    settings = parse_run(compose_run(tmp_path, "model=lenet"))
+def test_images_that_network_does_not_accept_are_rejected() -> None:
+    settings = parse_run(compose(["model=lenet"]))
     data = load_run_data(settings)
     small = replace(data, train=Split(data.train.images[..., :20, :20], data.train.labels))
     with pytest.raises(UsageError, match=r"model.backbone=lenet does not accept images of 1 x 20 x 20: ") as error:

@@ -102,7 +102,7 @@ def test_default_fills_missing_option() -> None:
     assert construct(OptimSettings, options, "optim").momentum == 0.9
 
 
-def test_null_is_valid_for_optional_options_only() -> None:
+def test_null_is_valid_only_for_options_that_allow_it() -> None:
     augmentation = construct(Augmentation, {**AUGMENTATION.options, "crop": None, "min_area": None}, "data")
     assert augmentation.crop is None and augmentation.min_area is None
     for section, key in [*INTEGERS, *REALS, *BOOLEANS, *TEXTS, *PATHS]:
@@ -110,7 +110,7 @@ def test_null_is_valid_for_optional_options_only() -> None:
             assert get_error(section, {**section.options, key: None}).startswith(f"{section.name}.{key}=")
 
 
-def test_reader_receives_paths_for_text(tmp_path: Path) -> None:
+def test_text_is_converted_to_path_for_reader(tmp_path: Path) -> None:
     message = get_error(IMAGEFOLDER, {**IMAGEFOLDER.options, "root": str(tmp_path / "photos")})
     assert message.startswith(f"no folder {tmp_path / 'photos' / 'train'}")
 

@@ -1,4 +1,4 @@
-"""Writes small data sets in their official layouts. The color or gray value of an image follows from its class."""
+"""Writes small data sets in their official layouts. The color or gray value of an image depends on its class."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ def write_idx(path: Path, array: torch.Tensor) -> None:
 
 
 def write_mnist(root: Path, name: str = "MNIST", train: int = 5200, test: int = 300) -> Path:
-    """Writes images whose pixels are all 20 times their label. Returns the folder of the files."""
+    """Writes images whose pixels all equal 20 times their label. Returns the folder of the files."""
     raw = root / name / "raw"
     for split, n in (("train", train), ("t10k", test)):
         labels = torch.arange(n) % 10
@@ -64,7 +64,7 @@ def write_food101(root: Path, classes: int = 3, train: int = 10, test: int = 4) 
 
 
 def write_imagefolder(root: Path, classes: int = 3, size: int = 40, **counts: int) -> Path:
-    """Writes as many images per class as ``counts`` says for each split, such as ``train=5, test=3``."""
+    """Writes images of each class; ``counts`` gives their number per split, such as ``train=5, test=3``."""
     for split, count in counts.items():
         for k in range(classes):
             for i in range(count):
@@ -73,7 +73,7 @@ def write_imagefolder(root: Path, classes: int = 3, size: int = 40, **counts: in
 
 
 def write_cifar10(root: Path, train: int = 1100, test: int = 50) -> Path:
-    """Writes ``train`` images per training file, of red 20 times their label and green 7."""
+    """Writes ``train`` images to each training file, ``test`` to the test file: red 20 times the label, green 7."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name, n in (*((f"data_batch_{i}", train) for i in range(1, 6)), ("test_batch", test)):
