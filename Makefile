@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup train reproduce-table status sweep test lint clean
 
-help: ## this list
+help: ## shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 	@echo "  TABLE=digits|mnist|cifar10|... (configs/table) selects the table; ARGS='...' adds Hydra overrides, such as ARGS='data.root=/data seed=3'"
 
@@ -20,20 +20,20 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 setup: $(VENV)/.installed ## creates .venv with the exact versions of requirements.lock
 
-train: setup ## one run: make train ARGS='arrangement=mosaic data=mnist seed=3'
+train: setup ## trains one network: make train ARGS='arrangement=mosaic data=mnist seed=3'
 	$(BIN)/python scripts/train.py $(ARGS)
 
-reproduce-table: setup ## performs the runs of TABLE that are not recorded yet and writes the table and its figure
+reproduce-table: setup ## performs the unrecorded runs of TABLE, and writes the table and its figure
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) $(ARGS)
 
-status: setup ## shows which runs of TABLE are done, running, failed and left
+status: setup ## shows which runs of TABLE are done, running, failed or left to do
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) --status $(ARGS)
 
-sweep: setup ## an example of --multirun on all cores: arrangement x seed, then one CSV file of its runs
+sweep: setup ## example of --multirun on all cores: arrangement x seed, then one CSV file of all runs
 	$(BIN)/python scripts/train.py -m hydra/launcher=cores arrangement=gabor,mosaic seed=0,1 paths.runs=runs/sweep $(ARGS)
 	$(BIN)/python scripts/collect.py runs=runs/sweep file=results/sweep.csv
 
-test: setup ## all tests; ARGS='-m slow' for the slow ones, ARGS='-m slurm' on a machine with Slurm
+test: setup ## runs all tests; ARGS='-m slow' for the slow ones, ARGS='-m slurm' on a machine with Slurm
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## checks formatting, lint and types

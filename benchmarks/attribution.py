@@ -1,9 +1,9 @@
-"""Exact Shapley values of all kinds against as many plain evaluations as there are subsets, interleaved, as a ratio.
+"""Time of exact Shapley values of all kinds, relative to one plain evaluation per subset of kinds.
 
     python benchmarks/attribution.py data.root=/data
 
-The network is AnaNN-LeNet with the half-plain arrangement, on MNIST's validation images; its weights do not affect the
-time.
+The two alternate. The network is AnaNN-LeNet with the half-plain arrangement, on MNIST's validation images; its weights
+do not affect the time.
 """
 
 import statistics

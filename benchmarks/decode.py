@@ -1,10 +1,10 @@
-"""An epoch of large images without training: the image cache against decoding in each epoch, interleaved, as a ratio.
+"""Time to load an epoch of large images, decoding the files in each epoch, relative to our image cache.
 
     python benchmarks/decode.py [data=imagefolder data.title=mine data.root=/data]
 
-Both give normalized random resized crops of 224 pixels in batches of 64, mirrored at random. Without a root, the images
-are 1,024 JPEG files of 640 x 480 cut from scikit-learn's two sample photographs. The single pass that fills the cache
-is timed separately.
+The two alternate, without training. Both yield normalized random resized crops of 224 pixels in batches of 64, flipped
+at random. Without arguments, the images are 1,024 JPEG files of 640 x 480, cut from scikit-learn's two sample
+photographs. The single pass that fills the cache is timed separately.
 """
 
 import statistics
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def write_photographs(root: Path) -> Path:
-    """Writes parts of two photographs as JPEG files of an image folder."""
+    """Writes crops of two photographs as JPEG files in the layout of an image folder."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     for split, count in (("train", 1024), ("val", 8), ("test", 8)):

@@ -1,10 +1,10 @@
-"""An epoch of LeNet-5 on MNIST: our batches against torchvision's transforms in a DataLoader, interleaved, as a ratio.
+"""Time of an epoch of LeNet-5 on MNIST with torchvision's transforms in a DataLoader, relative to our batches.
 
     python benchmarks/epoch.py data.root=/data
 
-Both train the same model with the same optimizer, the MNIST table's batch size and as many images; only the way the
-images reach the model differs. It is measured with normalization alone, and with the MNIST table's augmentation (shifts
-by up to a pixel) in addition.
+The two alternate. Both train the same model with the same optimizer, the MNIST table's batch size and as many images;
+only the way the images reach the model differs. They are timed with normalization alone, and with the MNIST table's
+augmentation (shifts by up to a pixel) as well.
 """
 
 import statistics
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure_ratios(settings: RunSettings) -> dict[str, list[float]]:
-    """The time of each way to feed the model relative to ours, round by round."""
+    """Measures the time of each way to feed the model relative to ours, one ratio per round."""
     data, size = load_run_data(settings), settings.trainer.batch_size
     root = settings.data["root"]
     feeds = {"ours": feed_from_memory(data, size)}

@@ -1,9 +1,9 @@
-"""The cost of checkpoints, records, locks, metrics and progress bars: a run against a bare loop of the same steps.
+"""Overhead of checkpoints, records, locks, metrics and progress bars: time of a run relative to a bare loop.
 
     python benchmarks/overhead.py data.root=/data
 
 Both load the same data, train the same network on the same number of batches and evaluate the validation and test
-splits; the bare loop keeps nothing. The two alternate. Each pair gives a ratio of wall time and a ratio of processor
+splits; the bare loop writes no files. The two alternate. Each pair gives a ratio of wall time and a ratio of processor
 time, which is less affected by other work on the machine.
 """
 
@@ -30,11 +30,11 @@ def main() -> None:
     wall: dict[str, list[float]] = {"bare": [], "run": []}
     processor: dict[str, list[float]] = {"bare": [], "run": []}
     with tempfile.TemporaryDirectory() as folder:
-        base = ["data=mnist", "model=lenet", "trainer.epochs=3", "trainer.accelerator=cpu", f"paths.runs={folder}"]
-        for number in tqdm(range(PAIRS + 1), desc="pairs", disable=None):
-            cfg = compose([*base, *sys.argv[1:], f"seed={number}"])
+        defaults = ["data=mnist", "model=lenet", "trainer.epochs=3", "trainer.accelerator=cpu", f"paths.runs={folder}"]
+        for pair in tqdm(range(PAIRS + 1), desc="pairs", disable=None):
+            cfg = compose([*defaults, *sys.argv[1:], f"seed={pair}"])
             tasks = [("bare", run_bare), ("run", run)]
-            if number % 2:  # alternate the order
+            if pair % 2:  # alternate the order
                 tasks.reverse()
             for name, task in tasks:
                 started = time.perf_counter(), time.process_time()

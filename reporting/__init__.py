@@ -1,1 +1,1 @@
-"""Many runs: from records to tables, figures and pages."""
+"""From the records of many runs to tables, figures and pages."""

@@ -1,4 +1,4 @@
-"""Tables as Markdown and figures."""
+"""Renders tables as Markdown and as figures."""
 
 import math
 import shlex
@@ -15,14 +15,14 @@ from reporting.statistics import Row, summarize
 def render_markdown(
     title: str, rows: Sequence[Row], also_against: str | None, search: str | None, commands: dict[str, list[str]]
 ) -> str:
-    """A table for people, with the details of how it was produced.
+    """Renders a table in Markdown, with the details of how it was produced.
 
     Args:
-        title: of the table.
-        rows: with their records and chosen hyperparameters.
-        also_against: a row for a second column of differences.
+        title: the table's title.
+        rows: the rows, with their records and chosen hyperparameters.
+        also_against: the name of a row; adds a second column of differences, from this row.
         search: a sentence on how hyperparameters were chosen; None if they are fixed.
-        commands: row name -> overrides of the command that reruns it.
+        commands: maps each row's name to the overrides of the command that reruns it.
     """
     references = [
         [row.against or rows[0].name for row in rows],
@@ -44,12 +44,12 @@ def render_markdown(
         ]
         cells = [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
         lines.append(f"| {' | '.join(cells)} |")
-    seeds = len(rows[0].records)
+    num_seeds = len(rows[0].records)
     lines += [
         "",
-        f"Mean ± standard deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}; differences are paired by seed, "
-        "with their 95% t-interval. The epoch is chosen on the validation split; the test set is evaluated once, at "
-        "the end of a run. Convolution parameters include biases and frozen AKPs.",
+        f"Mean ± standard deviation over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}; differences are paired "
+        "by seed, with their 95% t-interval. The epoch is chosen on the validation split; the test set is evaluated "
+        "once, at the end of a run. Convolution parameters include biases and frozen AKPs.",
         "",
     ]
     if search is not None:
@@ -64,7 +64,7 @@ def render_markdown(
 
 
 def format_difference(line: "pd.Series[Any]") -> str:
-    """A difference in points, with its interval if there is one."""
+    """Formats a difference in points, with its interval if there is one."""
     text = f"{line['diff_mean']:+.2f}"
     if not math.isnan(line["diff_ci95_low"]):
         text += f" [{line['diff_ci95_low']:+.2f}, {line['diff_ci95_high']:+.2f}]"
@@ -72,7 +72,7 @@ def format_difference(line: "pd.Series[Any]") -> str:
 
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:
-    """Length, time, machines, commits and versions of the runs behind a table, in one line."""
+    """Lists epochs, time, machines, commits and versions of the runs behind a table, in one line."""
     machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in records})
     commits = sorted({_shorten_commit(r["commit"]) for r in records})
     versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
@@ -85,23 +85,23 @@ def describe_runs(records: Sequence[dict[str, Any]]) -> str:
 def _shorten_commit(commit: str | None) -> str:
     if commit is None:
         return "none"
-    digits, _, dirty = commit.partition("-")
-    return f"{digits[:12]}-{dirty}" if dirty else digits[:12]
+    digest, _, suffix = commit.partition("-")
+    return f"{digest[:12]}-{suffix}" if suffix else digest[:12]
 
 
 def draw_accuracy(frame: pd.DataFrame, title: str) -> Figure:
-    """Accuracy (mean and standard deviation over seeds) against convolution parameters.
+    """Plots accuracy (mean and standard deviation over seeds) against convolution parameters.
 
     Args:
-        frame: of ``summarize``.
-        title: of the table.
+        frame: the result of ``summarize``.
+        title: the table's title.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, line in enumerate(frame.itertuples()):
-        drawn_with_same_x = int((frame["conv_params"][:i] == line.conv_params).sum())
+        num_drawn_at_same_x = int((frame["conv_params"][:i] == line.conv_params).sum())
         axes.errorbar(
-            line.conv_params * 1.04**drawn_with_same_x,  # so that rows with the same count do not overlap
+            line.conv_params * 1.04**num_drawn_at_same_x,  # so that rows with the same count do not overlap
             line.top1_mean,
             yerr=0.0 if math.isnan(line.top1_std) else line.top1_std,
             fmt="osD^vP*X"[i % 8],

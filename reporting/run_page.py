@@ -1,4 +1,4 @@
-"""The HTML page of one run: its kernels, their formulas and their contributions, in a file that needs no network."""
+"""The HTML page of one run: its kernels, their formulas and their contributions, in one self-contained file."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from acl.explain import Attribution
 from acl.kernels import KINDS
 
 MAX_KERNELS = 600
-"""Kernels of a layer that the page shows one by one; those with the most energy if there are more."""
+"""The most kernels of a layer that the page shows one by one; of larger layers, those with the most energy."""
 TEMPLATE = Path(__file__).with_name("run_page.html")
 
 
@@ -31,16 +31,16 @@ def render_run_page(
     lost: Mapping[str, Tensor] | None,
     split: str,
 ) -> str:
-    """The HTML page of a finished run.
+    """Renders the HTML page of a finished run.
 
     Args:
-        record: of the run.
+        record: the run's record.
         model: the trained network.
-        initial_model: the network before training; None if it is not known.
-        akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is none.
-        attributions: replacement of removed kernels -> the attribution.
-        lost: layer name -> points lost without each single kernel; None if it was not measured.
-        split: describes the images behind ``attributions`` and ``lost``.
+        initial_model: the network before training; None if it is not available.
+        akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is no such file.
+        attributions: maps what removed kernels output (``zero`` or ``mean``) to the attribution.
+        lost: maps layer names to the points lost without each single kernel; None if these were not measured.
+        split: describes the images used for ``attributions`` and ``lost``.
     """
     initial_layers = analytic_layers(initial_model) if initial_model is not None else {}
     layers = []
@@ -67,23 +67,23 @@ def render_run_page(
         record=record,
         layers=layers,
         kinds=list(KINDS.values()),
-        contributions={how: _embed(plot.contributions(attribution)) for how, attribution in attributions.items()},
+        contributions={mode: _embed(plot.contributions(attribution)) for mode, attribution in attributions.items()},
         split=split,
     )
 
 
 def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[dict[str, Any]]:
-    """What the page shows of each kernel."""
+    """Yields what the page shows of each kernel."""
     weight = layer.weight.detach().float().cpu().flatten(0, 1)
-    by_energy = weight.square().sum((1, 2)).argsort(descending=True)
-    slots = range(len(weight)) if len(weight) <= MAX_KERNELS else by_energy[:MAX_KERNELS].tolist()
+    slots_by_energy = weight.square().sum((1, 2)).argsort(descending=True)
+    slots = range(len(weight)) if len(weight) <= MAX_KERNELS else slots_by_energy[:MAX_KERNELS].tolist()
     slot_kinds, in_channels = layer.slot_kinds, layer.weight.shape[1]
-    akps_of = {symbol: (layer.slots_of(symbol), akps) for symbol, akps in layer.akps().items()}
+    slots_and_akps = {symbol: (layer.slots_of(symbol), akps) for symbol, akps in layer.akps().items()}
     for slot in slots:
         kind = KINDS[slot_kinds[slot]]
         values = []
         if kind.is_analytic:
-            kind_slots, akps = akps_of[kind.symbol]
+            kind_slots, akps = slots_and_akps[kind.symbol]
             i = kind_slots.index(slot)
             units = {akp.name: akp.unit for akp in kind.akps("extended", amplitude=True)}
             values = [f"{name} {akp[i].item():.3f} {units[name]}".strip() for name, akp in akps.items()]
@@ -99,7 +99,7 @@ def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[di
 
 
 def _draw_tile(kernel: Tensor) -> str:
-    """A kernel as a small image: blue is negative, red is positive, white is 0."""
+    """Draws a kernel as a small image: blue is negative, red is positive, white is 0."""
     scaled = kernel / kernel.abs().max().clamp(min=1e-12) / 2 + 0.5
     pixels = (colormaps["RdBu_r"](scaled.numpy())[..., :3] * 255).astype("uint8")
     buffer = io.BytesIO()

@@ -28,26 +28,26 @@ COLUMNS = [
 
 @dataclass
 class Row:
-    """One row of a table: a configuration without its seed and without the hyperparameters that its search chooses."""
+    """One row of a table: a configuration without the seed and without the hyperparameters chosen by a search."""
 
     name: str
     overrides: list[str]
     against: str | None = None
-    """The row it is compared with; None: the first."""
+    """The name of the row it is compared with; None: the first row."""
     chosen: list[str] | None = None
-    """The hyperparameters; None until the search is done."""
+    """Overrides with the chosen hyperparameters; None until the search is done."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One per seed."""
 
 
 def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
-    """The columns ``COLUMNS``, one line per row.
+    """Computes the columns ``COLUMNS``, one line per row.
 
     Accuracies are in percent. Differences are in points, paired by seed, with a 95% t-interval.
 
     Args:
-        rows: with their records.
-        against: the row to compare all rows with; None: the one that each row names.
+        rows: the rows, with their records.
+        against: the name of the row to compare all rows with; None: the row that each row names.
 
     Raises:
         UsageError: for a row without records.
@@ -82,7 +82,7 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
 
 
 def paired_difference(values: "pd.Series[Any]", reference: "pd.Series[Any]") -> tuple[float, float, float]:
-    """Mean difference and its 95% t-interval, over the seeds that both have; an interval of NaN for a single seed."""
+    """Mean difference and its 95% t-interval, over the seeds that both have; for a single seed, the interval is NaN."""
     differences = (values - reference).dropna()
     n = len(differences)
     half_width = stats.t.ppf(0.975, n - 1) * differences.std() / math.sqrt(n) if n > 1 else math.nan

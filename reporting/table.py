@@ -1,4 +1,4 @@
-"""Tables: rows become runs, and any number of workers share them."""
+"""Turns the rows of a table into runs, which any number of workers share."""
 
 import json
 import time
@@ -25,7 +25,7 @@ from training.runs import build_model, load_run_data, open_run_directory, parse_
 from training.validation import STRICT
 
 POLL_SECONDS = 1.0
-"""Time between checks of runs that other workers are working on."""
+"""Time between checks whether other workers have finished their runs."""
 
 
 class RowSettings(TypedDict):
@@ -41,21 +41,21 @@ class Search(TypedDict):
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class TableSettings:
-    """What ``configs/table/<name>.yaml`` says."""
+    """The contents of ``configs/table/<name>.yaml``."""
 
     title: str
     rows: list[RowSettings]
     overrides: list[str]
-    """Of every run."""
+    """Overrides for every run."""
     seeds: list[int]
     search: Search | None
-    """Candidates of hyperparameters, tried for every row with one seed; None: the hyperparameters are fixed."""
+    """Candidate hyperparameters, tried for every row with one seed; None: the hyperparameters are fixed."""
     without: list[str] = field(default_factory=list)
     """Names of rows to leave out."""
     also_against: str | None = None
-    """A row for a second column of differences."""
+    """The name of a row; adds a second column of differences, from this row."""
     backbone: str | None = None
-    """For interpolation in the overrides."""
+    """Used by interpolations in the overrides."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Table:
     """A table and its runs. Any number of processes may reproduce it; each run is locked by one of them.
 
     Args:
-        name: of the table and of its files.
-        settings: of the table.
-        overrides: the user's, which come last.
+        name: the name of the table and of its files.
+        settings: the table's settings.
+        overrides: the user's overrides, which come last.
 
     Raises:
-        UsageError: for a comparison with a row that does not exist.
+        UsageError: if a row is compared with a row that does not exist.
     """
 
     def __init__(self, name: str, settings: TableSettings, overrides: list[str]) -> None:
@@ -112,10 +112,10 @@ class Table:
         return [] if self.settings.search is None else self.settings.search["candidates"]
 
     def _compose(self, row: Row, *overrides: str) -> DictConfig:
-        words = (*row.overrides, *overrides)
-        if words not in self._composed:
-            self._composed[words] = compose(list(words))
-        return self._composed[words]
+        key = (*row.overrides, *overrides)
+        if key not in self._composed:
+            self._composed[key] = compose(list(key))
+        return self._composed[key]
 
     def _plan(self, row: Row, title: str, *overrides: str) -> PlannedRun:
         cfg = self._compose(row, *overrides).copy()
@@ -136,28 +136,28 @@ class Table:
         return [self._plan(row, f"seed {seed}", *(row.chosen or []), f"seed={seed}") for seed in self.settings.seeds]
 
     def plan_runs(self) -> list[PlannedRun]:
-        """The runs known so far: seed runs are listed once the row's search has chosen a candidate."""
+        """Lists the runs known so far: seed runs are listed once the row's search has chosen a candidate."""
         planned: list[PlannedRun] = []
         for row in self.rows:
             planned += self._plan_trials(row)
             if row.chosen is None:
-                row.chosen = self._choose(row)
+                row.chosen = self._choose_candidate(row)
             if row.chosen is not None:
                 planned += self._plan_seeds(row)
         return planned
 
-    def _choose(self, row: Row) -> list[str] | None:
-        """The candidate with the best validation accuracy, ties broken by validation loss.
+    def _choose_candidate(self, row: Row) -> list[str] | None:
+        """Chooses the candidate with the best validation accuracy, ties broken by validation loss.
 
-        None while a trial is missing, and if all trials failed.
+        Returns None while a trial is missing, and if all trials failed.
         """
         if not self._candidates:
             return []
         scores: list[tuple[float, float, int]] = []
-        for number, trial in enumerate(self._plan_trials(row)):
+        for index, trial in enumerate(self._plan_trials(row)):
             record = trial.load_record()
             if record is not None:
-                scores.append((record["val"]["top1"], -record["val"]["loss"], -number))
+                scores.append((record["val"]["top1"], -record["val"]["loss"], -index))
             elif not self._has_failed(trial):
                 return None
         return self._candidates[-max(scores)[2]] if scores else None
@@ -180,7 +180,7 @@ class Table:
             build_model(settings, data)
 
     def status(self) -> dict[str, list[str]]:
-        """The titles of the runs that are done, running, failed (with the last line of the error) and left."""
+        """Lists the runs that are done, running, failed (with the last line of the error) or left to do."""
         status: dict[str, list[str]] = {"done": [], "running": [], "failed": [], "left": []}
         for planned in self.plan_runs():
             if planned.load_record() is not None:
@@ -191,12 +191,12 @@ class Table:
                 status["failed"].append(f"{planned.title}: {planned.last_failure_line}")
             else:
                 status["left"].append(planned.title)
-        undecided = len(self) - sum(map(len, status.values()))
-        status["left"] += ["a seed of a row whose search is not finished"] * undecided
+        num_undecided = len(self) - sum(map(len, status.values()))
+        status["left"] += ["a seed of a row whose search is not finished"] * num_undecided
         return status
 
     def count_outdated(self) -> tuple[int, int]:
-        """How many recorded runs were recorded with other code than today's, and how many are recorded."""
+        """Counts the runs that were recorded with other than the current code, and all recorded runs."""
         records = [record for planned in self.plan_runs() if (record := planned.directory.load_record()) is not None]
         return sum(record.get("sources") != digest_sources() for record in records), len(records)
 
@@ -204,14 +204,14 @@ class Table:
         """Performs the runs that are not recorded, waits for those of other workers, and writes the table.
 
         Raises:
-            UsageError: for an invalid row; or if runs failed, here or at another worker, after all others are done.
+            UsageError: if a row is invalid; or, once all other runs are done, if runs failed in this or another worker.
                 The table is then not written.
         """
         self.check_rows()
         progress = tqdm(total=len(self), desc=self.name, unit="run", disable=None)
         reported: set[str] = set()
         while True:
-            is_waiting, has_worked = False, False
+            is_waiting, made_progress = False, False
             for planned in self.plan_runs():
                 if planned.title in reported or self._has_failed(planned):
                     continue
@@ -222,11 +222,11 @@ class Table:
                     is_waiting = True
                     continue
                 except Exception:
-                    has_worked = True
+                    made_progress = True
                     write_atomic(planned.directory.failure_file, traceback.format_exc())
                     progress.write(f"{planned.title}: failed: {planned.last_failure_line}")
                     continue
-                has_worked = True
+                made_progress = True
                 planned.directory.failure_file.unlink(missing_ok=True)
                 reported.add(planned.title)
                 progress.update()
@@ -234,25 +234,25 @@ class Table:
                 note = f"{record['seconds']:.0f} s" if is_new else "recorded before"
                 counter = f"[{len(reported)}/{len(self)}]"
                 progress.write(f"{counter} {planned.title}: {split} {result['top1']:.2f}% ({note})")
-            if not is_waiting and not has_worked:
+            if not is_waiting and not made_progress:
                 break
-            if not has_worked:
+            if not made_progress:
                 time.sleep(POLL_SECONDS)
         progress.close()
         for row in self.rows:
             records = [planned.load_record() for planned in self._plan_seeds(row)]
             row.records = [record for record in records if record is not None]
-        # A search can do without a candidate that failed; a row needs all of its seeds.
+        # A search may skip a failed candidate, but a row needs all of its seeds.
         if any(row.chosen is None or len(row.records) < len(self.settings.seeds) for row in self.rows):
             status = self.status()
             raise UsageError(
                 f"{len(status['failed'])} of {len(self)} runs failed, {len(status['done'])} are done; the same command "
-                f"tries them again: {'; '.join(status['failed'])}"
+                f"retries the failed runs: {'; '.join(status['failed'])}"
             )
         return self.write()
 
     def load_results(self) -> None:
-        """Takes the records from the table's own .jsonl file instead of from runs.
+        """Loads the records from the table's own .jsonl file instead of from run folders.
 
         Raises:
             UsageError: if there is no such file, or it was written for another configuration.
@@ -268,10 +268,10 @@ class Table:
                 if {planned.directory.id for planned in self._plan_seeds(row)} == ids:
                     break
             else:
-                raise UsageError(f"{file} has no complete row '{row.name}' of the configuration of table {self.name}")
+                raise UsageError(f"{file} has no complete row '{row.name}' as configured in table {self.name}")
 
     def write(self) -> pd.DataFrame:
-        """Writes <name>.csv, .md, .png, .jsonl (the records) and, after a search, _search.jsonl (of its trials)."""
+        """Writes <name>.csv, .md, .png, .jsonl (the records) and, after a search, <name>_search.jsonl (its trials)."""
         frame = summarize(self.rows)
         trials = [
             {"row": row.name, "candidate": candidate, **record}
@@ -289,10 +289,10 @@ class Table:
                 f"(seed {self.settings.search['seed']}), and takes the one with the best validation accuracy"
                 + (f" ([all trials]({search_file.name}))." if search_file.exists() else ".")
             )
-        local = {word for word in self.user_overrides if not is_in_identity(word)}  # such as paths of this machine
+        local_overrides = {word for word in self.user_overrides if not is_in_identity(word)}  # such as local paths
         seed = f"seed={self.settings.seeds[0]}"
         commands = {
-            row.name: [word for word in (*row.overrides, *(row.chosen or []), seed) if word not in local]
+            row.name: [word for word in (*row.overrides, *(row.chosen or []), seed) if word not in local_overrides]
             for row in self.rows
         }
         records = [{"row": row.name, **record} for row in self.rows for record in row.records]

@@ -50,7 +50,7 @@ class ApproximateSettings:
 def main(settings: ApproximateSettings) -> None:
     try:
         weight, name = load_target(settings.source, settings.weights, settings.layer)
-        rows, fits = [], {}
+        lines, fits = [], {}
         for title, options in tqdm(FITS.items(), desc="settings", disable=None):
             started = time.perf_counter()
             fit = acl.fit_kernels(weight, profile=settings.profile, seed=settings.seed, **options)
@@ -60,18 +60,18 @@ def main(settings: ApproximateSettings) -> None:
                     f"all {len(fit.kernels)} kernels of {name} are zero or constant: there is nothing to fit"
                 )
             fits[title] = fit
-            # Fixed AKPs do not count as parameters, nor does the gain of a fit of the shape alone.
-            not_fitted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
-            parameters = fit.num_parameters - not_fitted * sum(bool(kernel.akps) for kernel in fit.kernels)
-            rows.append(summarize_fit(title, fit, parameters, seconds))
+            # Fixed AKPs do not count as parameters, nor do the gains if only the shape is fitted.
+            num_uncounted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
+            parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
+            lines.append(summarize_fit(title, fit, parameters, seconds))
         for title in ("five kinds, amplitude", BEST):
             for tolerance in settings.tolerances:
                 chosen = fits[title].choose(tolerance, weight)
                 auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"
-                rows.append(summarize_fit(auto_title, chosen, chosen.num_parameters, None))
+                lines.append(summarize_fit(auto_title, chosen, chosen.num_parameters, None))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(lines)
     path = settings.folder / name
     write_atomic(path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g"))
     write_atomic(path.with_suffix(".json"), fits[BEST].to_json() + "\n")
@@ -81,7 +81,7 @@ def main(settings: ApproximateSettings) -> None:
 
 
 def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, str]:
-    """The kernels (out, in / groups, kh, kw) and a name for them. Raises ValueError for an unknown source or layer."""
+    """Loads kernels (out, in / groups, kh, kw) and names them. Raises ValueError for an unknown source or layer."""
     if source.endswith(".npy"):
         return read_kernels(Path(source)), Path(source).stem
     if source not in models.TORCHVISION and not source.startswith("timm/"):
@@ -114,7 +114,7 @@ def render_markdown(name: str, weight: Tensor, frame: pd.DataFrame, degenerate: 
         f"# Kernels of {name} as formulas",
         "",
         f"{out_channels * in_channels} kernels of size {size[0]} x {size[1]}, {weight.numel():,} weights. R² is "
-        "energy-weighted. A fit of the shape alone ignores each kernel's norm.",
+        "energy-weighted. Fits labeled 'shape alone' ignore each kernel's norm.",
         "",
         "| setting | parameters per kernel | parameters | R² | worst kernel | kinds |",
         "|---|---:|---:|---:|---:|---|",

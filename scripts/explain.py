@@ -1,4 +1,4 @@
-"""Explains a finished run by its kernels, in one HTML page: python scripts/explain.py run=runs/<id> data.root=/data"""
+"""Explains the network of a finished run, in one HTML page: python scripts/explain.py run=runs/<id> data.root=/data"""
 
 import json
 from collections.abc import Iterator
@@ -35,12 +35,12 @@ def main(settings: ExplainSettings) -> None:
     split = getattr(run.data, settings.split)[: settings.images]
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        # An attribution holds 16 outputs of a layer for a batch, so batches are small.
+        # An attribution keeps 16 outputs of a layer per batch, so batches are small.
         for batch in run.data.eval_batches(split, max_pixels=2**20, max_size=500):
             yield batch.images, batch.labels
 
     try:
-        attributions: dict[str, Attribution] = {how: attribute(run.model, batches, how) for how in settings.replace}
+        attributions: dict[str, Attribution] = {mode: attribute(run.model, batches, mode) for mode in settings.replace}
         lost = leave_one_out(run.model, batches) if settings.single else None
     except ValueError as error:
         raise UsageError(f"{run.path}: {error}") from error
@@ -54,7 +54,7 @@ def main(settings: ExplainSettings) -> None:
     page_file = settings.file or run.path / "report.html"
     results = {
         "split": settings.split,
-        "kinds": {how: summarize_attribution(attribution) for how, attribution in attributions.items()},
+        "kinds": {mode: summarize_attribution(attribution) for mode, attribution in attributions.items()},
         "kernels": None if lost is None else {name: values.tolist() for name, values in lost.items()},
     }
     page = render_run_page(
@@ -62,16 +62,16 @@ def main(settings: ExplainSettings) -> None:
     )
     write_atomic(page_file.with_suffix(".json"), json.dumps(results) + "\n")
     write_atomic(page_file, page)
-    for how, attribution in attributions.items():
+    for mode, attribution in attributions.items():
         values = ", ".join(
             f"{kind} {value:+.2f}" for kind, value in attribution.shapley().items() if kind in attribution.kinds
         )
-        print(f"{how}: {attribution.drop:.2f} points = {values}")
+        print(f"{mode}: {attribution.drop:.2f} points = {values}")
     print(page_file)
 
 
 def summarize_attribution(attribution: Attribution) -> dict[str, object]:
-    """The numbers for the JSON file next to the page."""
+    """Collects the numbers for the JSON file next to the page."""
     return {
         "shapley": attribution.shapley(),
         "drop": attribution.drop,

@@ -39,9 +39,9 @@ def main(settings: ExportSettings) -> None:
         raise UsageError(f"ONNX Runtime's logits differ from torch's by {difference:.2g}; nothing was written")
     write_atomic(settings.file, content)
     print(
-        f"{settings.file}: images (n, {', '.join(map(str, images.shape[1:]))}) of 0 to 255, normalized with mean "
-        f"{run.data.mean.flatten().tolist()} and standard deviation {run.data.std.flatten().tolist()}; "
-        f"ONNX Runtime's logits equal torch's to {difference:.1g}"
+        f"{settings.file}: expects images (n, {', '.join(map(str, images.shape[1:]))}) of 0 to 255, normalized with "
+        f"mean {run.data.mean.flatten().tolist()} and standard deviation {run.data.std.flatten().tolist()}; "
+        f"ONNX Runtime's logits differ from torch's by up to {difference:.1g}"
     )
 
 

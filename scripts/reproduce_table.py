@@ -1,6 +1,6 @@
 """Performs the runs of a table and writes it: python scripts/reproduce_table.py table=mnist data.root=/data
 
-With --status, it only lists which runs are done, running, failed and left. With --render, it writes the table again
+With --status, it only lists which runs are done, running, failed or left to do. With --render, it rewrites the table
 from the records in its own .jsonl file.
 """
 
@@ -20,8 +20,8 @@ sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
 
 def main(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
-    words = [word.removeprefix("++") for word in hydra.overrides.task]
-    run_overrides = [word for word in words if re.split(r"[.=]", word.lstrip("+"))[0] not in ("table", "worker")]
+    overrides = [word.removeprefix("++") for word in hydra.overrides.task]
+    run_overrides = [word for word in overrides if re.split(r"[.=]", word.lstrip("+"))[0] not in ("table", "worker")]
     settings = construct(TableSettings, resolve(cfg)["table"], "table")
     table = Table(hydra.runtime.choices["table"], settings, run_overrides)
     if "--status" in FLAGS:

@@ -20,7 +20,7 @@ class WorkspaceSettings:
 
 
 def create_workspace(settings: WorkspaceSettings) -> ws.Workspace:
-    """Runs grouped by table and row, with curves over epochs and accuracy against parameters."""
+    """Groups runs by table and row, and plots curves over epochs and accuracy against parameters."""
     curves: list[Any] = [
         wr.LinePlot(title=metric, x="epoch", y=[metric]) for metric in ("val_top1", "val_loss", "train_loss")
     ]

@@ -1,4 +1,4 @@
-"""Configurations: composing them as the command line does, what identifies a run, and running scripts with them."""
+"""Composes configurations as the command line does, identifies runs by them, and runs scripts with them."""
 
 import functools
 import os
@@ -32,13 +32,13 @@ _NOT_IN_IDENTITY = (
         for key in ("accelerator", "strategy", "devices", "nodes", "deterministic", "compile", "checkpoint_minutes")
     ),
 )
-# An option added later is null by default and then not part of the identity, so that existing runs keep their ids.
-# These were null from the start, and are part of it.
+# Options added later default to null, and a null option is left out of the identity, so that existing runs keep their
+# ids. These options could be null from the start, so they are part of the identity even when null.
 _NULL_IN_IDENTITY = (("model", "layer"), ("data", "crop"), ("data", "mean"), ("data", "std"))
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, as written to config.yaml."""
+    """Converts a configuration to plain values, as written to config.yaml."""
     values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
@@ -46,27 +46,27 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The part of a run's configuration that determines its result."""
-    return _drop_irrelevant(resolve(cfg), ())
+    return _select_identity(resolve(cfg), ())
 
 
-def _drop_irrelevant(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+def _select_identity(values: dict[str, Any], parent_path: tuple[str, ...]) -> dict[str, Any]:
     kept = {}
     for key, value in values.items():
-        here = (*path, key)
-        is_later_default = value is None and here not in _NULL_IN_IDENTITY and here[0] != "arrangement"
-        if here not in _NOT_IN_IDENTITY and not is_later_default:
-            kept[key] = _drop_irrelevant(value, here) if isinstance(value, dict) else value
+        key_path = (*parent_path, key)
+        is_ignored_null = value is None and key_path not in _NULL_IN_IDENTITY and key_path[0] != "arrangement"
+        if key_path not in _NOT_IN_IDENTITY and not is_ignored_null:
+            kept[key] = _select_identity(value, key_path) if isinstance(value, dict) else value
     return kept
 
 
 def is_in_identity(override: str) -> bool:
-    """Whether an override such as ``data.root=/data`` can change a run's result."""
-    path = tuple(override.lstrip("+").split("=")[0].split("."))
-    return not any(path[: len(excluded)] == excluded for excluded in _NOT_IN_IDENTITY)
+    """Whether an override such as ``seed=3`` can change a run's result."""
+    key_path = tuple(override.lstrip("+").split("=")[0].split("."))
+    return not any(key_path[: len(excluded)] == excluded for excluded in _NOT_IN_IDENTITY)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots: layer names contain dots, which a configuration reads as levels."""
+    """Joins nested keys by dots. Layer names contain dots, at which a configuration splits keys into levels."""
     if not isinstance(node, dict):
         return {prefix: node}
     return {
@@ -77,21 +77,21 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def allow_new_keys(overrides: list[str], roots: tuple[str, ...] = ("arrangement",)) -> list[str]:
-    """Lets overrides below ``roots`` name keys that the configuration does not have yet.
+    """Lets overrides under ``roots`` add keys to the configuration.
 
-    Users name layers, so ``arrangement.<layer>=`` may name one that appears in no configuration.
+    For example, ``arrangement.<layer>=`` names a layer of the network, which no configuration file lists.
     """
     prefixes = tuple(f"{root}." for root in roots)
-    return [f"++{word}" if word.startswith(prefixes) else word for word in overrides]
+    return [f"++{override}" if override.startswith(prefixes) else override for override in overrides]
 
 
 def compose(overrides: list[str], config: str = "train") -> DictConfig:
-    """The configuration that a command line with these overrides gives.
+    """Composes the configuration as a command line with these overrides does.
 
     Raises:
-        UsageError: for an override that does not fit.
+        UsageError: for an unknown or invalid override.
     """
-    outer = GlobalHydra.instance().hydra
+    outer_hydra = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -100,12 +100,12 @@ def compose(overrides: list[str], config: str = "train") -> DictConfig:
         raise UsageError(format_error(error)) from error
     finally:
         GlobalHydra.instance().clear()
-        if outer is not None:
-            GlobalHydra.instance().initialize(outer)
+        if outer_hydra is not None:
+            GlobalHydra.instance().initialize(outer_hydra)
 
 
 def format_error(error: BaseException) -> str:
-    """An error and its causes in one line."""
+    """Formats an error and its causes in one line."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}'; known: {', '.join(error.options)}"
@@ -126,13 +126,13 @@ def run_script(
     """Runs a script's task under Hydra. An error that the user can fix becomes one line on stderr and exit status 2.
 
     Args:
-        task: takes the configuration, or the ``settings`` made of it.
+        task: takes the configuration, or the ``settings`` built from it.
         config: the name of the configuration file.
-        settings: a validated dataclass of the configuration's options.
+        settings: a validated dataclass of the script's options; None: pass the configuration itself.
         new_key_roots: as for ``allow_new_keys``.
     """
     user_wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own way and exits with status 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra formats errors itself and exits with status 1
     sys.argv[1:] = allow_new_keys(sys.argv[1:], new_key_roots)
 
     @functools.wraps(task)
@@ -140,7 +140,7 @@ def run_script(
         try:
             task(cfg if settings is None else construct(settings, resolve(cfg)))
         except (UsageError, OmegaConfBaseException) as error:
-            # Hydra adds a line that names the failing job, which is useful in a sweep only.
+            # When an error propagates, Hydra adds a line that names the failing job, which helps only in a sweep.
             if user_wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             _exit_with(error)

@@ -1,4 +1,4 @@
-"""Batches of images: uint8 tensors that are indexed, augmented and normalized in batches on the device."""
+"""Image data sets as uint8 tensors, which are indexed, augmented and normalized in batches on the device."""
 
 import math
 from collections.abc import Iterator
@@ -17,26 +17,26 @@ from training.errors import UsageError
 from training.validation import STRICT, construct
 
 MAX_BYTES_ON_DEVICE = 2**32
-"""A larger data set stays mapped from its file."""
+"""Larger data sets stay in main memory or memory-mapped."""
 EVAL_PIXELS = 2**24
-"""Maximum number of pixels in a batch of evaluation."""
+"""Maximum number of pixels in an evaluation batch."""
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Augmentation:
-    """Random changes of training images, and the center crop of test images to the same size."""
+    """Random augmentation of training images, and the center crop of test images to the same size."""
 
     shift: int = Field(ge=0, le=16)
     """Images are shifted by up to this many pixels; zeros fill the border."""
     flip: bool
-    """Half of the images are mirrored."""
+    """Each image is mirrored with probability 1/2."""
     crop: int | None = Field(default=None, ge=1)
     """The size in pixels of random resized crops; None: no crop."""
     min_area: float | None = Field(default=None, gt=0, le=1)
-    """The smallest share of the image's area that a crop shows."""
+    """The smallest share of the image's area that a crop covers."""
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments each image on its own.
+        """Augments each image independently.
 
         Args:
             images: (n, channels, height, width).
@@ -47,23 +47,23 @@ class Augmentation:
         """
         n, channels, height, width = images.shape
 
-        def draw(high: int) -> Tensor:
+        def randint_per_image(high: int) -> Tensor:
             return torch.randint(high, (n, 1, 1, 1), generator=generator).to(images.device)
 
         if self.crop is not None:
             images = _random_resized_crop(images, self.crop, self.min_area or 1.0, self.flip, generator)
             height = width = self.crop
         if shift := self.shift:
-            rows = draw(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
-            columns = draw(2 * shift + 1) + torch.arange(width, device=images.device)
+            rows = randint_per_image(2 * shift + 1) + torch.arange(height, device=images.device)[:, None]
+            columns = randint_per_image(2 * shift + 1) + torch.arange(width, device=images.device)
             pixels = (rows * (width + 2 * shift) + columns).flatten(2).expand(n, channels, -1)
             images = F.pad(images, (shift,) * 4).flatten(2).gather(2, pixels).view_as(images)
         if self.flip and self.crop is None:
-            images = torch.where(draw(2).bool(), images.flip(-1), images)
+            images = torch.where(randint_per_image(2).bool(), images.flip(-1), images)
         return images
 
     def center_crop(self, images: Tensor) -> Tensor:
-        """The center of test images, of the size of training crops."""
+        """Crops the center of test images to the size of training crops."""
         if self.crop is None:
             return images
         top, left = ((length - self.crop) // 2 for length in images.shape[-2:])
@@ -72,13 +72,13 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set and how its images become the input of a network."""
+    """A data set, and how its images become network input."""
 
     train: Split
     val: Split
     test: Split
     classes: int
-    mean: Tensor  # (1, channels, 1, 1), 0 to 255
+    mean: Tensor  # (1, channels, 1, 1), in pixel values from 0 to 255
     std: Tensor
     augmentation: Augmentation
     memory_format: torch.memory_format = torch.contiguous_format
@@ -94,14 +94,14 @@ class Data:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images of 0 to 255 -> float32 input of the network, of mean 0 and variance 1 over the training images."""
+        """Converts images (values from 0 to 255) to float32 network input, standardized by ``mean`` and ``std``."""
         normalized = images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
         return normalized.contiguous(memory_format=self.memory_format)
 
     def eval_batches(self, split: Split, max_pixels: int = EVAL_PIXELS, max_size: int = 1000) -> Iterator[Split]:
-        """A split in order, as center-cropped and normalized batches on the device."""
-        pixels = self.augmentation.center_crop(split.images[:1])[0, 0].numel() if len(split) else 1
-        for batch in iterate_batches(split, max(1, min(max_size, max_pixels // pixels))):
+        """Yields a split in order, in center-cropped and normalized batches on the device."""
+        pixels_per_image = self.augmentation.center_crop(split.images[:1])[0, 0].numel() if len(split) else 1
+        for batch in iterate_batches(split, max(1, min(max_size, max_pixels // pixels_per_image))):
             batch = batch.to(self.mean.device)
             yield Split(self.normalize(self.augmentation.center_crop(batch.images)), batch.labels)
 
@@ -118,13 +118,13 @@ def load_data(
 
     Args:
         name: one of ``DATASETS``.
-        augmentation: of the training images.
-        mean, std: per channel, of images of 0 to 1; None: those of the training images.
-        options: of the reader.
+        augmentation: for the training images.
+        mean, std: per channel, for pixel values from 0 to 1; None: computed from the training images.
+        options: the reader's keyword arguments.
 
     Raises:
-        UsageError: for an invalid option, files that are missing and cannot be downloaded or that are corrupt, or a
-            split without images of some class.
+        UsageError: for an invalid option, missing files that cannot be downloaded, corrupt files, or a split that
+            lacks a class.
     """
     if name not in DATASETS:
         raise UsageError(f"unknown data.name '{name}'; known: {', '.join(DATASETS)}")
@@ -137,23 +137,23 @@ def load_data(
 
 
 def _compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, each (1, channels, 1, 1); of a sample if there are many images."""
+    """Mean and standard deviation per channel, each (1, channels, 1, 1); from a subset if there are many images."""
     images = images[:: math.ceil(images.numel() / 2**28)]
     std, mean = torch.std_mean(images.contiguous().float(), dim=(0, 2, 3), keepdim=True)
     return mean, std
 
 
 def iterate_batches(split: Split, size: int) -> Iterator[Split]:
-    """The split in order, in batches of ``size``; the last one may be smaller."""
+    """Yields the split in order, in batches of ``size``; the last one may be smaller."""
     for start in range(0, len(split), size):
         yield split[start : start + size]
 
 
 def _random_resized_crop(images: Tensor, size: int, min_area: float, flip: bool, generator: torch.Generator) -> Tensor:
-    """Scales a random box of each image, of ``min_area`` to all of its area and 3:4 to 4:3, to ``size`` x ``size``.
+    """Crops a random box of each image and scales it to ``size`` x ``size``; ``flip`` mirrors half of them.
 
-    With ``flip``, half of the boxes are mirrored, at no extra cost. The distribution is that of torchvision's
-    RandomResizedCrop, except that boxes that do not fit are clipped.
+    A box covers at least ``min_area`` of the image, at an aspect ratio from 3:4 to 4:3. The distribution is that of
+    torchvision's RandomResizedCrop, except that boxes that do not fit are clipped.
     """
     area, aspect, x, y = torch.rand(4, len(images), generator=generator)
     area = min_area + (1 - min_area) * area
@@ -170,31 +170,31 @@ def _random_resized_crop(images: Tensor, size: int, min_area: float, flip: bool,
 
 
 def crop_images_in_one_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Scales one box of each image to ``size`` x ``size`` pixels, float32, in one operation for a GPU.
+    """Crops one box of each image and scales it to ``size`` x ``size``, in float32 and one batched GPU operation.
 
     Args:
         images: (n, channels, height, width).
-        boxes: (n, 4), left, top, width and height as shares of the image's; a negative width mirrors the box.
-        size: in pixels.
+        boxes: (n, 4), left, top, width and height as shares of the image size; a negative width mirrors the box.
+        size: of the crops, in pixels.
     """
     left, top, width, height = boxes.to(images.device).unbind(1)
     zero = torch.zeros_like(width)
-    # In affine_grid's coordinates, an image extends from -1 to 1.
-    rows = [width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
+    # In the coordinates of affine_grid, an image extends from -1 to 1.
+    theta = [width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1]
+    grid = F.affine_grid(torch.stack(theta, 1).view(-1, 2, 3), [len(images), 1, size, size], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
 def crop_images_in_threads(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """As ``crop_images_in_one_batch``, but in whole pixels and uint8, for which a CPU has a fast path."""
+    """Like ``crop_images_in_one_batch``, but in whole pixels and uint8, for which CPUs have a fast path."""
     image_height, image_width = images.shape[-2:]
-    pixels = (boxes * torch.tensor([image_width, image_height, image_width, image_height])).round().int().tolist()
+    pixel_boxes = (boxes * torch.tensor([image_width, image_height, image_width, image_height])).round().int().tolist()
     crops = torch.empty(len(images), size, size, images.shape[1], dtype=images.dtype).permute(0, 3, 1, 2)
     threads = torch.get_num_threads()
 
     def crop_every_nth(first: int) -> None:
         for i in range(first, len(images), threads):
-            left, top, width, height = pixels[i]
+            left, top, width, height = pixel_boxes[i]
             right = max(left, left + width)
             box = images[i : i + 1, :, top : top + max(height, 1), right - max(abs(width), 1) : right]
             box = box.flip(-1) if width < 0 else box

@@ -1,4 +1,4 @@
-"""Readers of data sets in their official layouts, and their registry."""
+"""Readers for data sets in their official file layouts, and a registry of them."""
 
 import json
 import re
@@ -44,14 +44,14 @@ class Split:
 
 
 Splits = tuple[Split, Split, Split]
-"""For training, validation and test."""
+"""The training, validation and test splits."""
 Listing = list[tuple[Path, str]]
-"""Image files and the names of their classes."""
+"""Pairs of an image file and the name of its class."""
 
 
 @validate_call(config=STRICT)
 def read_digits(root: FilePath) -> Splits:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 scaled to 28 x 28; a fixed fifth is the test set.
+    """scikit-learn's 1,797 handwritten digits, scaled from 8 x 8 to 28 x 28; a fixed fifth is the test set.
 
     ``root`` is not used: the images come with scikit-learn.
     """
@@ -73,30 +73,30 @@ _IDX_PARTS = ("images-idx3", "labels-idx1")
 def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Splits:
     """A torchvision data set in MNIST's IDX format."""
     raw = root / dataset.__name__ / "raw"
-    files = [_idx_file(raw, split, part) for split in _IDX_SPLITS for part in _IDX_PARTS]
-    wanted = f"{' '.join(file.name for file in files)}, plain or as .gz"
+    files = [_idx_path(raw, split, part) for split in _IDX_SPLITS for part in _IDX_PARTS]
+    file_names = f"{' '.join(file.name for file in files)}, plain or as .gz"
     # torchvision parses what it downloads and fails on a corrupt file without naming it; _read_idx_split names it.
-    _download_missing(dataset.__name__, raw, wanted, files, lambda: dataset(str(root), download=True))
+    _download_missing(dataset.__name__, raw, file_names, files, lambda: dataset(str(root), download=True))
     train, test = (_read_idx_split(raw, split) for split in _IDX_SPLITS)
     return _split_validation(train, test, 5000)
 
 
-def _idx_file(raw: Path, split: str, part: str) -> Path:
+def _idx_path(raw: Path, split: str, part: str) -> Path:
     return raw / f"{split}-{part}-ubyte"
 
 
 def _read_idx_split(raw: Path, split: str) -> Split:
     tensors = []
     for part, read in zip(_IDX_PARTS, (read_image_file, read_label_file), strict=True):
-        path = _idx_file(raw, split, part)
+        path = _idx_path(raw, split, part)
         try:
             tensors.append(read(str(path)))
         except Exception as error:
-            raise UsageError(f"{path} is corrupt or cut short; delete it and download it again") from error
+            raise UsageError(f"{path} is corrupt or truncated; delete it and download it again") from error
     images, labels = tensors
     if len(images) != len(labels) or images.shape[1:] != (28, 28) or not bool((labels < 10).all()):
         raise UsageError(
-            f"{_idx_file(raw, split, _IDX_PARTS[0])} and its labels do not match: {len(images)} images of "
+            f"{_idx_path(raw, split, _IDX_PARTS[0])} and its labels do not match: {len(images)} images of "
             f"{images.shape[1]} x {images.shape[2]}, {len(labels)} labels up to {int(labels.max())}; delete both and "
             "download them again"
         )
@@ -108,17 +108,17 @@ def read_cifar10(root: FilePath) -> Splits:
     """CIFAR-10 from its official Python files, whose checksums torchvision verifies before reading them."""
     folder = root / datasets.CIFAR10.base_folder
     files = [folder / name for name, _ in (*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list)]
-    wanted = f"{' '.join(file.name for file in files)} and batches.meta, from cifar-10-python.tar.gz"
-    _download_missing("CIFAR-10", folder, wanted, files, lambda: datasets.CIFAR10(str(root), download=True))
+    file_names = f"{' '.join(file.name for file in files)} and batches.meta, from cifar-10-python.tar.gz"
+    _download_missing("CIFAR-10", folder, file_names, files, lambda: datasets.CIFAR10(str(root), download=True))
     splits = []
     for train in (True, False):
         try:
-            read = datasets.CIFAR10(str(root), train=train)
+            part = datasets.CIFAR10(str(root), train=train)
         except Exception as error:
             raise UsageError(
-                f"a file in {folder} is corrupt or cut short; delete the folder and download it again"
+                f"a file in {folder} is corrupt or truncated; delete the folder and download it again"
             ) from error
-        splits.append(Split(torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(read.targets)))
+        splits.append(Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
     return _split_validation(splits[0], splits[1], 5000)
 
 
@@ -129,8 +129,8 @@ def read_flowers102(
     """Oxford Flowers-102 with its official split: 1,020 / 1,020 / 6,149. ``validation`` is not used."""
     folder = root / "flowers-102"
     files = [folder / name for name in ("setid.mat", "imagelabels.mat", "jpg")]
-    wanted = "jpg/ (from 102flowers.tgz), imagelabels.mat and setid.mat"
-    _download_missing("Flowers-102", folder, wanted, files, lambda: datasets.Flowers102(root, download=True))
+    file_names = "jpg/ (from 102flowers.tgz), imagelabels.mat and setid.mat"
+    _download_missing("Flowers-102", folder, file_names, files, lambda: datasets.Flowers102(root, download=True))
     try:
         labels = loadmat(files[1])["labels"].ravel()
         ids = [loadmat(files[0])[part].ravel() for part in ("trnid", "valid", "tstid")]
@@ -144,11 +144,11 @@ def read_flowers102(
 def read_food101(
     root: FilePath, cache: FilePath, title: str, size: Count, validation: Share, skip_undecodable: bool
 ) -> Splits:
-    """Food-101 with its official test split; ``validation`` is the share held out of each class's training images."""
+    """Food-101 with its official test split; ``validation`` is the share of each class's training images held out."""
     folder = root / "food-101"
     files = [folder / "meta" / "train.json", folder / "meta" / "test.json", folder / "images"]
-    wanted = "images/ and meta/, from food-101.tar.gz"
-    _download_missing("Food-101", folder, wanted, files, lambda: datasets.Food101(root, download=True))
+    file_names = "images/ and meta/, from food-101.tar.gz"
+    _download_missing("Food-101", folder, file_names, files, lambda: datasets.Food101(root, download=True))
     listings: list[Listing] = []
     for file in files[:2]:
         try:
@@ -157,7 +157,7 @@ def read_food101(
                 [(folder / "images" / f"{name}.jpg", label) for label in sorted(names) for name in sorted(names[label])]
             )
         except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"{file} is corrupt or cut short; delete it and download it again") from error
+            raise UsageError(f"{file} is corrupt or truncated; delete it and download it again") from error
     train, val = _split_listing(listings[0], validation)
     return _read_image_files(folder, [train, val, listings[1]], cache, title, size, skip_undecodable)
 
@@ -168,7 +168,7 @@ def read_imagefolder(
 ) -> Splits:
     """The user's own images: <root>/train/<class>/*, <root>/test/<class>/* and optionally <root>/val/<class>/*.
 
-    ``validation`` is the share of each class's training images held out if there is no val/.
+    ``validation`` is the share of each class's training images to hold out if there is no val/.
     """
     listings: dict[str, Listing] = {}
     for part in ("train", "val", "test"):
@@ -194,13 +194,13 @@ def read_imagefolder(
 
 
 def _split_validation(train: Split, test: Split, count: int) -> Splits:
-    """Holds ``count`` images out of an official training set, always the same ones."""
+    """Holds out ``count`` images of an official training set for validation, always the same ones."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return train[order[count:]], train[order[:count]], test
 
 
 def _split_listing(listing: Listing, share: float) -> tuple[Listing, Listing]:
-    """Holds a share of each class out of a listing, always the same images."""
+    """Holds out a share of each class for validation, always the same images."""
     from sklearn.model_selection import train_test_split  # imported here because it takes over a second
 
     labels = [label for _, label in listing]
@@ -209,33 +209,33 @@ def _split_listing(listing: Listing, share: float) -> tuple[Listing, Listing]:
         kept, held_out = train_test_split(range(len(listing)), test_size=count, stratify=labels, random_state=0)
     except ValueError as error:
         raise UsageError(
-            f"cannot hold {count} validation images out of {len(listing)} training images: {error}"
+            f"cannot hold out {count} of {len(listing)} training images for validation: {error}"
         ) from error
     return [listing[i] for i in sorted(kept)], [listing[i] for i in sorted(held_out)]
 
 
 def _download_missing(
-    title: str, folder: Path, wanted: str, needed: list[Path], download: Callable[[], object]
+    title: str, folder: Path, file_names: str, files: list[Path], download: Callable[[], object]
 ) -> None:
-    """Downloads a data set with torchvision unless all needed files exist.
+    """Downloads a data set with torchvision unless all its files exist.
 
     Raises:
         UsageError: if files are missing and cannot be downloaded; the message says which files to put where.
     """
-    if all(path.exists() for path in needed):
+    if all(file.exists() for file in files):
         return
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         download()
-    except Exception as error:  # no network, no space, or any error that a corrupt file causes
+    except Exception as error:  # no network, a full disk, or any error that a corrupt file causes
         for path in created:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-        if not all(path.exists() for path in needed):
+        if not all(file.exists() for file in files):
             reason = "" if isinstance(error, URLError | RuntimeError) else f" ({error})"
             raise UsageError(
-                f"{title} is not in {folder} and could not be downloaded{reason}; put there: {wanted}; "
-                "data=digits needs no files"
+                f"{title} is not in {folder} and could not be downloaded{reason}; put {file_names} there, "
+                "or use data=digits, which needs no files"
             ) from error
 
 
@@ -243,13 +243,13 @@ def _read_image_files(
     root: Path, listings: list[Listing], cache: Path, title: str, size: int, skip_undecodable: bool
 ) -> Splits:
     """Decodes the images of the training, validation and test listings."""
-    labels_of = [{label for _, label in listing} for listing in listings]
-    classes = sorted(set.union(*labels_of))
-    for part, labels in zip(("training", "validation", "test"), labels_of, strict=True):
+    class_sets = [{label for _, label in listing} for listing in listings]
+    classes = sorted(set.union(*class_sets))
+    for part, labels in zip(("training", "validation", "test"), class_sets, strict=True):
         if missing := [label for label in classes if label not in labels]:
             raise UsageError(
-                f"{root}: the {part} split has no image of {len(missing)} of {len(classes)} classes, among them "
-                f"'{missing[0]}'; each split needs images of every class"
+                f"{root}: the {part} split lacks {len(missing)} of {len(classes)} classes, such as '{missing[0]}'; "
+                "each split needs images of every class"
             )
     paths = [path for listing in listings for path, _ in listing]
     for path in paths:

@@ -14,7 +14,7 @@ from training.errors import UsageError
 from training.validation import STRICT, Count
 
 warnings.filterwarnings("ignore", message="The `srun` command is available")  # a single process needs no srun
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the precision of every run of a table
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would log the precision of every run
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -36,7 +36,7 @@ class TrainerSettings:
 
 
 def build_fabric(settings: TrainerSettings) -> Fabric:
-    """Fabric for the devices of a run.
+    """Builds Fabric for the devices of a run.
 
     Raises:
         UsageError: for options that Fabric rejects, or more devices than the machine has.
@@ -50,7 +50,7 @@ def build_fabric(settings: TrainerSettings) -> Fabric:
             strategy=settings.strategy,
             devices=settings.devices,
             num_nodes=settings.nodes,
-            precision=settings.precision,  # type: ignore[arg-type] # Fabric checks the text
+            precision=settings.precision,  # type: ignore[arg-type] # Fabric validates the string
         )
     except (ValueError, RuntimeError, TypeError) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
@@ -72,7 +72,7 @@ def all_reduce(fabric: Fabric, tensor: torch.Tensor, operation: str) -> torch.Te
 
 
 def gather_random_states(fabric: Fabric) -> torch.Tensor:
-    """(processes, n): the state of each process's random number generator, for dropout and the like."""
+    """Gathers the random number generator states of all processes (for dropout, for example): (processes, n)."""
     state = torch.cuda.get_rng_state(fabric.device) if fabric.device.type == "cuda" else torch.get_rng_state()
     gathered = fabric.all_gather(state)
     assert isinstance(gathered, torch.Tensor)

@@ -12,7 +12,7 @@ from training.distributed import all_reduce
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, split: Split, fabric: Fabric | None = None) -> dict[str, float]:
-    """Top-1 accuracy (percent) and mean cross-entropy (nats) over a split, shared by the processes of a run.
+    """Computes top-1 accuracy (percent) and mean cross-entropy (nats) over a split, divided among the processes.
 
     The model is left in eval mode.
     """

@@ -1,4 +1,4 @@
-"""Images decoded once, into one memory-mapped file of uint8."""
+"""Decodes images once, into one memory-mapped uint8 file."""
 
 import hashlib
 import json
@@ -21,28 +21,27 @@ from training.run_directory import write_atomic
 
 FORMAT = 2
 CHUNK = 256
-"""Images between updates of the progress file, which is the most that a killed process loses."""
+"""Images between updates of the progress file; a killed process loses the work on at most this many."""
 
 
 def load_decoded_images(
     root: Path, paths: Sequence[Path], size: int, cache: Path, title: str, skip_undecodable: bool = False
 ) -> tuple[Tensor, list[int]]:
-    """The images of ``paths``, resized to ``size`` pixels on the shorter side and center-cropped to a square.
+    """Loads the images of ``paths``, resized to ``size`` pixels on the shorter side and center-cropped to a square.
 
-    They are stored under ``cache``, in a folder for their ``root`` and ``size``. A cache of other files (judged by
-    name, length and modification time), of another format, or that is cut short is rebuilt; an interrupted one is
-    resumed.
+    They are stored under ``cache``, in a folder for their ``root`` and ``size``. That folder is rebuilt if the files
+    (by name, length and modification time) or the format changed, or if it is truncated; interrupted decoding resumes.
 
     Args:
         root: the folder that contains ``paths``.
         paths: image files.
-        size: in pixels.
+        size: of the decoded images, in pixels.
         cache: the folder of all caches.
-        title: of the data set; part of the cache's name.
+        title: of the data set; part of the folder's name.
         skip_undecodable: leave out images that cannot be decoded instead of raising an error.
 
     Returns:
-        (n, 3, size, size) uint8, channels last in memory, mapped from the file; and the indices that were left out.
+        (n, 3, size, size) uint8, channels last, memory-mapped; and the indices of the images left out.
 
     Raises:
         UsageError: for an image that cannot be decoded, or a cache that cannot be written.
@@ -52,23 +51,23 @@ def load_decoded_images(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # other processes wait for the one that decodes
-            return _fill(folder, root, paths, size, skip_undecodable)
+            return _decode_remaining(folder, root, paths, size, skip_undecodable)
     except OSError as error:
-        raise UsageError(f"cannot keep decoded images in {folder}: {error.strerror or error}") from error
+        raise UsageError(f"cannot store decoded images in {folder}: {error.strerror or error}") from error
 
 
-def _fill(
+def _decode_remaining(
     folder: Path, root: Path, paths: Sequence[Path], size: int, skip_undecodable: bool
 ) -> tuple[Tensor, list[int]]:
     images_file, progress_file = folder / "images.u8", folder / "cache.json"
-    key, shape = _compute_key(root, paths, size), (len(paths), size, size, 3)
-    length = int(np.prod(shape))
+    key, shape = _compute_cache_key(root, paths, size), (len(paths), size, size, 3)
+    num_bytes = int(np.prod(shape))
     progress = _read_progress(progress_file)
-    if progress.get("key") != key or not images_file.is_file() or images_file.stat().st_size != length:
+    if progress.get("key") != key or not images_file.is_file() or images_file.stat().st_size != num_bytes:
         progress = {"key": key, "done": 0, "skipped": []}
         with images_file.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(length, 1))  # a full disk raises an error now, not midway
-            file.truncate(length)
+            os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))  # a full disk raises an error now, not midway
+            file.truncate(num_bytes)
     skipped: list[int] = list(progress["skipped"])
     images = np.memmap(images_file, np.uint8, "r+", shape=shape)
     chunks = range(progress["done"], len(paths), CHUNK)
@@ -76,7 +75,7 @@ def _fill(
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(
             desc="decoding", initial=progress["done"], total=len(paths), unit="image", disable=None if chunks else True
-        ) as bar,
+        ) as progress_bar,
     ):
         for start in chunks:
             chunk = paths[start : start + CHUNK]
@@ -92,17 +91,17 @@ def _fill(
                     )
             images.flush()
             write_atomic(progress_file, json.dumps({"key": key, "done": start + len(chunk), "skipped": skipped}))
-            bar.update(len(chunk))
+            progress_bar.update(len(chunk))
     if skipped and not skip_undecodable:
         raise UsageError(f"{paths[skipped[0]]} cannot be decoded; data.skip_undecodable=true leaves it out")
     if skipped:
         more = ", ..." if len(skipped) > 1 else ""
         print(f"left out {len(skipped)} images that cannot be decoded: {paths[skipped[0]]}{more}", file=sys.stderr)
-    mapped = torch.from_file(str(images_file), shared=False, size=length, dtype=torch.uint8)
+    mapped = torch.from_file(str(images_file), shared=False, size=num_bytes, dtype=torch.uint8)
     return mapped.view(shape)[: len(paths) - len(skipped)].permute(0, 3, 1, 2), skipped
 
 
-def _compute_key(root: Path, paths: Sequence[Path], size: int) -> str:
+def _compute_cache_key(root: Path, paths: Sequence[Path], size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {size}".encode())
     for path in paths:
         stat = path.stat()
@@ -119,7 +118,7 @@ def _read_progress(file: Path) -> dict[str, Any]:
 
 
 def _decode(path: Path, size: int) -> np.ndarray | str:
-    """(size, size, 3) uint8, or the reason why the image cannot be decoded."""
+    """Returns a (size, size, 3) uint8 array, or the reason why the image cannot be decoded."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")

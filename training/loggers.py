@@ -85,8 +85,8 @@ class WandbLogger(Logger):
 
     def log(self, metrics: dict[str, float]) -> None:
         epoch = int(metrics["epoch"])
-        has_pictures = epoch == self.epochs or epoch % self.pictures_every == 0
-        self.run.log({**metrics, **(self._draw_layers() if has_pictures else {})}, step=epoch)
+        draws_layers = epoch == self.epochs or epoch % self.pictures_every == 0
+        self.run.log({**metrics, **(self._draw_layers() if draws_layers else {})}, step=epoch)
 
     def finish(self, record: dict[str, Any]) -> None:
         self.run.summary.update({key: value for key, value in record.items() if key != "config"})
@@ -108,11 +108,11 @@ class WandbLogger(Logger):
 
 
 def open_logger(settings: LoggerSettings, directory: RunDirectory, config: dict[str, Any], model: nn.Module) -> Logger:
-    """The logger of a run.
+    """Opens the logger of a run.
 
     Args:
-        settings: name the logger.
-        directory: of the run.
+        settings: which logger, and its options.
+        directory: the folder of the run.
         config: the run's resolved configuration.
         model: the network, whose analytic layers are drawn.
     """

@@ -28,11 +28,11 @@ from training.provenance import describe_environment
 from training.run_directory import RECORD_FORMAT, serialize
 from training.runs import RunSettings, build_model, load_run_data, parse_run
 
-CHECK_EVERY = 50  # steps between checks of the loss; each check waits for the device
+CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device
 
 
 def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
-    """Trains, validates and tests the run that ``cfg`` (configs/train.yaml) describes, unless it is recorded already.
+    """Trains, validates and tests the run that ``cfg`` (configs/train.yaml) describes, unless it is already recorded.
 
     An interrupted run is resumed from its last checkpoint and gives the same result as one that never stopped.
 
@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
         The run's record, and whether this call produced it.
 
     Raises:
-        UsageError: for invalid input, before any work; a loss that is not finite; a folder that cannot be written.
+        UsageError: for invalid input (before training starts), a loss that is not finite, or an unwritable folder.
         BusyError: if another process is working on this run.
     """
     settings = parse_run(cfg)
@@ -56,11 +56,10 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
         )
     seed_everything(settings.seed, verbose=False)
     model = build_model(settings, data)
-    # Only the main process of a run writes, so only it holds the lock; it launches the others once it has the lock.
+    # Only the main process writes, so only it takes the lock. Then it launches the other processes.
     with settings.directory.lock() if is_main_process() else nullcontext():
-        if (
-            record := settings.directory.load_record(settings.fresh)
-        ) is not None:  # another worker has finished it meanwhile
+        # Another worker may have finished the run in the meantime.
+        if (record := settings.directory.load_record(settings.fresh)) is not None:
             return record, False
         if is_main_process() and settings.directory.record_file.exists():
             settings.directory.set_aside()
@@ -72,26 +71,26 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
     """Trains a model from the start or from the last checkpoint, tests it, and writes the record.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         fabric: the launched processes of the run.
-        model: with its initial weights, on the CPU.
-        data: on the device.
+        model: the network with its initial weights, on the CPU.
+        data: the data set, on the device.
     """
     trainer, directory = settings.trainer, settings.directory
-    conv_parameters, parameters = models.count_parameters(model)
+    num_conv_parameters, num_parameters = models.count_parameters(model)
     if trainer.channels_last:
         model.to(memory_format=torch.channels_last)
     if trainer.compile:
         model.compile()
-    steps = len(data.train) // trainer.batch_size
+    steps_per_epoch = len(data.train) // trainer.batch_size
     criterion = build_criterion(settings.optim)
     optimizer = build_optimizer(model, settings.optim)
-    schedule = build_schedule(optimizer, settings.optim, steps * trainer.epochs)
+    schedule = build_schedule(optimizer, settings.optim, steps_per_epoch * trainer.epochs)
     parallel_model, optimizer = fabric.setup(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     checkpointer = Checkpointer(fabric, directory, trainer.checkpoint_minutes, **parts)
     hits = torch.zeros((), dtype=torch.long, device=fabric.device)
-    state = TrainState(losses=torch.zeros(steps, device=fabric.device), hits=hits)
+    state = TrainState(losses=torch.zeros(steps_per_epoch, device=fabric.device), hits=hits)
     if not checkpointer.restore(state):
         state.akps.append(snapshot_akps(model))
         if fabric.is_global_zero:
@@ -124,12 +123,12 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             state.epoch, state.step = state.epoch + 1, 0
             if fabric.is_global_zero:
                 if is_best:
-                    directory.write("model.safetensors", save(_contiguous(model.state_dict())))
+                    directory.write("model.safetensors", save(_make_contiguous(model.state_dict())))
                     directory.write("optimizer.pt", serialize(optimizer.state_dict()))
                 directory.write("metrics.csv", _format_csv(state.history))
                 if state.akps[0]:
-                    history = {name: torch.stack([akps[name] for akps in state.akps]) for name in state.akps[0]}
-                    directory.write("akps.safetensors", save(history))
+                    akp_history = {name: torch.stack([akps[name] for akps in state.akps]) for name in state.akps[0]}
+                    directory.write("akps.safetensors", save(akp_history))
             logger.log(metrics)
             checkpointer.save(state)
         fabric.barrier()
@@ -144,7 +143,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             "test": test,
             "val": {"top1": state.best["val_top1"], "loss": state.best["val_loss"]},
             "best_epoch": state.best["epoch"],
-            "parameters": {"conv": conv_parameters, "total": parameters},
+            "parameters": {"conv": num_conv_parameters, "total": num_parameters},
             "seconds": round(checkpointer.elapsed, 2),
             **describe_environment(),
         }
@@ -227,7 +226,7 @@ def train_one_epoch(
 
 
 def _score(metrics: dict[str, float]) -> tuple[float, float]:
-    """Orders epochs by validation accuracy, then by validation loss."""
+    """Ranks epochs by validation accuracy, then by lower validation loss."""
     return metrics["val_top1"], -metrics["val_loss"]
 
 
@@ -235,15 +234,15 @@ def _check_finite(losses: torch.Tensor, state: TrainState, checkpointer: Checkpo
     bad_steps = (~losses.isfinite()).nonzero()
     if len(bad_steps):
         step = int(bad_steps[0])
-        kept = f"the last good checkpoint is kept in {checkpointer.directory.path}; " if state.history else ""
+        note = f"the last good checkpoint is kept in {checkpointer.directory.path}; " if state.history else ""
         raise UsageError(
             f"the loss is {float(losses[step])} at step {state.epoch * len(state.losses) + step + 1} "
-            f"(epoch {state.epoch + 1}); {kept}try a lower optim.lr or optim.akp_lr_scale"
+            f"(epoch {state.epoch + 1}); {note}try a lower optim.lr or optim.akp_lr_scale"
         )
 
 
 def snapshot_akps(model: nn.Module) -> dict[str, torch.Tensor]:
-    """<layer>/<symbol>/<akp> -> its values in natural units (px, rad), (count,), on the CPU."""
+    """Maps <layer>/<symbol>/<akp> to its values, (count,), in natural units (px, rad) on the CPU."""
     return {
         f"{name}/{symbol}/{akp}": values.detach().to("cpu", torch.float32, copy=True)
         for name, layer in analytic_layers(model).items()
@@ -252,7 +251,7 @@ def snapshot_akps(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _make_contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 

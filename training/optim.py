@@ -30,11 +30,11 @@ def build_criterion(settings: OptimSettings) -> nn.CrossEntropyLoss:
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """An optimizer with up to three groups: weights with decay, biases and norms, and AKPs with their own rate."""
+    """Builds an optimizer with up to three groups: weights, with decay; biases and norms; AKPs, at their own rate."""
     akp_ids = {id(p) for p in akp_parameters(model)}
-    learned = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     akps = [p for p in akp_parameters(model) if p.requires_grad]
-    others = [p for p in learned if id(p) not in akp_ids]
+    others = [p for p in trainable if id(p) not in akp_ids]
     groups = [
         {"params": [p for p in others if p.ndim > 1], "lr": settings.lr, "weight_decay": settings.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "lr": settings.lr, "weight_decay": 0.0},
@@ -47,7 +47,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: OptimSettings, steps: int) -> LRScheduler:
-    """A schedule over ``steps`` optimizer steps, with the groups' learning rates as its peaks."""
+    """Builds a schedule over ``steps`` optimizer steps that peaks at each group's learning rate."""
     if settings.schedule == "onecycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)

@@ -16,7 +16,7 @@ SOURCES = ("acl", "models", "training")
 
 
 def describe_environment() -> dict[str, Any]:
-    """The machine, versions, commit and sources that a result comes from."""
+    """Describes the machine, versions, commit and sources that produce a result."""
     packages = ("torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn")
     return {
         "commit": _find_commit(),
@@ -50,7 +50,7 @@ def _describe_cpu() -> str:
 
 
 def _find_commit() -> str | None:
-    """The checkout's commit, with -dirty if the code differs from it; None outside a checkout."""
+    """The checkout's commit, with -dirty if there are uncommitted changes; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

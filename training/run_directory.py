@@ -39,7 +39,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def serialize(state: dict[str, Any]) -> bytes:
-    """What ``torch.save`` writes. Serialize first, so that a full disk raises a clear OSError in ``write_atomic``."""
+    """Runs ``torch.save`` in memory, so that a full disk raises a clear error later, in ``write_atomic``."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -64,19 +64,19 @@ class RunDirectory:
         self.path = runs / self.id
         self.record_file = self.path / "record.json"
         self.failure_file = self.path / "failed.txt"
-        """The traceback of a run of a table that failed."""
+        """The traceback, if the run failed while reproducing a table."""
         self.checkpoint_files = (self.path / "checkpoint.pt", self.path / "checkpoint-before.pt")
         """The last checkpoint and the one before it."""
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Writes a file of the run; errors as for ``write_atomic``."""
+        """Writes a file of the run; raises as ``write_atomic`` does."""
         write_atomic(self.path / name, content)
 
     def load_record(self, fresh: bool = False) -> dict[str, Any] | None:
-        """The record of the finished run; None if there is none, or with ``fresh`` if other code produced it.
+        """Loads the record of the finished run; None if there is none, or if ``fresh`` and other code produced it.
 
         Raises:
-            UsageError: for a record that is unreadable, of another configuration or of a newer format.
+            UsageError: if the record is unreadable, has a newer format or belongs to another configuration.
         """
         if not self.record_file.exists():
             return None
@@ -101,22 +101,22 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Creates the folder and locks it for this process; the lock of a process that died is void.
+        """Creates the folder and locks it for this process; a process that dies releases its lock.
 
         Raises:
             BusyError: if another process holds the lock.
             UsageError: if the folder cannot be created.
         """
-        holder, lock = self.path / "worker", FileLock(self.path / "lock", timeout=0)
+        holder_file, lock = self.path / "worker", FileLock(self.path / "lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            holder_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             for leftover in self.path.glob(f"{UNFINISHED}*"):  # of a process that was killed while writing
                 leftover.unlink()
         except Timeout as error:
-            worker = holder.read_text() if holder.exists() else "another process"
-            raise BusyError(f"{self.path} is in use by {worker}; wait for it or stop it") from error
+            holder = holder_file.read_text() if holder_file.exists() else "another process"
+            raise BusyError(f"{self.path} is in use by {holder}; wait for it or stop it") from error
         except OSError as error:
             raise UsageError(f"cannot use {self.path}: {error.strerror or error}") from error
         try:
@@ -146,16 +146,16 @@ class RunDirectory:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes a checkpoint of tensors and plain values with its checksum, and keeps the previous one."""
         content = serialize(state)
-        last, before = self.checkpoint_files
+        last, previous = self.checkpoint_files
         if last.exists():
-            last.replace(before)
+            last.replace(previous)
         write_atomic(last, hashlib.sha256(content).digest() + content)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last intact checkpoint, on the CPU; None if there is none. Reports a damaged one on stderr.
+        """Loads the last intact checkpoint onto the CPU; None if there is none. Reports a damaged one on stderr.
 
         Raises:
-            UsageError: for a checkpoint of another configuration.
+            UsageError: if the checkpoint belongs to another configuration.
         """
         for file in self.checkpoint_files:
             if not file.exists():

@@ -1,4 +1,4 @@
-"""A run as plain, validated objects, and loading a finished one."""
+"""Turns configurations into validated settings, data and models, and loads finished runs."""
 
 import json
 from dataclasses import dataclass, fields, replace
@@ -27,7 +27,7 @@ from training.validation import STRICT, construct
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that makes up a run, validated. Nothing below this module reads a configuration."""
+    """Everything that defines a run, validated, so that lower-level modules need no configuration."""
 
     config: dict[str, Any]  # the resolved configuration, for config.yaml and loggers
     directory: RunDirectory
@@ -77,13 +77,13 @@ def _validate_run_options(seed: Annotated[int, Field(ge=0, lt=2**32)], fresh: bo
 
 
 def load_run_data(settings: RunSettings) -> Data:
-    """The data of a run, on the CPU. Raises UsageError as ``load_data``."""
+    """Loads the data of a run onto the CPU; raises as ``load_data`` does."""
     memory_format = torch.channels_last if settings.trainer.channels_last else torch.contiguous_format
     return replace(construct(load_data, settings.data, "data"), memory_format=memory_format)
 
 
 def build_model(settings: RunSettings, data: Data) -> nn.Module:
-    """The network of a run with its initial weights, in training mode.
+    """Builds the network of a run with its initial weights, in training mode.
 
     Raises:
         UsageError: for an arrangement that does not fit, weights that are unavailable, or images that the network
@@ -107,7 +107,7 @@ def build_model(settings: RunSettings, data: Data) -> nn.Module:
 
 
 class DataLocation(TypedDict):
-    """Where a finished run's data are now; None: where they were."""
+    """Where a finished run's data are now; None: unchanged."""
 
     root: str | None
     cache: str | None
@@ -119,7 +119,7 @@ class FinishedRun:
     settings: RunSettings
     record: dict[str, Any]
     data: Data
-    model: nn.Module  # the trained network (its best epoch), in eval mode
+    model: nn.Module  # with the weights of its best epoch, in eval mode
 
 
 def resolve_run_path(path: Path) -> Path:
@@ -132,25 +132,25 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     """Loads a finished run with its data and its trained network.
 
     Args:
-        path: of its folder, or its id as for ``resolve_run_path``.
+        path: the run's folder, or its id as in ``resolve_run_path``.
         data_location: where the data are now, if they moved.
 
     Raises:
-        UsageError: for a folder without a finished run, or data that are missing.
+        UsageError: for a folder without a finished run, or missing data.
     """
     path = resolve_run_path(path)
-    for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "has an unfinished run")):
+    for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "is an unfinished run")):
         if not (path / name).exists():
             raise UsageError(f"{path} {problem}: it has no {name}")
-    moved = {name: value for name, value in (data_location or {}).items() if value is not None}
+    new_locations = {name: value for name, value in (data_location or {}).items() if value is not None}
     try:
-        cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), {"data": moved})
+        cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), {"data": new_locations})
     except OmegaConfBaseException as error:
         raise UsageError(f"{path / 'config.yaml'} is not the configuration of a run: {format_error(error)}") from error
     assert isinstance(cfg, DictConfig)
     settings = parse_run(cfg)
     data = load_run_data(settings)
-    seed_everything(settings.seed, verbose=False)  # auto chooses its kinds from the initial weights
+    seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
     if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
         model = build_model(replace(settings, model={**settings.model, "pretrained": False}), data)
     else:

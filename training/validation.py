@@ -10,9 +10,9 @@ from training.errors import UsageError
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
-"""For pydantic dataclasses and ``validate_call``: no conversion between types, no unknown options, finite numbers."""
+"""For pydantic dataclasses and ``validate_call``: no type conversion, no unknown options, only finite numbers."""
 Count = Annotated[int, Field(ge=1)]
-FilePath = Annotated[Path, Field(strict=False)]  # given as text
+FilePath = Annotated[Path, Field(strict=False)]  # given as a string
 
 
 def construct(factory: Callable[..., T], options: Mapping[str, Any], section: str = "") -> T:
@@ -37,5 +37,5 @@ def construct(factory: Callable[..., T], options: Mapping[str, Any], section: st
 
 
 def format_value(value: object) -> str:
-    """A value as a command line gives it, in one line."""
+    """Formats a value as on the command line, in one line."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), " ".join(str(value).split()))

@@ -119,7 +119,7 @@ def test_load_results_restores_records_and_choices(searched_table: tuple[Path, T
 def test_load_results_rejects_missing_and_mismatched_records(searched_table_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no .*digits\.jsonl; reproduce the table first"):
         create_table(tmp_path / "nowhere", search=SEARCH).load_results()
-    with pytest.raises(UsageError, match=r"digits\.jsonl has no complete row 'LeNet-5 plain' of the configuration"):
+    with pytest.raises(UsageError, match=r"digits\.jsonl has no complete row 'LeNet-5 plain' as configured in table"):
         create_table(searched_table_copy, "optim.weight_decay=0.5", search=SEARCH).load_results()
 
 
@@ -388,12 +388,12 @@ def test_table_of_large_images_is_reproduced(
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml")))
 def test_every_table_composes(name: str) -> None:
     settings = load_settings(name)
-    assert len(settings.rows) >= 7
+    assert len(settings.rows) >= 2
     assert compose([*settings.overrides, *settings.rows[0]["overrides"]]).model.layer is None
     for row in settings.rows[1::3]:
         for candidate in settings.search["candidates"][:1] if settings.search else [[]]:
             run = parse_run(compose([*settings.overrides, *row["overrides"], *candidate]))
-            assert run.data["name"] in (name.split("_")[0], name, "imagefolder")
+            assert f"data={run.data['name']}" in settings.overrides
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_page_in_browser_shows_formula_of_tapped_kernel(page: Path, tmp_path: Pa
         check=False,
     )
     about = done.stdout.partition('<div id="about"')[2]
-    assert "conv2, channel 1 to 0: Gabor" in about and "cos(2*pi*x'/" in about and "points lost" in about
+    assert "conv2, input channel 1, output channel 0: Gabor" in about
+    assert "cos(2*pi*x'/" in about and "points lost" in about
     assert "CONSOLE" not in done.stderr
     requested = set(re.findall(r'"url":"([a-z]+:[^"]*)"', (tmp_path / "net.json").read_text()))
     assert not {url for url in requested if url.startswith("http") and "google" not in url}
@@ -120,7 +121,7 @@ def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Pat
     (unfinished / "record.json").unlink()
     done = run_script("explain.py", f"run={unfinished}")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {unfinished} has an unfinished run: it has no record.json")
+    assert done.stderr.startswith(f"error: {unfinished} is an unfinished run: it has no record.json")
     assert done.stderr.count("\n") == 1
 
 

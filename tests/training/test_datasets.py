@@ -78,7 +78,7 @@ def test_corrupt_idx_file_is_named(tmp_path: Path, file: str, damage: str) -> No
     path = write_mnist(tmp_path) / file
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:-100], "empty": b"", "wrong magic": b"\xff" * 16 + content[16:]}[damage])
-    with pytest.raises(UsageError, match=rf"{file} is corrupt or cut short"):
+    with pytest.raises(UsageError, match=rf"{file} is corrupt or truncated"):
         load("mnist", tmp_path)
 
 
@@ -149,14 +149,14 @@ def test_cifar10_official_files_are_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_cifar10_with_wrong_checksum_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar10(tmp_path)
     monkeypatch.setattr("pickle.load", lambda *args, **options: pytest.fail("unpickled a file with a wrong checksum"))
-    with pytest.raises(UsageError, match=r"a file in .*cifar-10-batches-py is corrupt or cut short"):
+    with pytest.raises(UsageError, match=r"a file in .*cifar-10-batches-py is corrupt or truncated"):
         load("cifar10", tmp_path)
 
 
 def test_truncated_cifar10_file_raises_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (write_cifar10(tmp_path) / "test_batch").write_bytes(b"truncated")
     accept_any_checksum(monkeypatch, "torchvision.datasets.cifar")
-    with pytest.raises(UsageError, match=r"a file in .*cifar-10-batches-py is corrupt or cut short"):
+    with pytest.raises(UsageError, match=r"a file in .*cifar-10-batches-py is corrupt or truncated"):
         load("cifar10", tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_missing_files_without_network_are_named(
 
     monkeypatch.setattr(dataset, method, fail_to_download)
     root = tmp_path / "data"
-    message = rf"is not in {root}/{folder} and could not be downloaded; put there: .*{needed}.*; data=digits needs no"
+    message = rf"is not in {root}/{folder} and could not be downloaded; put .*{needed}.* there, or use data=digits"
     with pytest.raises(UsageError, match=message) as error:
         load(name, root)
     assert "\n" not in str(error.value)
@@ -188,7 +188,7 @@ def test_split_that_lacks_a_class_is_rejected_before_decoding(tmp_path: Path) ->
     write_imagefolder(tmp_path, train=5, val=2, test=3)
     for path in (tmp_path / "val/class_1").iterdir():
         path.unlink()
-    with pytest.raises(UsageError, match="the validation split has no image of 1 of 3 classes, among them 'class_1'"):
+    with pytest.raises(UsageError, match="the validation split lacks 1 of 3 classes, such as 'class_1'"):
         load("imagefolder", tmp_path)
     assert not (tmp_path / "cache").exists()
 
@@ -198,7 +198,7 @@ def test_split_that_lacks_a_class_is_rejected_before_decoding(tmp_path: Path) ->
     [
         (lambda root: write_imagefolder(root, train=2), r"no folder .*/test; data=imagefolder reads"),
         (lambda root: (root / "train").mkdir(), r"no images in .*/train/<class>/"),
-        (lambda root: write_imagefolder(root, train=1, test=1), r"cannot hold 3 validation images out of 3 training"),
+        (lambda root: write_imagefolder(root, train=1, test=1), r"cannot hold out 3 of 3 training images"),
     ],
     ids=["no test folder", "no images", "too few images"],
 )

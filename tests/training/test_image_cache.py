@@ -200,5 +200,5 @@ def test_concurrent_processes_decode_each_image_once(paths: list[Path], tmp_path
 
 def test_unwritable_cache_raises_usage_error(paths: list[Path]) -> None:
     (paths[0].parent / "cache").write_text("a file")
-    with pytest.raises(UsageError, match=r"cannot keep decoded images in .*cache"):
+    with pytest.raises(UsageError, match=r"cannot store decoded images in .*cache"):
         load(paths)

@@ -47,7 +47,7 @@ def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"{tmp_path} is not the folder of a run: it has no config.yaml"):
         load_finished_run(tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    with pytest.raises(UsageError, match=rf"{tmp_path} has an unfinished run: it has no record.json"):
+    with pytest.raises(UsageError, match=rf"{tmp_path} is an unfinished run: it has no record.json"):
         load_finished_run(tmp_path)
 
 
