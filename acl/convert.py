@@ -91,6 +91,12 @@ def convert(
                     f"cannot convert {name} ({type(conv).__name__}): its weight is either uninitialized (lazy) or "
                     "computed from other parameters (as by weight_norm); initialize it or remove the parametrization"
                 )
+            if conv.bias is not None and conv._parameters.get("bias") is None:
+                raise ValueError(f"cannot convert {name}: its bias is parametrized or pruned; make it permanent first")
+            if hasattr(conv, "weight_fake_quant"):
+                raise ValueError(
+                    f"cannot convert {name}: it is prepared for quantization; convert the model before that"
+                )
             parsed = Arrangement.parse(value) if isinstance(value, str) else value
             if parsed.auto:
                 check_tolerance(tolerance)
@@ -177,6 +183,12 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
     names = [name for name in convolutions if fnmatchcase(name, pattern)]
     if not names and pattern == "first":
         names = list(convolutions)[:1]
+        first_analytic = next(iter(analytic_layers(model)), None)
+        order = [name for name, _ in model.named_modules()]
+        if first_analytic is not None and (not names or order.index(first_analytic) < order.index(names[0])):
+            raise ValueError(
+                f"the first convolution, {first_analytic}, is already analytic; acl.fold makes it plain again"
+            )
     elif not names and pattern == "all":
         names = list(convolutions)
     elif not names and (rule := re.fullmatch(r"k\s*>=\s*(\d+)", pattern)):

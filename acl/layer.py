@@ -221,7 +221,7 @@ class AnalyticConv2d(nn.Conv2d):
         if self.placement is not None:
             weight = weight[self.placement]
         weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if self._format.is_contiguous(memory_format=torch.channels_last):
+        if self._format.stride(1) == 1:  # channels_last; torch.func.vmap supports no query of the memory format itself
             # contiguous() would keep the strides of a weight with one input channel, which makes the convolution slow.
             weight = weight.clone(memory_format=torch.channels_last)
         return weight
@@ -230,7 +230,9 @@ class AnalyticConv2d(nn.Conv2d):
     def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
         """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
         parameters = self.weight_parameters()
-        can_cache = not (self.training or torch.compiler.is_compiling() or self._format.is_meta)
+        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        can_cache = not (self.training or needs_grad or is_traced or self._format.is_meta)
         # Tensors that stand in for parameters (functional_call, torch.func, fake tensors) cannot be compared.
         if not (can_cache and all(type(p) is nn.Parameter for p in parameters)):
             return self._synthesize()
@@ -242,9 +244,7 @@ class AnalyticConv2d(nn.Conv2d):
             with torch.inference_mode(False), torch.no_grad():
                 cache = (key, [tensor.detach().clone() for tensor in sources], self._synthesize())
             self._cache = cache
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return _CachedWeight.apply(cache[2], self, *parameters)
-        return cache[2]
+        return cache[2].clone()  # so that editing it in place does not change the layer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
         return _forward(self, input)
@@ -318,23 +318,3 @@ class AnalyticConv2d(nn.Conv2d):
 def _forward(layer: AnalyticConv2d, x: Tensor) -> Tensor:
     """The forward pass as a single node of a torch.fx graph; fx cannot trace the synthesis itself."""
     return layer.convolve(x, layer.weight, layer.bias)
-
-
-class _CachedWeight(torch.autograd.Function):
-    """Returns the cached weight; the backward pass synthesizes the weight again to differentiate it."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, layer: AnalyticConv2d, *parameters: Tensor) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(*parameters)
-        return weight.detach()  # unlike a view, this keeps the strides of a weight with a single input channel
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if a parameter was changed in place since forward, as for any layer
-        parameters = ctx.layer.weight_parameters()
-        learned = [p for p in parameters if p.requires_grad]
-        with torch.enable_grad():
-            weight = ctx.layer._synthesize()
-        grads = iter(torch.autograd.grad(weight, learned, grad, allow_unused=True))
-        return None, None, *(next(grads) if p.requires_grad else None for p in parameters)

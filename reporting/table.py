@@ -48,7 +48,7 @@ class TableSettings:
     overrides: list[str]
     """Overrides for every run."""
     seeds: list[int]
-    search: Search | None
+    search: Search | None = None
     """Candidate hyperparameters, tried for every row with one seed; None: the hyperparameters are fixed."""
     without: list[str] = field(default_factory=list)
     """Names of rows to leave out."""
@@ -89,7 +89,6 @@ class Table:
         self.name = name
         self.settings = settings
         self.user_overrides = overrides
-        self.started = time.time()
         self.rows = [
             Row(row["name"], [*settings.overrides, *row["overrides"], *overrides], row.get("against"))
             for row in settings.rows
@@ -102,7 +101,10 @@ class Table:
         if settings.also_against not in (None, *names):
             raise UsageError(f"also_against '{settings.also_against}' is not a row of this table")
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self.path = Path(self._compose(self.rows[0]).paths.results) / "tables" / name
+        paths = self._compose(self.rows[0]).paths
+        self.path = Path(paths.results) / "tables" / name
+        # Failures are recognized by their files, not by time, since clocks of workers and file systems may differ.
+        self._earlier_failures = {file: file.stat().st_mtime_ns for file in Path(paths.runs).glob("*/failed.txt")}
 
     def __len__(self) -> int:
         return len(self.rows) * (len(self._candidates) + len(self.settings.seeds))
@@ -165,7 +167,7 @@ class Table:
     def _has_failed(self, planned: PlannedRun) -> bool:
         """Whether a worker's attempt failed since this worker started; earlier failures are retried."""
         file = planned.directory.failure_file
-        return file.exists() and file.stat().st_mtime > self.started
+        return file.exists() and file.stat().st_mtime_ns != self._earlier_failures.get(file)
 
     def check_rows(self) -> None:
         """Validates every row and builds its model, before any run. Raises UsageError for the first invalid row."""
@@ -280,7 +282,7 @@ class Table:
             if (record := trial.load_record()) is not None
         ]
         search_file = self.path.with_name(f"{self.name}_search.jsonl")
-        if trials:
+        if trials and len(trials) == len(self.rows) * len(self._candidates):
             write_atomic(search_file, _to_json_lines(trials))
         search_note = None
         if self.settings.search is not None:

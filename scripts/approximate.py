@@ -29,11 +29,11 @@ FITS: dict[str, dict[str, Any]] = {
     "Gabor, amplitude": {"kinds": ["G"]},
     "Gabor, amplitude and offset": {"kinds": ["G"], "family": "extended", "fixed": {"gamma": 1.0}},
     "Gabor, extended and amplitude": {"kinds": ["G"], "family": "extended"},
-    "five kinds, paper: shape alone": {"signed": True},
-    "five kinds, amplitude": {},
-    "five kinds, extended and amplitude": {"family": "extended"},
+    "all kinds, paper: shape alone": {"signed": True},
+    "all kinds, amplitude": {},
+    "all kinds, extended and amplitude": {"family": "extended"},
 }
-BEST = "five kinds, extended and amplitude"
+BEST = "all kinds, extended and amplitude"
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,7 +64,7 @@ def main(settings: ApproximateSettings) -> None:
             num_uncounted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
             parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
             lines.append(summarize_fit(title, fit, parameters, seconds))
-        for title in ("five kinds, amplitude", BEST):
+        for title in ("all kinds, amplitude", BEST):
             for tolerance in settings.tolerances:
                 chosen = fits[title].choose(tolerance, weight)
                 auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"

@@ -81,4 +81,4 @@ def summarize_attribution(attribution: Attribution) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run_script(main, "explain", ExplainSettings)
+    run_script(main, "explain", ExplainSettings, text_keys=("run",))

@@ -25,6 +25,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch
     best: dict[str, float] = field(default_factory=dict)  # metrics of the epoch with the best validation score
     akps: list[dict[str, torch.Tensor]] = field(default_factory=list)  # snapshots before training and after each epoch
+    best_files: dict[str, str] = field(default_factory=dict)  # file name -> SHA-256, of the files of that epoch
     seconds: float = 0.0  # spent on the run
     generator: torch.Tensor | None = None  # state of the generator that shuffles and augments the training images
 

@@ -195,6 +195,8 @@ def read_imagefolder(
 
 def _split_validation(train: Split, test: Split, count: int) -> Splits:
     """Holds out ``count`` images of an official training set for validation, always the same ones."""
+    if len(train) <= count:
+        raise UsageError(f"{len(train)} training images are too few to hold out {count} for validation")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return train[order[count:]], train[order[:count]], test
 

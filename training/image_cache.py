@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.errors import UsageError
-from training.run_directory import write_atomic
+from training.run_directory import UNFINISHED, write_atomic
 
 FORMAT = 2
 CHUNK = 256
@@ -29,8 +30,9 @@ def load_decoded_images(
 ) -> tuple[Tensor, list[int]]:
     """Loads the images of ``paths``, resized to ``size`` pixels on the shorter side and center-cropped to a square.
 
-    They are stored under ``cache``, in a folder for their ``root`` and ``size``. That folder is rebuilt if the files
-    (by name, length and modification time) or the format changed, or if it is truncated; interrupted decoding resumes.
+    They are stored under ``cache``, in a folder for their ``root`` and ``size``, with one file per set of images (by
+    name, length and modification time). A complete file is never modified, since other processes may have mapped it.
+    Interrupted decoding resumes.
 
     Args:
         root: the folder that contains ``paths``.
@@ -50,34 +52,48 @@ def load_decoded_images(
     folder = cache / f"{title}-{size}px-{root_digest}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # other processes wait for the one that decodes
-            return _decode_remaining(folder, root, paths, size, skip_undecodable)
+        key = _compute_cache_key(root, paths, size)
+        with FileLock(folder / f"{key[:16]}.lock"):  # other processes wait for the one that decodes
+            images_file, skipped = _find_or_decode(folder, key, root, paths, size, skip_undecodable)
     except OSError as error:
         raise UsageError(f"cannot store decoded images in {folder}: {error.strerror or error}") from error
+    if skipped and not skip_undecodable:
+        raise UsageError(f"{paths[skipped[0]]} cannot be decoded; data.skip_undecodable=true leaves it out")
+    if skipped:
+        more = ", ..." if len(skipped) > 1 else ""
+        print(f"left out {len(skipped)} images that cannot be decoded: {paths[skipped[0]]}{more}", file=sys.stderr)
+    shape = (len(paths), size, size, 3)
+    mapped = torch.from_file(str(images_file), shared=False, size=math.prod(shape), dtype=torch.uint8)
+    return mapped.view(shape)[: len(paths) - len(skipped)].permute(0, 3, 1, 2), skipped
 
 
-def _decode_remaining(
-    folder: Path, root: Path, paths: Sequence[Path], size: int, skip_undecodable: bool
-) -> tuple[Tensor, list[int]]:
-    images_file, progress_file = folder / "images.u8", folder / "cache.json"
-    key, shape = _compute_cache_key(root, paths, size), (len(paths), size, size, 3)
-    num_bytes = int(np.prod(shape))
+def _find_or_decode(
+    folder: Path, key: str, root: Path, paths: Sequence[Path], size: int, skip_undecodable: bool
+) -> tuple[Path, list[int]]:
+    """Returns the complete file of the decoded images and the indices of those that cannot be decoded."""
+    images_file, progress_file = folder / f"images-{key[:16]}.u8", folder / f"images-{key[:16]}.json"
+    legacy_images_file, legacy_progress_file = folder / "images.u8", folder / "cache.json"
+    if legacy_images_file.exists() and _read_progress(legacy_progress_file).get("key") == key:
+        legacy_images_file.replace(images_file)
+        legacy_progress_file.replace(progress_file)
     progress = _read_progress(progress_file)
-    if progress.get("key") != key or not images_file.is_file() or images_file.stat().st_size != num_bytes:
+    num_bytes = len(paths) * size * size * 3
+    is_complete = images_file.is_file() and images_file.stat().st_size == num_bytes
+    if is_complete and progress.get("key") == key and progress["done"] == len(paths):
+        return images_file, progress["skipped"]
+    unfinished_file = folder / f"{UNFINISHED}{images_file.name}"
+    if progress.get("key") != key or not unfinished_file.is_file() or unfinished_file.stat().st_size != num_bytes:
         progress = {"key": key, "done": 0, "skipped": []}
-        with images_file.open("wb") as file:
+        with unfinished_file.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))  # a full disk raises an error now, not midway
             file.truncate(num_bytes)
     skipped: list[int] = list(progress["skipped"])
-    images = np.memmap(images_file, np.uint8, "r+", shape=shape)
-    chunks = range(progress["done"], len(paths), CHUNK)
+    images = np.memmap(unfinished_file, np.uint8, "r+", shape=(len(paths), size, size, 3))
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(
-            desc="decoding", initial=progress["done"], total=len(paths), unit="image", disable=None if chunks else True
-        ) as progress_bar,
+        tqdm(desc="decoding", initial=progress["done"], total=len(paths), unit="image", disable=None) as progress_bar,
     ):
-        for start in chunks:
+        for start in range(progress["done"], len(paths), CHUNK):
             chunk = paths[start : start + CHUNK]
             for i, decoded in enumerate(pool.map(lambda path: _decode(path, size), chunk), start):
                 if isinstance(decoded, np.ndarray):
@@ -92,13 +108,10 @@ def _decode_remaining(
             images.flush()
             write_atomic(progress_file, json.dumps({"key": key, "done": start + len(chunk), "skipped": skipped}))
             progress_bar.update(len(chunk))
-    if skipped and not skip_undecodable:
-        raise UsageError(f"{paths[skipped[0]]} cannot be decoded; data.skip_undecodable=true leaves it out")
-    if skipped:
-        more = ", ..." if len(skipped) > 1 else ""
-        print(f"left out {len(skipped)} images that cannot be decoded: {paths[skipped[0]]}{more}", file=sys.stderr)
-    mapped = torch.from_file(str(images_file), shared=False, size=num_bytes, dtype=torch.uint8)
-    return mapped.view(shape)[: len(paths) - len(skipped)].permute(0, 3, 1, 2), skipped
+    if _compute_cache_key(root, paths, size) != key:
+        raise UsageError(f"images in {root} changed while they were decoded; try again")
+    unfinished_file.replace(images_file)
+    return images_file, skipped
 
 
 def _compute_cache_key(root: Path, paths: Sequence[Path], size: int) -> str:

@@ -1,6 +1,7 @@
 """Training, validating and testing one run."""
 
 import csv
+import hashlib
 import io
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +26,7 @@ from training.evaluate import evaluate
 from training.loggers import Logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment
-from training.run_directory import RECORD_FORMAT, serialize
+from training.run_directory import RECORD_FORMAT, RunDirectory, serialize
 from training.runs import RunSettings, build_model, load_run_data, parse_run
 
 CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device
@@ -93,8 +94,8 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
     state = TrainState(losses=torch.zeros(steps_per_epoch, device=fabric.device), hits=hits)
     if not checkpointer.restore(state):
         state.akps.append(snapshot_akps(model))
-        if fabric.is_global_zero:
-            directory.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.config)))
+    if fabric.is_global_zero:
+        directory.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.config)))
     with (
         open_logger(settings.logger, directory, settings.config, model) if fabric.is_global_zero else Logger() as logger
     ):
@@ -123,14 +124,17 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             state.epoch, state.step = state.epoch + 1, 0
             if fabric.is_global_zero:
                 if is_best:
-                    directory.write("model.safetensors", save(_make_contiguous(model.state_dict())))
-                    directory.write("optimizer.pt", serialize(optimizer.state_dict()))
-                directory.write("metrics.csv", _format_csv(state.history))
-                if state.akps[0]:
-                    akp_history = {name: torch.stack([akps[name] for akps in state.akps]) for name in state.akps[0]}
-                    directory.write("akps.safetensors", save(akp_history))
+                    weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+                    contents = {"model.safetensors": weights, "optimizer.pt": serialize(optimizer.state_dict())}
+                    for name, content in contents.items():
+                        directory.write(name, content)
+                        state.best_files[name] = hashlib.sha256(content).hexdigest()
+                _write_history(directory, state)
             logger.log(metrics)
             checkpointer.save(state)
+        if fabric.is_global_zero:
+            directory.verify(state.best_files)
+            _write_history(directory, state)  # again, in case the files were damaged before the run was resumed
         fabric.barrier()
         test = None
         if trainer.test:
@@ -251,13 +255,13 @@ def snapshot_akps(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _make_contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def _format_csv(rows: list[dict[str, float]]) -> str:
+def _write_history(directory: RunDirectory, state: TrainState) -> None:
+    """Writes the metrics and AKPs of all completed epochs."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, state.history[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    writer.writerows(state.history)
+    directory.write("metrics.csv", text.getvalue())
+    if state.akps[0]:
+        akp_history = {name: torch.stack([akps[name] for akps in state.akps]) for name in state.akps[0]}
+        directory.write("akps.safetensors", save(akp_history))

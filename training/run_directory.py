@@ -72,6 +72,14 @@ class RunDirectory:
         """Writes a file of the run; raises as ``write_atomic`` does."""
         write_atomic(self.path / name, content)
 
+    def verify(self, digests: Mapping[str, str]) -> None:
+        """Raises UsageError unless each file, by name, still has the SHA-256 digest that it was written with."""
+        for name, digest in digests.items():
+            file = self.path / name
+            if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                problem = "was modified" if file.exists() else "is missing"
+                raise UsageError(f"{file} {problem}; delete {self.path} and run the same command to train again")
+
     def load_record(self, fresh: bool = False) -> dict[str, Any] | None:
         """Loads the record of the finished run; None if there is none, or if ``fresh`` and other code produced it.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from acl import AnalyticConv2d, analytic_layers, convert, fold, summary
@@ -140,7 +141,7 @@ def test_last_matching_arrangement_wins() -> None:
     assert [str(layer.arrangement) for layer in analytic_layers(model).values()] == ["P24", "G16"]
 
 
-@pytest.mark.parametrize("pattern", ["all", "*", "k>=1", "first"])
+@pytest.mark.parametrize("pattern", ["all", "*", "k>=1"])
 def test_rules_skip_layers_that_are_already_analytic(pattern: str) -> None:
     model = convert(make_network(), "0", "G100%")
     layer = model[0]
@@ -250,6 +251,47 @@ def test_summary_counts_parameters_before_and_after() -> None:
 def test_convert_rejects_layer_that_it_cannot_replace(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert(model, "0", "G100%")
+
+
+def prune_bias(conv: nn.Conv2d) -> nn.Conv2d:
+    return prune.l1_unstructured(conv, "bias", 1)
+
+
+def parametrize_bias(conv: nn.Conv2d) -> nn.Conv2d:
+    parametrize.register_parametrization(conv, "bias", nn.Identity())
+    return conv
+
+
+def prepare_for_quantization(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.weight_fake_quant = nn.Identity()
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (prune_bias, "cannot convert 0: its bias is parametrized or pruned"),
+        (parametrize_bias, "cannot convert 0"),
+        (prepare_for_quantization, "cannot convert 0: it is prepared for quantization"),
+    ],
+)
+def test_convert_rejects_changed_layer_and_leaves_it_working(
+    change: Callable[[nn.Conv2d], nn.Conv2d], message: str
+) -> None:
+    model = nn.Sequential(change(nn.Conv2d(3, 4, 3)))
+    x = torch.randn(1, 3, 5, 5)
+    expected, names = model(x), list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        convert(model, "0", "G100%")
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == names
+
+
+def test_rule_first_means_first_convolution_even_if_it_is_analytic() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    convert(model, "first", "G100%")
+    with pytest.raises(ValueError, match="the first convolution, 0, is already analytic"):
+        convert(model, "first", "G100%")
+    assert not isinstance(model[1], AnalyticConv2d)
 
 
 def test_convert_rejects_unknown_init() -> None:

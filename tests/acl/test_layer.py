@@ -377,16 +377,30 @@ def test_only_learned_akps_change(learn: Any, learned: set[str]) -> None:
 # The cached weight
 
 
-def test_weight_is_synthesized_per_forward_in_training_and_once_in_eval(syntheses: list[AnalyticConv2d]) -> None:
+def test_weight_is_synthesized_per_forward_with_gradients_and_once_without(syntheses: list[AnalyticConv2d]) -> None:
     layer = make_layer()
     x = torch.randn(1, 4, 8, 8)
     layer(x), layer(x)
     assert len(syntheses) == 2
     layer.eval()
-    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+    for context in (torch.no_grad, torch.inference_mode):
         with context():
             layer(x), layer(x)
     assert len(syntheses) == 3
+    layer(x), layer(x)
+    assert len(syntheses) == 5
+    layer.requires_grad_(False)
+    layer(x)
+    assert len(syntheses) == 5
+
+
+def test_edit_of_returned_weight_leaves_eval_layer_unchanged() -> None:
+    layer = make_layer().eval()
+    with torch.no_grad():
+        expected = layer.weight.clone()
+        nn.init.zeros_(layer.weight)
+        layer.weight.data.add_(1)
+        assert torch.equal(layer.weight, expected)
 
 
 def add_in_place(layer: AnalyticConv2d) -> None:
@@ -449,6 +463,70 @@ def test_eval_mode_gives_same_gradients_in_every_backward() -> None:
         layer(x).square().sum().backward()
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain options": {},
+    "amplitude": {"amplitude": True},
+    "extended": {"family": "extended"},
+    "placement": {"placement": torch.randperm(8, generator=torch.Generator().manual_seed(0))},
+}
+
+
+def make_small_layer(variant: str, training: bool) -> AnalyticConv2d:
+    arrangement = "G2 Lg1 Lt1 Tf1 Ts1 P2"
+    layer = AnalyticConv2d(2, 4, 5, arrangement=arrangement, dtype=torch.double, **VARIANTS[variant])
+    layer.train(training)
+    with torch.no_grad():
+        layer(torch.randn(1, 2, 6, 6, dtype=torch.double))  # fills the cache in eval mode
+    return layer
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_second_derivatives_match_finite_differences(variant: str, training: bool) -> None:
+    layer = make_small_layer(variant, training)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.double)
+    parameters = list(layer.parameters())
+
+    def compute_gradient() -> torch.Tensor:
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(layer(x).square().sum(), parameters, create_graph=True)]
+        )
+
+    gradient = compute_gradient()
+    direction = [torch.randn_like(p) for p in parameters]
+    dot = gradient @ torch.cat([d.flatten() for d in direction])
+    product = torch.cat([h.flatten() for h in torch.autograd.grad(dot, parameters)])
+    step = 1e-6
+    gradients = []
+    for sign in (1, -2):  # to +step, then to -step
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=sign * step)
+        gradients.append(compute_gradient().detach())
+    torch.testing.assert_close(product, (gradients[0] - gradients[1]) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_function_transforms_work_in_both_modes(variant: str, training: bool) -> None:
+    layer = make_small_layer(variant, training)
+    x = torch.randn(3, 1, 2, 6, 6, dtype=torch.double)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(image) for image in x]))
+    (jacobian,) = torch.func.jacrev(layer, argnums=(0,))(x[0])
+    _, tangent = torch.func.jvp(layer, (x[0],), (x[1],))
+    torch.testing.assert_close(tangent, (jacobian * x[1]).sum((-4, -3, -2, -1)))
+    parameters, buffers = torch.func.stack_module_state([layer, copy.deepcopy(layer)])
+    outputs = torch.func.vmap(lambda p, b: torch.func.functional_call(layer, (p, b), (x[0],)))(parameters, buffers)
+    torch.testing.assert_close(outputs[1], layer(x[0]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_jit_trace_gives_equal_outputs(training: bool) -> None:
+    layer = make_small_layer("plain options", training)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.double)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
 
 
 # Copies, dtypes, devices and memory formats

@@ -19,7 +19,8 @@ from tests.training.processes import run_in_child, start_process, wait_for
 from training.config import CONFIGS, compose
 from training.errors import UsageError
 from training.provenance import digest_sources
-from training.runs import parse_run
+from training.run_directory import write_atomic
+from training.runs import open_run_directory, parse_run
 
 SEARCH = {"seed": 7, "candidates": [["optim.lr=0.0001"], ["optim.lr=0.02"]]}  # 1e-4 learns nothing in one epoch
 OTHER_SOURCES = "0" * 12
@@ -272,6 +273,26 @@ def test_failed_run_is_reported_and_does_not_stop_others(tmp_path: Path, monkeyp
     monkeypatch.setattr(reporting.table, "run", original)
     assert len(create_table(tmp_path).reproduce()) == 2
     assert not create_table(tmp_path).status()["failed"]
+
+
+def test_failed_run_is_tried_once_even_if_the_clock_of_the_files_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[str] = []
+
+    def fail(cfg: Any) -> None:
+        attempts.append(open_run_directory(cfg).id)
+        raise RuntimeError("out of memory")
+
+    def write_in_the_past(path: Path, content: str) -> None:
+        write_atomic(path, content)
+        os.utime(path, (1, 1))
+
+    monkeypatch.setattr(reporting.table, "run", fail)
+    monkeypatch.setattr(reporting.table, "write_atomic", write_in_the_past)
+    with pytest.raises(UsageError, match="4 of 4 runs failed"):
+        create_table(tmp_path).reproduce()
+    assert len(attempts) == len(set(attempts)) == 4
 
 
 def test_search_ignores_failed_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,8 @@ def test_page_in_browser_shows_formula_of_tapped_kernel(page: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (["run=nowhere"], "error: nowhere is not the folder of a run: it has no config.yaml"),
+        (["run=123456789012"], "error: 123456789012 is not the folder of a run: it has no config.yaml"),
+        (["run=2280193e9171"], "error: 2280193e9171 is not the folder of a run: it has no config.yaml"),
         (["replace=[noise]"], "error: replace.0=noise is invalid: it should be 'zero' or 'mean'"),
         (["split=validation"], "error: split=validation is invalid: it should be 'train', 'val' or 'test'"),
         (["images=0"], "error: images=0 is invalid: it should be greater than or equal to 1"),

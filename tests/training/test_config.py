@@ -102,7 +102,7 @@ def test_override_outside_identity_keeps_run_id(override: str) -> None:
         "trainer.epochs=3",
         "trainer.batch_size=32",
         "trainer.precision=bf16-mixed",
-        "++trainer.mixup=0.2",
+        "++trainer.unknown=0.2",
     ],
 )
 def test_override_in_identity_changes_run_id(override: str) -> None:
@@ -121,7 +121,7 @@ def test_override_with_similar_key_is_in_identity(override: str) -> None:
 
 
 def test_null_option_added_later_keeps_run_id() -> None:
-    for override in ("++trainer.mixup=null", "++optim.ema=null", "++model.layer.bias=null", "++data.cutmix=null"):
+    for override in ("++trainer.unknown=null", "++optim.ema=null", "++model.layer.bias=null", "++data.cutmix=null"):
         assert compute_id(override) == compute_id()
 
 
@@ -151,7 +151,7 @@ def test_run_id_of_existing_runs_is_unchanged(overrides: list[str], run_id: str)
 
 
 def test_identity_leaves_configuration_unchanged() -> None:
-    cfg: DictConfig = compose(["++trainer.mixup=null"])
+    cfg: DictConfig = compose(["++trainer.unknown=null"])
     before = cfg.copy()
     identity(cfg)
     assert cfg == before

@@ -89,7 +89,7 @@ def test_images_are_decoded_once(paths: list[Path], monkeypatch: pytest.MonkeyPa
 )
 def test_invalid_cache_is_rebuilt(paths: list[Path], monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     first = load_images(paths).clone()
-    file = next(paths[0].parent.glob("cache/*/images.u8"))
+    file = next(paths[0].parent.glob("cache/*/images-*.u8"))
     if damage == "truncated images":
         os.truncate(file, file.stat().st_size - 1)
     elif damage == "missing images":
@@ -97,7 +97,7 @@ def test_invalid_cache_is_rebuilt(paths: list[Path], monkeypatch: pytest.MonkeyP
     elif damage == "other format":
         monkeypatch.setattr(image_cache, "FORMAT", image_cache.FORMAT + 1)
     elif damage == "truncated progress":
-        (file.parent / "cache.json").write_text('{"key": ')
+        file.with_suffix(".json").write_text('{"key": ')
     else:
         make_image(99).save(paths[3])
         os.utime(paths[3], (1, 1))
@@ -106,6 +106,45 @@ def test_invalid_cache_is_rebuilt(paths: list[Path], monkeypatch: pytest.MonkeyP
     assert sorted(decoded) == sorted(paths)
     changed = [i for i in range(20) if not torch.equal(second[i], first[i])]
     assert changed == ([3] if damage == "changed image" else [])
+
+
+def test_complete_cache_is_never_modified(paths: list[Path]) -> None:
+    """Other processes may have mapped it."""
+    images = load_images(paths)
+    expected = images.clone()
+    for path in paths[:5]:
+        path.unlink()
+    make_image(99).save(paths[6])
+    fewer = load_images(paths[5:])
+    assert torch.equal(images, expected)
+    assert torch.equal(fewer[0], expected[5]) and not torch.equal(fewer[1], expected[6])
+
+
+def test_caches_of_different_images_coexist(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    some, others = load_images(paths[:12]).clone(), load_images(paths[6:]).clone()
+    decoded = record_decoded_paths(monkeypatch)
+    assert torch.equal(load_images(paths[:12]), some) and torch.equal(load_images(paths[6:]), others) and not decoded
+
+
+def test_images_that_change_while_decoded_are_rejected(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = image_cache._decode
+
+    def decode_and_change(path: Path, size: int) -> np.ndarray | str:
+        os.utime(paths[0], (1, 1))
+        return decode(path, size)
+
+    monkeypatch.setattr(image_cache, "_decode", decode_and_change)
+    with pytest.raises(UsageError, match="changed while they were decoded; try again"):
+        load_images(paths)
+
+
+def test_cache_of_earlier_version_is_reused(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_images(paths).clone()
+    file = next(paths[0].parent.glob("cache/*/images-*.u8"))
+    file.with_suffix(".json").rename(file.with_name("cache.json"))
+    file.rename(file.with_name("images.u8"))
+    decoded = record_decoded_paths(monkeypatch)
+    assert torch.equal(load_images(paths), first) and not decoded
 
 
 def test_each_size_has_its_own_cache(paths: list[Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.training.processes import run_in_child
 from training import loop
 from training.checkpoint import Checkpointer, TrainState
 from training.data import Augmentation, Data
+from training.errors import UsageError
 from training.loop import run
 from training.provenance import digest_sources
 from training.run_directory import RunDirectory
@@ -170,3 +171,39 @@ def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, un
     assert run_in_child(lambda: run(cfg)) == 0
     assert read_outcome(cfg) == uninterrupted_outcome and uninterrupted_outcome[2]["sources"] == digest_sources()
     assert [path.name for path in directory.path.glob("superseded-*")] == ["superseded-1"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
+def test_damaged_best_weights_stop_the_resumed_run_with_one_line(tmp_path: Path, name: str, damage: str) -> None:
+    """Without a test of these files, the run would report another test result."""
+    cfg = compose_checkpointed_run(tmp_path)
+    run_until_killed(cfg, loop, "describe_environment", 1)  # after the last epoch
+    file = open_run_directory(cfg).path / name
+    damage_file(file, damage)
+    with pytest.raises(UsageError, match=rf"{file} (is missing|was modified); delete .* to train again") as error:
+        run(cfg)
+    assert "\n" not in str(error.value) and open_run_directory(cfg).load_record() is None
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "akps.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
+def test_other_damaged_files_are_written_again_by_the_resumed_run(tmp_path: Path, name: str, damage: str) -> None:
+    cfg = compose_checkpointed_run(tmp_path)
+    run_until_killed(cfg, loop, "describe_environment", 1)
+    file = open_run_directory(cfg).path / name
+    expected = file.read_bytes()
+    damage_file(file, damage)
+    assert run_in_child(lambda: run(cfg)) == 0
+    assert file.read_bytes() == expected
+
+
+def damage_file(file: Path, damage: str) -> None:
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[:-10] if damage == "truncated" else b"")
