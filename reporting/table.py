@@ -251,7 +251,19 @@ class Table:
                 f"{len(status['failed'])} of {len(self)} runs failed, {len(status['done'])} are done; the same command "
                 f"retries the failed runs: {'; '.join(status['failed'])}"
             )
+        self._write_trials()
         return self.write()
+
+    def _write_trials(self) -> None:
+        """Writes the records of the search trials to <name>_search.jsonl."""
+        trials = [
+            {"row": row.name, "candidate": candidate, **record}
+            for row in self.rows
+            for candidate, trial in zip(self._candidates, self._plan_trials(row), strict=True)
+            if (record := trial.load_record()) is not None
+        ]
+        if trials:
+            write_atomic(self.path.with_name(f"{self.name}_search.jsonl"), _to_json_lines(trials))
 
     def load_results(self) -> None:
         """Loads the records from the table's own .jsonl file instead of from run folders.
@@ -273,17 +285,9 @@ class Table:
                 raise UsageError(f"{file} has no complete row '{row.name}' as configured in table {self.name}")
 
     def write(self) -> pd.DataFrame:
-        """Writes <name>.csv, .md, .png, .jsonl (the records) and, after a search, <name>_search.jsonl (its trials)."""
+        """Writes <name>.csv, .md, .png and .jsonl (the records)."""
         frame = summarize(self.rows)
-        trials = [
-            {"row": row.name, "candidate": candidate, **record}
-            for row in self.rows
-            for candidate, trial in zip(self._candidates, self._plan_trials(row), strict=True)
-            if (record := trial.load_record()) is not None
-        ]
         search_file = self.path.with_name(f"{self.name}_search.jsonl")
-        if trials and len(trials) == len(self.rows) * len(self._candidates):
-            write_atomic(search_file, _to_json_lines(trials))
         search_note = None
         if self.settings.search is not None:
             search_note = (
