@@ -20,7 +20,7 @@ from training.config import compose, is_in_identity
 from training.errors import BusyError, UsageError
 from training.loop import run
 from training.provenance import digest_sources
-from training.run_directory import RunDirectory, write_atomic
+from training.run_directory import RunDirectory, parse_record, write_atomic
 from training.runs import build_model, load_run_data, open_run_directory, parse_run
 from training.validation import STRICT
 
@@ -269,12 +269,10 @@ class Table:
         """Loads the records from the table's own .jsonl file instead of from run folders.
 
         Raises:
-            UsageError: if there is no such file, or it was written for another configuration.
+            UsageError: if it was written for another configuration; and as ``read_results`` does.
         """
         file = self.path.with_suffix(".jsonl")
-        if not file.exists():
-            raise UsageError(f"there is no {file}; reproduce the table first")
-        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        entries = read_results(file)
         for row in self.rows:
             row.records = [entry for entry in entries if entry["row"] == row.name]
             ids = {entry["id"] for entry in row.records}
@@ -308,6 +306,27 @@ class Table:
         write_atomic(self.path.with_suffix(".md"), text)
         write_atomic(self.path.with_suffix(".png"), to_png(draw_accuracy(frame, self.settings.title)))
         return frame
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Reads the records of a table, each with the name of its row, from its .jsonl file.
+
+    Raises:
+        UsageError: if there is no such file, or for the first line that is not the record of a run with its row.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no {file}; reproduce the table first") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        entry = parse_record(line, f"{file}, line {number},")
+        if not isinstance(entry.get("row"), str) or entry["test"] is None:
+            raise UsageError(f"{file}, line {number}, names no row or has no test result")
+        entries.append(entry)
+    return entries
 
 
 def _to_json_lines(records: list[dict[str, Any]]) -> str:

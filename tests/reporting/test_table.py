@@ -13,7 +13,7 @@ import torchvision
 
 import reporting.table
 from reporting.table import Table
-from tests.reporting.helpers import create_table, forbid_calls, load_settings
+from tests.reporting.helpers import create_table, forbid_calls, load_settings, make_record
 from tests.training import trees
 from tests.training.processes import run_in_child, start_process, wait_for
 from training.config import CONFIGS, compose
@@ -122,6 +122,33 @@ def test_load_results_rejects_missing_and_mismatched_records(searched_table_copy
         create_table(tmp_path / "nowhere", search=SEARCH).load_results()
     with pytest.raises(UsageError, match=r"digits\.jsonl has no complete row 'LeNet-5 plain' as configured in table"):
         create_table(searched_table_copy, "optim.weight_decay=0.5", search=SEARCH).load_results()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", r"digits\.jsonl, line 2, is not a record of a run: "),
+        (b"", r"digits\.jsonl, line 2, is not a record of a run: "),
+        (b"\xff", r"digits\.jsonl, line 2, is not a record of a run: "),
+        (json.dumps(make_record(0, 90.0)).encode(), r"digits\.jsonl, line 2, names no row or has no test result"),
+    ],
+)
+def test_corrupt_line_of_results_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    table = create_table(tmp_path)
+    table.path.parent.mkdir(parents=True)
+    entry = json.dumps({"row": "LeNet-5 plain", **make_record(0, 90.0)}).encode()
+    table.path.with_suffix(".jsonl").write_bytes(b"\n".join([entry, line, entry]))
+    with pytest.raises(UsageError, match=message):
+        table.load_results()
+
+
+def test_status_names_corrupt_record(tmp_path: Path) -> None:
+    table = create_table(tmp_path)
+    file = table.plan_runs()[0].directory.record_file
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(UsageError, match=f"{file} is not a record of a run"):
+        table.status()
 
 
 # Scheduling

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts import train
+from scripts import collect, train
+from scripts.collect import CollectSettings
 from tests.scripts.conftest import ROOT, Command, RunScript
 from training.config import compose
+from training.errors import UsageError
 
 
 def test_train_records_configuration_and_test_accuracy(tmp_path: Path, run_script: RunScript) -> None:
@@ -63,6 +65,26 @@ def test_collect_lists_every_run_of_sweep(tmp_path: Path, run_script: RunScript)
     frame = pd.read_csv(tmp_path / "all.csv")
     assert sorted(zip(frame["arrangement.conv1"], frame["seed"], strict=True))[0] == ("G3_P3", 0)
     assert {"test.top1", "parameters.conv", "optim.lr", "commit", "machine.device", "versions.torch"} <= set(frame)
+
+
+def test_collect_skips_corrupt_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cut", "folder", "whole"):
+        (tmp_path / name).mkdir()
+    line = (ROOT / "results/tables/digits.jsonl").read_text().splitlines()[0]
+    (tmp_path / "cut/record.json").write_text(line[:100])
+    (tmp_path / "folder/record.json").mkdir()
+    settings = CollectSettings(runs=str(tmp_path), file=tmp_path / "all.csv")
+    with pytest.raises(UsageError, match="no finished run in"):
+        collect.main(settings)
+    (tmp_path / "whole/record.json").write_text(line)
+    capsys.readouterr()
+    collect.main(settings)
+    done = capsys.readouterr()
+    assert done.out == f"{tmp_path}/all.csv: 1 runs\n" and len(pd.read_csv(tmp_path / "all.csv")) == 1
+    assert [line.split(" is ")[0] for line in done.err.splitlines()] == [
+        f"skipped: {tmp_path}/cut/record.json",
+        f"skipped: cannot read {tmp_path}/folder/record.json: Is a directory",
+    ]
 
 
 def test_mosaic_draws_layer(tmp_path: Path, run_script: RunScript) -> None:

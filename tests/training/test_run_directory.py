@@ -11,13 +11,28 @@ from tests.training.processes import run_in_child
 from training.config import compose, identity
 from training.errors import BusyError, UsageError
 from training.loop import run
-from training.run_directory import UNFINISHED, RunDirectory, compute_run_id, serialize, write_atomic
+from training.run_directory import UNFINISHED, RunDirectory, compute_run_id, read_record, serialize, write_atomic
 from training.runs import open_run_directory
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs", {"seed": 0})
+
+
+RECORD = {
+    "format": 1,
+    "id": "3efc264c6137",
+    "config": {"seed": 0, "arrangement": {}, "trainer": {"epochs": 1}},
+    "test": {"top1": 99.5, "loss": 0.01},
+    "val": {"top1": 99, "loss": 0.02},
+    "best_epoch": 1,
+    "parameters": {"conv": 100, "total": 200},
+    "seconds": 1.5,
+    "commit": None,
+    "machine": {"device": "CPU", "threads": 2, "system": "Linux"},
+    "versions": {"torch": "2.6"},
+}
 
 
 # Identity
@@ -53,11 +68,39 @@ def test_run_id_does_not_depend_on_key_order() -> None:
 # Records
 
 
-def test_record_is_loaded_as_written(directory: RunDirectory) -> None:
+def test_record_is_loaded_as_written(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, RECORD["config"])
     assert directory.load_record() is None
-    record = {"format": 1, "config": {"seed": 0}, "test": {"top1": 99.5}}
-    directory.write_record(record)
-    assert directory.load_record() == record == json.loads(directory.record_file.read_text())
+    directory.write_record(RECORD)
+    assert directory.load_record() == RECORD == json.loads(directory.record_file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a record of a run: Expecting value"),
+        (json.dumps(RECORD).encode()[:-20], "is not a record of a run: "),
+        (b"\xff\xfe\x00", "is not a record of a run: "),
+        (b"[1]", "is not a record of a run: it is not a JSON object with a format number"),
+        ({"format": "1"}, "is not a record of a run: it is not a JSON object with a format number"),
+        ({"config": []}, r"is not a record of a run: config=\[\] is invalid: it should be a valid dictionary"),
+        ({"val": {"top1": "99", "loss": 1.0}}, r"is not a record of a run: val\.top1=99 is invalid"),
+        ({"test": {"top1": 99.5}}, r"is not a record of a run: test\.loss is missing"),
+        ({"machine": {"device": "CPU"}}, r"is not a record of a run: machine\.threads is missing"),
+        (None, "Is a directory"),
+    ],
+)
+def test_read_record_names_file_and_problem(
+    tmp_path: Path, content: bytes | dict[str, object] | None, message: str
+) -> None:
+    file = tmp_path / "record.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else json.dumps(RECORD | content).encode())
+    with pytest.raises(UsageError, match=rf"{file}:? {message}") as error:
+        read_record(file)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +109,7 @@ def test_record_is_loaded_as_written(directory: RunDirectory) -> None:
         ("{}", "is not a record of a run"),
         ("{", "is not a record of a run"),
         ('{"format": 99, "config": {}}', "has format 99, but this version reads formats up to 1"),
-        ('{"format": 1, "config": {}}', "belongs to another configuration"),
+        (json.dumps(RECORD), "belongs to another configuration"),
     ],
 )
 def test_invalid_record_is_rejected_and_kept(tmp_path: Path, content: str, message: str) -> None:
