@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from acl.arrangement import Arrangement
 from acl.fit import KernelFit, apply_fits, check_tolerance, fit_kernels
 from acl.layer import AnalyticConv2d
 
-INITS = ("random", "fit")
+Init = Literal["random", "fit"]
+INITS: tuple[str, ...] = get_args(Init)
 _HOOK_ATTRIBUTES = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch.func import functional_call
 from acl.arrangement import Arrangement
 from acl.kernels import AKP, FAMILIES, KINDS, PROFILES
 
-SCALES = ("unit", "raw")
+Scale = Literal["unit", "raw"]
+SCALES: tuple[str, ...] = get_args(Scale)
 
 
 class AnalyticConv2d(nn.Conv2d):

@@ -20,6 +20,19 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 """Backbone name -> constructor, which takes the data's ``channels`` and ``classes``, and options of its own."""
 
 
+def find_backbone(name: str) -> Callable[..., nn.Module]:
+    """The constructor of a backbone: one of ``BACKBONES``, or ``timm/<name>``.
+
+    Raises:
+        ValueError: for an unknown backbone.
+    """
+    if name.startswith("timm/"):
+        return partial(create_from_timm, name.removeprefix("timm/"))
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone '{name}'; known: {', '.join(BACKBONES)}, timm/<name>")
+    return BACKBONES[name]
+
+
 def create_model(
     backbone: str,
     channels: int,
@@ -41,12 +54,7 @@ def create_model(
         ValueError: for an unknown backbone, an arrangement for a plain network, no arrangement for an AnaNN, or
             arguments that the backbone or ``acl.convert`` rejects.
     """
-    if backbone.startswith("timm/"):
-        create: Callable[..., nn.Module] = partial(create_from_timm, backbone.removeprefix("timm/"))
-    elif backbone in BACKBONES:
-        create = BACKBONES[backbone]
-    else:
-        raise ValueError(f"unknown backbone '{backbone}'; known: {', '.join(BACKBONES)}, timm/<name>")
+    create = find_backbone(backbone)
     config_name = backbone.split("/")[0]
     model = create(channels, classes, **options)
     if layer is None:

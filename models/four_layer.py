@@ -14,7 +14,7 @@ class FourLayer(nn.Module):
         kernel_size: the kernel size of all four convolutions; must be odd.
 
     Raises:
-        ValueError: if the kernel size is even.
+        ValueError: if the kernel size is even or negative.
 
     Shape:
         Input (N, channels, H, W) with H, W >= 8, output (N, classes).
@@ -22,8 +22,8 @@ class FourLayer(nn.Module):
 
     def __init__(self, channels: int = 3, classes: int = 10, kernel_size: int = 5) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size={kernel_size} is even; it must be odd to preserve the image size")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"model.kernel_size={kernel_size} must be odd and positive, to preserve the image size")
 
         def make_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
             return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)

@@ -40,7 +40,7 @@ def create_from_torchvision(name: str, channels: int, classes: int, pretrained: 
                 "model.pretrained=<path> to a weights file"
             ) from error
         _load_state(model, state, file)
-    elif pretrained:
+    elif pretrained is not False:
         load_weights(model, Path(pretrained))
     return model
 
@@ -67,7 +67,7 @@ def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | 
             f"are not in the local cache and could not be downloaded ({type(error).__name__}); download them elsewhere "
             "and set model.pretrained=<path> to the file"
         ) from error
-    if pretrained and pretrained is not True:
+    if not isinstance(pretrained, bool):
         load_weights(model, Path(pretrained))
     return model
 

@@ -29,7 +29,7 @@ def render_run_page(
     akp_history: Mapping[str, Tensor],
     attributions: Mapping[str, Attribution],
     lost: Mapping[str, Tensor] | None,
-    split: str,
+    split: str | None,
 ) -> str:
     """Renders the HTML page of a finished run.
 
@@ -40,7 +40,7 @@ def render_run_page(
         akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is no such file.
         attributions: maps what removed kernels output (``zero`` or ``mean``) to the attribution.
         lost: maps layer names to the points lost without each single kernel; None if these were not measured.
-        split: describes the images used for ``attributions`` and ``lost``.
+        split: describes the images used for ``attributions`` and ``lost``; None if there are none.
     """
     initial_layers = analytic_layers(initial_model) if initial_model is not None else {}
     layers = []

@@ -7,59 +7,64 @@ from typing import Literal
 from lightning_fabric.utilities.seed import seed_everything
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from acl.explain import Attribution, attribute, leave_one_out
 from reporting.run_page import render_run_page
 from training.config import run_script
 from training.errors import UsageError
 from training.run_directory import write_atomic
-from training.runs import DataLocation, build_model, load_finished_run
-from training.validation import STRICT, FilePath
+from training.finished_run import DataLocation, FinishedRun, load_finished_run
+from training.runs import create_network, load_run_data
+from training.validation import STRICT, FilePath, OutputFile
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExplainSettings:
     run: FilePath
-    split: Literal["train", "val", "test"]
+    split: Literal["train", "val", "test"] | None
     replace: list[Literal["zero", "mean"]]
     single: bool
     data: DataLocation
     images: int | None = Field(ge=1)
-    file: FilePath | None
+    file: OutputFile | None
 
 
 def main(settings: ExplainSettings) -> None:
     run = load_finished_run(settings.run, settings.data)
-    split = getattr(run.data, settings.split)[: settings.images]
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        # An attribution keeps 16 outputs of a layer per batch, so batches are small.
-        for batch in run.data.eval_batches(split, max_pixels=2**20, max_size=500):
-            yield batch.images, batch.labels
-
-    try:
-        attributions: dict[str, Attribution] = {mode: attribute(run.model, batches, mode) for mode in settings.replace}
-        lost = leave_one_out(run.model, batches) if settings.single else None
-    except ValueError as error:
-        raise UsageError(f"{run.path}: {error}") from error
-    seed_everything(run.settings.seed, verbose=False)
-    try:
-        initial_model = build_model(run.settings, run.data)
-    except UsageError:  # its pretrained weights are no longer available
-        initial_model = None
-    history_file = run.path / "akps.safetensors"
-    akp_history = load_file(history_file) if history_file.exists() else {}
     page_file = settings.file or run.path / "report.html"
+    if run.record is None:
+        raise UsageError(f"run={run.path} is invalid: a page needs the folder of a run, with its record and history")
+    if page_file.suffix == ".json":
+        raise UsageError(f"file={page_file} is invalid: it should end in .html; the numbers are written next to it")
+    attributions: dict[str, Attribution] = {}
+    lost: dict[str, Tensor] | None = None
+    images = None
+    if settings.split is not None:
+        data = load_run_data(run.settings)
+        split = getattr(data, settings.split)[: settings.images]
+        images = f"{len(split):,} {settings.split}"
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            # An attribution keeps 16 outputs of a layer per batch, so batches are small.
+            for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
+                yield batch.images, batch.labels
+
+        try:
+            attributions = {mode: attribute(run.model, batches, mode) for mode in settings.replace}
+            lost = leave_one_out(run.model, batches) if settings.single else None
+        except ValueError as error:
+            raise UsageError(f"{run.path}: {error}") from error
+    page = render_run_page(
+        run.record, run.model, create_initial_model(run), load_akp_history(run), attributions, lost, images
+    )
     results = {
         "split": settings.split,
         "kinds": {mode: summarize_attribution(attribution) for mode, attribution in attributions.items()},
         "kernels": None if lost is None else {name: values.tolist() for name, values in lost.items()},
     }
-    page = render_run_page(
-        run.record, run.model, initial_model, akp_history, attributions, lost, f"{len(split):,} {settings.split}"
-    )
     write_atomic(page_file.with_suffix(".json"), json.dumps(results) + "\n")
     write_atomic(page_file, page)
     for mode, attribution in attributions.items():
@@ -68,6 +73,24 @@ def main(settings: ExplainSettings) -> None:
         )
         print(f"{mode}: {attribution.drop:.2f} points = {values}")
     print(page_file)
+
+
+def create_initial_model(run: FinishedRun) -> nn.Module | None:
+    """The network before training; None if the pretrained weights that it started from are not available."""
+    seed_everything(run.settings.seed, verbose=False)
+    try:
+        return create_network(run.settings, run.input_format.channels, run.input_format.classes)
+    except UsageError:
+        return None
+
+
+def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
+    """The AKPs before training and after each epoch; empty for a run without analytic layers."""
+    file = run.path / "akps.safetensors"
+    try:
+        return load_file(file) if file.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} is corrupt ({error}); move it away to draw the page without it") from error
 
 
 def summarize_attribution(attribution: Attribution) -> dict[str, object]:

@@ -9,14 +9,14 @@ import acl
 from training.config import run_script
 from training.errors import UsageError
 from training.run_directory import write_atomic
-from training.runs import DataLocation, load_finished_run
-from training.validation import STRICT, FilePath
+from training.finished_run import DataLocation, load_finished_run
+from training.validation import STRICT, FilePath, OutputFile
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExportSettings:
     run: FilePath
-    file: FilePath
+    file: OutputFile
     fold: bool
     data: DataLocation
 
@@ -25,7 +25,9 @@ def main(settings: ExportSettings) -> None:
     run = load_finished_run(settings.run, settings.data)
     if settings.fold:
         acl.fold(run.model)
-    images = next(run.data.eval_batches(run.data.val[:2])).images.contiguous()
+    expected = run.input_format
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, expected.channels, expected.height, expected.width, generator=generator)
     exported = torch.onnx.export(
         run.model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False
     )
@@ -40,7 +42,7 @@ def main(settings: ExportSettings) -> None:
     write_atomic(settings.file, content)
     print(
         f"{settings.file}: expects images (n, {', '.join(map(str, images.shape[1:]))}) of 0 to 255, normalized with "
-        f"mean {run.data.mean.flatten().tolist()} and standard deviation {run.data.std.flatten().tolist()}; "
+        f"mean {expected.mean} and standard deviation {expected.std}; "
         f"ONNX Runtime's logits differ from torch's by up to {difference:.1g}"
     )
 

@@ -1,6 +1,9 @@
 """Draws the mosaic of a layer with random AKPs: python scripts/mosaic.py mosaic=G50%_P50% file=mosaic.png"""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from acl import AnalyticConv2d
@@ -8,17 +11,20 @@ from acl.plot import mosaic, to_png
 from training.config import run_script
 from training.errors import UsageError
 from training.run_directory import write_atomic
-from training.validation import STRICT, Count, FilePath
+from training.validation import STRICT, OutputFile, Seed
+
+
+Size = Annotated[int, Field(ge=1, le=4096)]
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class MosaicSettings:
-    in_channels: Count
-    out_channels: Count
-    kernel_size: Count
+    in_channels: Size
+    out_channels: Size
+    kernel_size: Size
     mosaic: str
-    seed: int
-    file: FilePath
+    seed: Seed
+    file: OutputFile
 
 
 def main(settings: MosaicSettings) -> None:

@@ -23,6 +23,8 @@ def main(cfg: DictConfig) -> None:
     overrides = [word.removeprefix("++") for word in hydra.overrides.task]
     run_overrides = [word for word in overrides if re.split(r"[.=]", word.lstrip("+"))[0] not in ("table", "worker")]
     settings = construct(TableSettings, resolve(cfg)["table"], "table")
+    if cfg.debug is not None:
+        settings = shrink(settings)
     table = Table(hydra.runtime.choices["table"], settings, run_overrides)
     if "--status" in FLAGS:
         status = table.status()

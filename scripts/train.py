@@ -1,5 +1,8 @@
 """Trains and tests one network: python scripts/train.py model=ana_lenet arrangement=mosaic data=mnist seed=3"""
 
+import re
+import sys
+
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
@@ -9,7 +12,8 @@ from training.provenance import digest_sources
 from training.runs import open_run_directory
 
 
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float:
+    """Returns the validation accuracy in percent, which a Hydra sweeper maximizes."""
     record, is_new = run(cfg)
     result = f"validation {record['val']['top1']:.2f}%"
     if record["test"] is not None:
@@ -25,7 +29,11 @@ def main(cfg: DictConfig) -> None:
         f"{open_run_directory(cfg).path}{note}: {result} (epoch {record['best_epoch']}), "
         f"{parameters['conv']:,} convolution parameters of {parameters['total']:,}, {record['seconds']:.0f} s"
     )
+    return float(record["val"]["top1"])
 
 
 if __name__ == "__main__":
+    # The default network is analytic, so it needs an arrangement; a chosen one needs one of its own, or none.
+    if not any(re.match(r"\+*(model=|arrangement[.=])", word) for word in sys.argv[1:]):
+        sys.argv.append("arrangement=mosaic")
     run_script(main, "train")

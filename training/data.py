@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from training.datasets import DATASETS, Split
 from training.errors import UsageError
-from training.validation import STRICT, construct
+from training.validation import STRICT, construct, format_value
 
 MAX_BYTES_ON_DEVICE = 2**32
 """Larger data sets stay in main memory or memory-mapped."""
@@ -71,6 +71,18 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class InputFormat:
+    """The images that a network takes, and their classes."""
+
+    channels: int
+    height: int  # in pixels
+    width: int
+    classes: int
+    mean: list[float]  # per channel, in pixel values from 0 to 255
+    std: list[float]
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set, and how its images become network input."""
 
@@ -86,6 +98,11 @@ class Data:
     @property
     def channels(self) -> int:
         return self.train.images.shape[1]
+
+    @property
+    def input_format(self) -> InputFormat:
+        shape = self.augmentation.center_crop(self.train.images[:1]).shape[1:]
+        return InputFormat(*shape, self.classes, self.mean.flatten().tolist(), self.std.flatten().tolist())
 
     def to(self, device: torch.device) -> "Data":
         names = ["mean", "std"]
@@ -112,6 +129,7 @@ def load_data(
     augmentation: Augmentation,
     mean: list[float] | None = None,
     std: list[float] | None = None,
+    max_images: int | None = None,
     **options: Any,
 ) -> Data:
     """Reads a data set.
@@ -120,6 +138,7 @@ def load_data(
         name: one of ``DATASETS``.
         augmentation: for the training images.
         mean, std: per channel, for pixel values from 0 to 1; None: computed from the training images.
+        max_images: of each split; None: all.
         options: the reader's keyword arguments.
 
     Raises:
@@ -129,18 +148,26 @@ def load_data(
     if name not in DATASETS:
         raise UsageError(f"unknown data.name '{name}'; known: {', '.join(DATASETS)}")
     train, val, test = construct(DATASETS[name], options, "data")
-    if mean is None or std is None:
+    channels = train.images.shape[1]
+    if mean is None and std is None:
         mean_tensor, std_tensor = _compute_moments(train.images)
+    elif mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
+        raise UsageError(
+            f"data.mean={format_value(mean)} and data.std={format_value(std)} are invalid: both should be null, or "
+            f"lists of {channels} numbers, one per channel, with a positive standard deviation"
+        )
     else:
         mean_tensor, std_tensor = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return Data(train, val, test, int(train.labels.max()) + 1, mean_tensor, std_tensor, augmentation)
+    classes = int(train.labels.max()) + 1
+    train, val, test = (split[:max_images] for split in (train, val, test))
+    return Data(train, val, test, classes, mean_tensor, std_tensor, augmentation)
 
 
 def _compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel, each (1, channels, 1, 1); from a subset if there are many images."""
     images = images[:: math.ceil(images.numel() / 2**28)]
     std, mean = torch.std_mean(images.contiguous().float(), dim=(0, 2, 3), keepdim=True)
-    return mean, std
+    return mean, std.where(std > 0, 1)  # a constant channel becomes 0
 
 
 def iterate_batches(split: Split, size: int) -> Iterator[Split]:

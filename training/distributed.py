@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -23,8 +24,8 @@ class TrainerSettings:
 
     epochs: Count
     batch_size: Count
-    accelerator: str
-    strategy: str
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
     devices: Count
     nodes: Count
     precision: str
@@ -39,7 +40,8 @@ def build_fabric(settings: TrainerSettings) -> Fabric:
     """Builds Fabric for the devices of a run.
 
     Raises:
-        UsageError: for options that Fabric rejects, or more devices than the machine has.
+        UsageError: for options that Fabric rejects, more devices than the machine has, or several nodes without a
+            launcher.
     """
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -52,8 +54,10 @@ def build_fabric(settings: TrainerSettings) -> Fabric:
             num_nodes=settings.nodes,
             precision=settings.precision,  # type: ignore[arg-type] # Fabric validates the string
         )
-    except (ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # of any type, such as an ImportError for a precision that needs another package
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+    if settings.nodes > 1 and "LOCAL_RANK" not in os.environ and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError(f"trainer.nodes={settings.nodes} needs srun or torchrun, which start a process on every node")
     if fabric.device.type == "cpu" and settings.devices > (os.cpu_count() or 1):
         raise UsageError(f"trainer.devices={settings.devices} exceeds the {os.cpu_count()} cores of this machine")
     return fabric

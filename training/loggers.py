@@ -1,5 +1,6 @@
 """Experiment trackers, which log metrics in addition to metrics.csv."""
 
+import csv
 import io
 from types import TracebackType
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
 from acl import analytic_layers
+from training.errors import UsageError
 from training.run_directory import RunDirectory
 from training.validation import STRICT
 
@@ -19,6 +21,7 @@ class LoggerSettings:
 
     name: Literal["none", "wandb"]
     project: str = "anann"
+    entity: str | None = None
     group: str | None = None
     row: str | None = None
     title: str | None = None
@@ -63,6 +66,7 @@ class WandbLogger(Logger):
         data_name = config["data"]["name"]
         self.run = wandb.init(
             project=settings.project,
+            entity=settings.entity,
             id=directory.id,
             group=settings.group,
             name=settings.title or f"{data_name} seed {config['seed']}",
@@ -117,3 +121,23 @@ def open_logger(settings: LoggerSettings, directory: RunDirectory, config: dict[
         model: the network, whose analytic layers are drawn.
     """
     return WandbLogger(settings, directory, config, model) if settings.name == "wandb" else Logger()
+
+
+def log_recorded_run(
+    settings: LoggerSettings, directory: RunDirectory, config: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Logs a run that is recorded already: its metrics of each epoch, and its record.
+
+    Raises:
+        UsageError: if its metrics.csv is missing or corrupt.
+    """
+    history_file = directory.path / "metrics.csv"
+    try:
+        history = [{key: float(value) for key, value in line.items()} for line in csv.DictReader(history_file.open())]
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot read the metrics in {history_file}: {error}") from error
+    no_layers = nn.Module()  # the network of each epoch is no longer available to be drawn
+    with open_logger(settings, directory, config, no_layers) as logger:
+        for metrics in history:
+            logger.log(metrics)
+        logger.finish(record)

@@ -23,6 +23,7 @@ from training.data import Data
 from training.distributed import all_reduce, build_fabric, is_main_process
 from training.errors import UsageError
 from training.evaluate import evaluate
+from training.finished_run import serialize_weights
 from training.loggers import Logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment
@@ -124,7 +125,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             state.epoch, state.step = state.epoch + 1, 0
             if fabric.is_global_zero:
                 if is_best:
-                    weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+                    weights = serialize_weights(model, directory.identity, data)
                     contents = {"model.safetensors": weights, "optimizer.pt": serialize(optimizer.state_dict())}
                     for name, content in contents.items():
                         directory.write(name, content)

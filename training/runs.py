@@ -1,20 +1,24 @@
-"""Turns configurations into validated settings, data and models, and loads finished runs."""
+"""Turns configurations into validated settings, data and models."""
 
-import json
+import atexit
+import functools
+import tempfile
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import torch
-from lightning_fabric.utilities.seed import seed_everything
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, validate_call
-from safetensors.torch import load_file
+from omegaconf import DictConfig
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
-from typing_extensions import TypedDict
 
 import models
+from acl import Arrangement
+from acl.convert import Init
+from acl.kernels import Family, Profile
+from acl.layer import Scale
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
 from training.distributed import TrainerSettings
@@ -22,7 +26,37 @@ from training.errors import UsageError
 from training.loggers import LoggerSettings
 from training.optim import OptimSettings
 from training.run_directory import RunDirectory
-from training.validation import STRICT, construct
+from training.validation import STRICT, FilePath, Seed, check_arguments, construct, format_value
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunOptions:
+    """The options outside the sections."""
+
+    seed: Seed
+    fresh: bool = False
+    debug: Literal["smoke"] | None = None
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class PathSettings:
+    """The options of the section ``paths``."""
+
+    runs: FilePath
+    results: FilePath
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class LayerSettings:
+    """The options of configs/model/layer, which ``acl.convert`` takes."""
+
+    scale: Scale
+    amplitude: bool
+    family: Family
+    profile: Profile
+    learn: str | list[str]
+    init: Init | None = None
+    tolerance: float | None = Field(default=None, ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -40,9 +74,22 @@ class RunSettings:
     logger: LoggerSettings
 
 
+SMOKE_BATCH = 4
+"""The images of each of the two steps of ``debug=smoke``."""
+SECTIONS = ("paths", "data", "model", "arrangement", "optim", "trainer", "logger")
+
+
+@functools.cache
+def create_smoke_folder() -> Path:
+    """A temporary folder for everything that ``debug=smoke`` writes; it is deleted when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="anann-smoke-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
 def open_run_directory(cfg: DictConfig) -> RunDirectory:
     """The folder of the run that a configuration describes; nothing is written."""
-    return RunDirectory(Path(cfg.paths.runs), identity(cfg))
+    return RunDirectory(Path(cfg.paths.runs) if cfg.get("debug") is None else create_smoke_folder(), identity(cfg))
 
 
 def parse_run(cfg: DictConfig) -> RunSettings:
@@ -52,28 +99,75 @@ def parse_run(cfg: DictConfig) -> RunSettings:
         UsageError: for the first invalid value.
     """
     config = resolve(cfg)
-    augmentation_options = {f.name: config["data"][f.name] for f in fields(Augmentation) if f.name in config["data"]}
-    augmentation = construct(Augmentation, augmentation_options, "data")
-    data = {name: value for name, value in config["data"].items() if name not in augmentation_options}
-    size = data.get("size")
-    if augmentation.crop is not None and isinstance(size, int) and augmentation.crop > size:
-        raise UsageError(f"data.crop={augmentation.crop} exceeds data.size={size}, the size of the images")
-    arrangement = {name: text for name, text in flatten(config["arrangement"]).items() if text is not None}
-    return RunSettings(
+    sections: dict[str, dict[str, Any]] = {}
+    for name in SECTIONS:
+        section = config.get(name)
+        if not isinstance(section, dict):
+            raise UsageError(f"{name}={format_value(section)} is invalid: it should be a section of options")
+        sections[name] = section
+    construct(PathSettings, sections["paths"], "paths")
+    options = construct(RunOptions, {name: value for name, value in config.items() if name not in SECTIONS})
+    settings = RunSettings(
         config=config,
         directory=open_run_directory(cfg),
-        **construct(_validate_run_options, {name: config[name] for name in ("seed", "fresh") if name in config}),
-        model={**config["model"], "arrangement": arrangement},
-        data={**data, "augmentation": augmentation},
-        optim=construct(OptimSettings, config["optim"], "optim"),
-        trainer=construct(TrainerSettings, config["trainer"], "trainer"),
-        logger=construct(LoggerSettings, config["logger"], "logger"),
+        seed=options.seed,
+        fresh=options.fresh,
+        model={**_parse_model(sections["model"]), "arrangement": _parse_arrangement(sections["arrangement"])},
+        data=parse_data(sections["data"]),
+        optim=construct(OptimSettings, sections["optim"], "optim"),
+        trainer=construct(TrainerSettings, sections["trainer"], "trainer"),
+        logger=construct(LoggerSettings, sections["logger"], "logger"),
     )
+    return settings if options.debug is None else _shrink(settings)
 
 
-@validate_call(config=STRICT)
-def _validate_run_options(seed: Annotated[int, Field(ge=0, lt=2**32)], fresh: bool = False) -> dict[str, Any]:
-    return {"seed": seed, "fresh": fresh}
+def _shrink(settings: RunSettings) -> RunSettings:
+    """Reduces a run to two steps on a handful of images, on one device and without an experiment tracker."""
+    data: dict[str, Any] = {**settings.data, "max_images": 2 * SMOKE_BATCH}
+    if "cache" in data:
+        data |= {"cache": str(create_smoke_folder()), "images_per_class": 1}
+    trainer = replace(settings.trainer, epochs=1, batch_size=SMOKE_BATCH, strategy="auto", devices=1, nodes=1)
+    return replace(settings, data=data, trainer=trainer, logger=LoggerSettings(name="none"))
+
+
+def parse_data(section: dict[str, Any]) -> dict[str, Any]:
+    """Turns the section ``data`` of a configuration into the arguments of ``load_data``."""
+    augmentation_names = {field.name for field in fields(Augmentation)}
+    augmentation_options = {name: value for name, value in section.items() if name in augmentation_names}
+    augmentation = construct(Augmentation, augmentation_options, "data")
+    options = {name: value for name, value in section.items() if name not in augmentation_names}
+    size = options.get("size")
+    if augmentation.crop is not None and isinstance(size, int) and augmentation.crop > size:
+        raise UsageError(f"data.crop={augmentation.crop} exceeds data.size={size}, the size of the images")
+    return {**options, "augmentation": augmentation}
+
+
+def _parse_model(section: dict[str, Any]) -> dict[str, Any]:
+    backbone, layer = section.get("backbone"), section.get("layer")
+    if not isinstance(backbone, str):
+        raise UsageError(f"model.backbone={format_value(backbone)} is invalid: it should be the name of a network")
+    options = {name: value for name, value in section.items() if name not in ("backbone", "layer")}
+    try:
+        constructor = models.find_backbone(backbone)
+    except ValueError as error:
+        raise UsageError(f"model.backbone={backbone} is invalid: {error}") from error
+    channels = classes = 1  # the data determine them
+    check_arguments(partial(constructor, channels, classes), options, "model")
+    if layer is not None:
+        if not isinstance(layer, dict):
+            raise UsageError(f"model.layer={format_value(layer)} is invalid: it should be null or a section of options")
+        construct(LayerSettings, layer, "model.layer")
+    return section
+
+
+def _parse_arrangement(section: dict[str, Any]) -> dict[str, str]:
+    texts = {name: text for name, text in flatten(section).items() if text is not None}
+    for name, text in texts.items():
+        try:
+            Arrangement.parse(text)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"arrangement.{name}={format_value(text)} is invalid: {error}") from error
+    return texts
 
 
 def load_run_data(settings: RunSettings) -> Data:
@@ -82,17 +176,25 @@ def load_run_data(settings: RunSettings) -> Data:
     return replace(construct(load_data, settings.data, "data"), memory_format=memory_format)
 
 
-def build_model(settings: RunSettings, data: Data) -> nn.Module:
-    """Builds the network of a run with its initial weights, in training mode.
+def create_network(settings: RunSettings, channels: int, classes: int) -> nn.Module:
+    """Creates the network of a run with its initial weights.
 
     Raises:
-        UsageError: for an arrangement that does not fit, weights that are unavailable, or images that the network
-            does not accept.
+        UsageError: for an arrangement that does not fit, or weights that are unavailable.
     """
     try:
-        model = models.create_model(channels=data.channels, classes=data.classes, **settings.model)
+        return models.create_model(channels=channels, classes=classes, **settings.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def build_model(settings: RunSettings, data: Data) -> nn.Module:
+    """Creates the network of a run for its data, in training mode.
+
+    Raises:
+        UsageError: as ``create_network`` does, and for images that the network does not accept.
+    """
+    model = create_network(settings, data.channels, data.classes)
     batch = next(data.eval_batches(data.train[:1]))
     try:
         with torch.no_grad():
@@ -104,61 +206,3 @@ def build_model(settings: RunSettings, data: Data) -> nn.Module:
             f"model.backbone={backbone} does not accept images of {size}: {format_error(error)}"
         ) from error
     return model.train()
-
-
-class DataLocation(TypedDict):
-    """Where a finished run's data are now; None: unchanged."""
-
-    root: str | None
-    cache: str | None
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    path: Path
-    settings: RunSettings
-    record: dict[str, Any]
-    data: Data
-    model: nn.Module  # with the weights of its best epoch, in eval mode
-
-
-def resolve_run_path(path: Path) -> Path:
-    """The folder of a run, which may be given as its id if it is in ``runs/``."""
-    in_runs = Path("runs") / path
-    return in_runs if not path.exists() and in_runs.exists() else path
-
-
-def load_finished_run(path: Path, data_location: DataLocation | None = None) -> FinishedRun:
-    """Loads a finished run with its data and its trained network.
-
-    Args:
-        path: the run's folder, or its id as in ``resolve_run_path``.
-        data_location: where the data are now, if they moved.
-
-    Raises:
-        UsageError: for a folder without a finished run, or missing data.
-    """
-    path = resolve_run_path(path)
-    for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "is an unfinished run")):
-        if not (path / name).exists():
-            raise UsageError(f"{path} {problem}: it has no {name}")
-    new_locations = {name: value for name, value in (data_location or {}).items() if value is not None}
-    try:
-        cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), {"data": new_locations})
-    except OmegaConfBaseException as error:
-        raise UsageError(f"{path / 'config.yaml'} is not the configuration of a run: {format_error(error)}") from error
-    assert isinstance(cfg, DictConfig)
-    settings = parse_run(cfg)
-    data = load_run_data(settings)
-    seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
-    if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
-        model = build_model(replace(settings, model={**settings.model, "pretrained": False}), data)
-    else:
-        model = build_model(settings, data)
-    weights = path / "model.safetensors"
-    try:
-        # Earlier versions stored an empty parameter for layers without plain kernels.
-        model.load_state_dict({name: tensor for name, tensor in load_file(weights).items() if tensor.numel()})
-    except Exception as error:
-        raise UsageError(f"{weights} does not fit the network of {path}: {format_error(error)}") from error
-    return FinishedRun(path, settings, json.loads((path / "record.json").read_text()), data, model.eval())

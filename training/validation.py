@@ -1,18 +1,35 @@
 """Turns sections of a configuration into validated objects; invalid values become one-line errors."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from training.errors import UsageError
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 """For pydantic dataclasses and ``validate_call``: no type conversion, no unknown options, only finite numbers."""
+
+
+def _check_is_path(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise ValueError("should be the path of a file or folder")
+    return value
+
+
+def _check_is_no_folder(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError("is a folder; it should be the path of a file")
+    return path
+
+
 Count = Annotated[int, Field(ge=1)]
-FilePath = Annotated[Path, Field(strict=False)]  # given as a string
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_check_is_path)]  # given as a string
+OutputFile = Annotated[FilePath, AfterValidator(_check_is_no_folder)]
 
 
 def construct(factory: Callable[..., T], options: Mapping[str, Any], section: str = "") -> T:
@@ -25,15 +42,44 @@ def construct(factory: Callable[..., T], options: Mapping[str, Any], section: st
         return factory(**options)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, [*filter(None, [section]), *problem["loc"]]))
+        path = _locate(problem["loc"], options)
+        key = ".".join(map(str, [*filter(None, [section]), *path]))
         value = format_value(problem["input"])
-        if problem["type"].startswith("unexpected"):
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             message = f"unknown option {key}={value}"
         elif problem["type"].startswith("missing"):
             message = f"{key} is missing"
         else:
-            message = f"{key}={value} is invalid: it {problem['msg'].removeprefix('Input ')}"
+            # One problem for each type that the option accepts.
+            same_key = [other for other in error.errors() if _locate(other["loc"], options) == path]
+            reasons = [other["msg"].removeprefix("Input ").removeprefix("Value error, ") for other in same_key]
+            message = (
+                f"{key}={value} is invalid: it {' or '.join(dict.fromkeys(reasons)).replace(' or should be ', ' or ')}"
+            )
         raise UsageError(message) from error
+
+
+def _locate(location: tuple[int | str, ...], options: Mapping[str, Any]) -> list[int | str]:
+    """The keys and indices of an invalid value: pydantic's location without the names of alternative types."""
+    path, value = [], options
+    for part in location:
+        if isinstance(value, Mapping) or isinstance(part, int):
+            path.append(part)
+            value = value.get(part) if isinstance(value, Mapping) else value
+    return path
+
+
+def check_arguments(function: Callable[..., object], options: Mapping[str, Any], section: str) -> None:
+    """Validates options against the annotated keyword parameters of a function, without calling it.
+
+    Raises:
+        UsageError: as ``construct`` does.
+    """
+    fields: dict[str, Any] = {
+        parameter.name: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
+        for parameter in inspect.signature(function).parameters.values()
+    }
+    construct(create_model("Options", __config__=STRICT, **fields), options, section)
 
 
 def format_value(value: object) -> str:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
 from training.loop import run, snapshot_akps
-from training.runs import build_model, load_finished_run, open_run_directory
+from training.finished_run import load_finished_run
+from training.runs import build_model, load_run_data, open_run_directory
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -62,7 +63,7 @@ def test_page_is_self_contained_and_shows_every_kernel(page: Path) -> None:
 def test_recorded_akps_start_at_initial_akps_of_run(run_path: Path) -> None:
     finished = load_finished_run(run_path)
     torch.manual_seed(finished.settings.seed)
-    initial = snapshot_akps(build_model(finished.settings, finished.data))
+    initial = snapshot_akps(build_model(finished.settings, load_run_data(finished.settings)))
     history = load_file(run_path / "akps.safetensors")
     assert all(torch.equal(history[name][0], values) for name, values in initial.items())
     trained = snapshot_akps(finished.model)

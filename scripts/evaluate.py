@@ -1,0 +1,54 @@
+"""Evaluates a trained network: python scripts/evaluate.py run=runs/<id> split=test data.root=/data"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from training.config import run_script
+from training.data import Data
+from training.distributed import build_fabric
+from training.errors import UsageError
+from training.evaluate import evaluate
+from training.finished_run import DataLocation, FinishedRun, load_finished_run
+from training.runs import load_run_data, parse_data
+from training.validation import STRICT, FilePath
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateSettings:
+    run: FilePath
+    split: Literal["train", "val", "test"]
+    data: dict[str, Any]
+
+
+def main(settings: EvaluateSettings) -> None:
+    is_other_data = "name" in settings.data
+    location = None if is_other_data else DataLocation(root=settings.data["root"], cache=settings.data["cache"])
+    run = load_finished_run(settings.run, location)
+    run_settings = replace(run.settings, data=parse_data(settings.data)) if is_other_data else run.settings
+    data = normalize_as_trained(load_run_data(run_settings), run)
+    fabric = build_fabric(replace(run.settings.trainer, strategy="auto", devices=1, nodes=1))
+    if run.settings.trainer.channels_last:
+        run.model.to(memory_format=torch.channels_last)
+    model, data = fabric.setup_module(run.model), data.to(fabric.device)
+    split = getattr(data, settings.split)
+    result = evaluate(model, data, split, fabric)
+    recorded = None if run.record is None or is_other_data else run.record.get(settings.split)
+    note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
+    print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {len(split):,} images{note}")
+
+
+def normalize_as_trained(data: Data, run: FinishedRun) -> Data:
+    """Makes data yield the input that a network was trained on. Raises UsageError if the formats differ."""
+    expected, given = run.input_format, data.input_format
+    for name in ("channels", "height", "width", "classes"):
+        if getattr(given, name) != getattr(expected, name):
+            raise UsageError(f"{run.path} takes {name} {getattr(expected, name)}, but the data have {getattr(given, name)}")
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (expected.mean, expected.std))
+    return replace(data, mean=mean, std=std)
+
+
+if __name__ == "__main__":
+    run_script(main, "evaluate", EvaluateSettings, ("arrangement", "data"), text_keys=("run",))

@@ -1,0 +1,145 @@
+"""Loads the trained networks of finished runs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning_fabric.utilities.seed import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from typing_extensions import TypedDict
+
+import acl
+import models
+from training.config import compose, format_error, identity
+from training.data import Data, InputFormat
+from training.errors import UsageError
+from training.run_directory import read_record
+from training.runs import RunSettings, create_network, load_run_data, parse_run
+
+
+class DataLocation(TypedDict):
+    """Where a finished run's data are now; None: unchanged."""
+
+    root: str | None
+    cache: str | None
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    path: Path  # the run's folder, or the file of its weights
+    settings: RunSettings
+    record: dict[str, Any] | None  # None: loaded from the file of its weights alone
+    input_format: InputFormat
+    model: nn.Module  # with the weights of its best epoch, in eval mode
+
+
+def serialize_weights(model: nn.Module, run_identity: Mapping[str, Any], data: Data) -> bytes:
+    """Serializes a network with everything that ``load_finished_run`` needs to build it again."""
+    return acl.serialize(model, {"config": dict(run_identity), "input_format": asdict(data.input_format)})
+
+
+def resolve_run_path(path: Path) -> Path:
+    """The folder of a run, which may be given as its id if it is in ``runs/``."""
+    in_runs = Path("runs") / path
+    return in_runs if not path.exists() and in_runs.exists() else path
+
+
+def load_finished_run(path: Path, data_location: DataLocation | None = None) -> FinishedRun:
+    """Loads a finished run with its trained network.
+
+    Args:
+        path: the run's folder, its id as in ``resolve_run_path``, or the file of its weights (``.safetensors``).
+        data_location: where the data are now, if they moved.
+
+    Raises:
+        UsageError: for a folder without a finished run, or a file that is corrupt or belongs to another run.
+    """
+    path = resolve_run_path(path)
+    if path.suffix == ".safetensors":
+        weights, record = path, None
+        info = _read_info(weights)
+        if info is None:
+            raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
+        saved = OmegaConf.create(info["config"])
+    else:
+        weights = path / "model.safetensors"
+        for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "is an unfinished run")):
+            if not (path / name).exists():
+                raise UsageError(f"{path} {problem}: it has no {name}")
+        record = read_record(path / "record.json")
+        info = _read_info(weights)
+        saved = _read_config(path / "config.yaml")
+    settings = parse_run(_complete(saved, data_location))
+    if record is not None and record["config"] != settings.directory.identity:
+        raise UsageError(f"{path / 'config.yaml'} and record.json disagree: they belong to different runs")
+    if info is None:
+        return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
+    if info["config"] != settings.directory.identity:
+        raise UsageError(f"{weights} and config.yaml disagree: they belong to different runs")
+    input_format = InputFormat(**info["input_format"])
+    plain = {**settings.model, "arrangement": {}, "layer": None}
+    if "pretrained" in plain:
+        plain["pretrained"] = False
+    model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
+    if settings.trainer.precision in ("64-true", "64"):
+        model.double()
+    try:
+        acl.load(model, weights)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return FinishedRun(path, settings, record, input_format, model.eval())
+
+
+def _read_info(weights: Path) -> dict[str, Any] | None:
+    """What ``serialize_weights`` stored with the weights; None for a file of an earlier version."""
+    try:
+        with safe_open(weights, "pt") as content:
+            if content.metadata() is None:
+                return None
+        info = acl.read_info(weights)["info"]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{weights} is not a readable file of weights: {format_error(error)}") from error
+    if not isinstance(info, dict) or not {"config", "input_format"} <= info.keys():
+        raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
+    return info
+
+
+def _read_config(file: Path) -> DictConfig:
+    try:
+        config = OmegaConf.load(file)
+        if isinstance(config, DictConfig) and isinstance(config.get("data"), DictConfig):
+            return config
+        problem = "it has no section data"
+    except (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = format_error(error)
+    raise UsageError(f"{file} is not the configuration of a run: {problem}")
+
+
+def _complete(saved: DictConfig, data_location: DataLocation | None) -> DictConfig:
+    """Adds the options that a saved configuration lacks: those added since, and those that no result depends on."""
+    current = compose([f"data={saved.data.get('name')}"])
+    OmegaConf.set_struct(current, False)
+    new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
+    cfg = OmegaConf.merge(current, saved, {"data": new_location})
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def _load_from_plain_file(settings: RunSettings, weights: Path) -> tuple[InputFormat, nn.Module]:
+    """Loads weights that earlier versions saved without a description; the data tell the format of the input."""
+    data = load_run_data(settings)
+    seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
+    model = create_network(settings, data.channels, data.classes)
+    try:
+        # Earlier versions stored an empty parameter for layers without plain kernels.
+        model.load_state_dict({name: tensor for name, tensor in load_file(weights).items() if tensor.numel()})
+    except Exception as error:
+        raise UsageError(f"{weights} does not fit the network of {weights.parent}: {format_error(error)}") from error
+    return data.input_format, model.eval()
