@@ -5,6 +5,7 @@ from acl.arrangement import Arrangement
 from acl.convert import akp_parameters, analytic_layers, convert, fold, summary
 from acl.fit import Fit, fit_kernels
 from acl.layer import AnalyticConv2d
+from acl.serialization import load, read_info, save, serialize
 
 __all__ = [
     "AnalyticConv2d",
@@ -17,5 +18,9 @@ __all__ = [
     "fit_kernels",
     "fold",
     "kernels",
+    "load",
+    "read_info",
+    "save",
+    "serialize",
     "summary",
 ]

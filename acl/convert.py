@@ -87,17 +87,7 @@ def convert(
     for pattern, value in arrangement_by_pattern.items():
         for name in _match_layers(pattern, convolutions, model):
             conv = convolutions[name]
-            if is_lazy(conv.weight) or conv._parameters.get("weight") is None:
-                raise ValueError(
-                    f"cannot convert {name} ({type(conv).__name__}): its weight is either uninitialized (lazy) or "
-                    "computed from other parameters (as by weight_norm); initialize it or remove the parametrization"
-                )
-            if conv.bias is not None and conv._parameters.get("bias") is None:
-                raise ValueError(f"cannot convert {name}: its bias is parametrized or pruned; make it permanent first")
-            if hasattr(conv, "weight_fake_quant"):
-                raise ValueError(
-                    f"cannot convert {name}: it is prepared for quantization; convert the model before that"
-                )
+            check_convertible(conv, name)
             parsed = Arrangement.parse(value) if isinstance(value, str) else value
             if parsed.auto:
                 check_tolerance(tolerance)
@@ -108,12 +98,7 @@ def convert(
         convolutions[name]: _to_analytic(convolutions[name], parsed, init, tolerance, options)
         for name, parsed in arrangements.items()
     }
-    for conv, layer in replacements.items():
-        if type(conv) is not nn.Conv2d:
-            layer.host = conv
-            conv.weight = conv.bias = None  # type: ignore[assignment]
-        _move_hooks(conv, layer)
-    return _replace_modules(model, replacements)
+    return replace_convolutions(model, replacements)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -167,6 +152,62 @@ def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from layer.raw.values()
 
 
+def check_convertible(conv: nn.Conv2d, name: str) -> None:
+    """Raises ValueError, which names the layer, if an analytic layer cannot replace the convolution."""
+    if is_lazy(conv.weight) or conv._parameters.get("weight") is None:
+        raise ValueError(
+            f"cannot convert {name} ({type(conv).__name__}): its weight is either uninitialized (lazy) or "
+            "computed from other parameters (as by weight_norm); initialize it or remove the parametrization"
+        )
+    if conv.bias is not None and conv._parameters.get("bias") is None:
+        raise ValueError(f"cannot convert {name}: its bias is parametrized or pruned; make it permanent first")
+    if hasattr(conv, "weight_fake_quant"):
+        raise ValueError(f"cannot convert {name}: it is prepared for quantization; convert the model before that")
+
+
+@torch.no_grad()
+def create_analytic(
+    conv: nn.Conv2d, arrangement: Arrangement | str, placement: torch.Tensor | None = None, **options: Any
+) -> AnalyticConv2d:
+    """Creates the analytic layer that replaces a convolution; it has its plain kernels and bias, and random AKPs."""
+    layer = AnalyticConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+        (conv.dilation[0], conv.dilation[1]),
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        conv.weight.device,
+        conv.weight.dtype,
+        arrangement=arrangement,
+        placement=placement,
+        **options,
+    )
+    if layer.plain is not None:
+        layer.plain.copy_(conv.weight.flatten(0, 1)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+    if layer.bias is not None and conv.bias is not None:
+        layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
+    if conv.weight.is_contiguous(memory_format=torch.channels_last):
+        layer.to(memory_format=torch.channels_last)
+    return layer.train(conv.training)
+
+
+def replace_convolutions(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d]) -> nn.Module:
+    """Replaces convolutions by analytic layers wherever they occur in the model, and returns the new root module.
+
+    An instance of a subclass of nn.Conv2d becomes the layer's host. Hooks are moved to the layer.
+    """
+    for conv, layer in layers.items():
+        if type(conv) is not nn.Conv2d:
+            layer.host = conv
+            conv.weight = conv.bias = None  # type: ignore[assignment]
+        _move_hooks(conv, layer)
+    return _replace_modules(model, layers)
+
+
 def _find_plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The convolutions of a model that are not analytic, by name, except the hosts inside analytic layers."""
     inside_analytic = tuple(f"{name}." for name in analytic_layers(model))
@@ -207,11 +248,10 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
     raise ValueError(f"no convolution is named '{pattern}'; the model has: {available or 'none'}")
 
 
-@torch.no_grad()
 def _to_analytic(
     conv: nn.Conv2d, arrangement: Arrangement, init: str | None, tolerance: float | None, options: dict[str, Any]
 ) -> AnalyticConv2d:
-    """Creates the analytic layer that replaces a convolution."""
+    """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted."""
     fit_options: dict[str, Any] = {
         "family": options.get("family", "paper"),
         "profile": options.get("profile", "exponential"),
@@ -223,26 +263,9 @@ def _to_analytic(
         assert tolerance is not None
         fits = list(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight).kernels)
         arrangement, placement = Arrangement.from_slot_kinds([fit.kind for fit in fits])
-    layer = AnalyticConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-        (conv.dilation[0], conv.dilation[1]),
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        conv.weight.device,
-        conv.weight.dtype,
-        arrangement=arrangement,
-        placement=placement,
-        **options,
-    )
-    kernels = conv.weight.flatten(0, 1)
-    if layer.plain is not None:
-        layer.plain.copy_(kernels[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+    layer = create_analytic(conv, arrangement, placement, **options)
     if fits is None and init == "fit":
+        kernels = conv.weight.flatten(0, 1)
         fits = [KernelFit("P", {}, 1.0, None)] * len(kernels)
         for symbol in layer.akps():
             slots = layer.slots_of(symbol)
@@ -251,11 +274,7 @@ def _to_analytic(
                 fits[slot] = fit
     if fits is not None and init != "random":
         apply_fits(layer, fits)
-    if layer.bias is not None and conv.bias is not None:
-        layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
-    if conv.weight.is_contiguous(memory_format=torch.channels_last):
-        layer.to(memory_format=torch.channels_last)
-    return layer.train(conv.training)
+    return layer
 
 
 def _replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> nn.Module:

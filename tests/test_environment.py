@@ -24,13 +24,13 @@ def test_conda_environment_equals_requirements_lock() -> None:
     assert pip == (ROOT / "requirements.lock").read_text().split()
 
 
-def test_importing_acl_loads_only_torch() -> None:
+def test_importing_acl_loads_only_torch_and_safetensors() -> None:
     code = (
         "import sys; import torch; before = set(sys.modules); import acl;"
         "print(*{m.split('.')[0] for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names})"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert set(result.stdout.split()) <= {"acl", "torch"}
+    assert set(result.stdout.split()) <= {"acl", "safetensors", "torch"}
 
 
 def test_distribution_contains_only_acl() -> None:
