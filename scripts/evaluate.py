@@ -29,23 +29,29 @@ def main(settings: EvaluateSettings) -> None:
     run = load_finished_run(settings.run, location)
     run_settings = replace(run.settings, data=parse_data(settings.data)) if is_other_data else run.settings
     data = normalize_as_trained(load_run_data(run_settings), run)
+    result = evaluate_run(run, data, settings.split)
+    recorded = None if run.record is None or is_other_data else run.record.get(settings.split)
+    note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
+    images = len(getattr(data, settings.split))
+    print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {images:,} images{note}")
+
+
+def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
+    """Evaluates a run's network with the precision and memory format that it was trained with."""
     fabric = build_fabric(replace(run.settings.trainer, strategy="auto", devices=1, nodes=1))
     if run.settings.trainer.channels_last:
         run.model.to(memory_format=torch.channels_last)
     model, data = fabric.setup_module(run.model), data.to(fabric.device)
-    split = getattr(data, settings.split)
-    result = evaluate(model, data, split, fabric)
-    recorded = None if run.record is None or is_other_data else run.record.get(settings.split)
-    note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
-    print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {len(split):,} images{note}")
+    return evaluate(model, data, getattr(data, split), fabric)
 
 
 def normalize_as_trained(data: Data, run: FinishedRun) -> Data:
     """Makes data yield the input that a network was trained on. Raises UsageError if the formats differ."""
     expected, given = run.input_format, data.input_format
     for name in ("channels", "height", "width", "classes"):
-        if getattr(given, name) != getattr(expected, name):
-            raise UsageError(f"{run.path} takes {name} {getattr(expected, name)}, but the data have {getattr(given, name)}")
+        trained, found = getattr(expected, name), getattr(given, name)
+        if trained != found:
+            raise UsageError(f"the data do not fit {run.path}: {name} {found} instead of {trained}")
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (expected.mean, expected.std))
     return replace(data, mean=mean, std=std)
 

@@ -15,8 +15,8 @@ from acl.explain import Attribution, attribute, leave_one_out
 from reporting.run_page import render_run_page
 from training.config import run_script
 from training.errors import UsageError
-from training.run_directory import write_atomic
 from training.finished_run import DataLocation, FinishedRun, load_finished_run
+from training.run_directory import write_atomic
 from training.runs import create_network, load_run_data
 from training.validation import STRICT, FilePath, OutputFile
 

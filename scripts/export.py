@@ -8,8 +8,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 import acl
 from training.config import run_script
 from training.errors import UsageError
-from training.run_directory import write_atomic
 from training.finished_run import DataLocation, load_finished_run
+from training.run_directory import write_atomic
 from training.validation import STRICT, FilePath, OutputFile
 
 

@@ -13,7 +13,6 @@ from training.errors import UsageError
 from training.run_directory import write_atomic
 from training.validation import STRICT, OutputFile, Seed
 
-
 Size = Annotated[int, Field(ge=1, le=4096)]
 
 

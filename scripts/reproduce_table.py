@@ -6,12 +6,14 @@ from the records in its own .jsonl file.
 
 import re
 import sys
+from dataclasses import replace
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from reporting.table import Table, TableSettings
+from reporting.table import Search, Table, TableSettings
 from training.config import resolve, run_script
+from training.runs import create_smoke_folder
 from training.validation import construct
 
 FLAGS = {flag for flag in ("--status", "--render") if flag in sys.argv}
@@ -23,8 +25,10 @@ def main(cfg: DictConfig) -> None:
     overrides = [word.removeprefix("++") for word in hydra.overrides.task]
     run_overrides = [word for word in overrides if re.split(r"[.=]", word.lstrip("+"))[0] not in ("table", "worker")]
     settings = construct(TableSettings, resolve(cfg)["table"], "table")
-    if cfg.debug is not None:
-        settings = shrink(settings)
+    if cfg.debug is not None:  # one run of each row, and one trial of its search
+        search = settings.search and Search(**{**settings.search, "candidates": settings.search["candidates"][:1]})
+        settings = replace(settings, seeds=settings.seeds[:1], search=search)
+        run_overrides.append(f"paths.results={create_smoke_folder()}")
     table = Table(hydra.runtime.choices["table"], settings, run_overrides)
     if "--status" in FLAGS:
         status = table.status()
@@ -38,6 +42,9 @@ def main(cfg: DictConfig) -> None:
         print(table.path.with_suffix(".md"))
     else:
         table.reproduce()
+        if cfg.debug is not None:
+            print(f"{table.name}: each row trains and evaluates; nothing was recorded")
+            return
         print(f"\n{table.path.with_suffix('.md').read_text()}")
     outdated, recorded = table.count_outdated()
     if outdated:

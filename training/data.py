@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from training.datasets import DATASETS, Split
 from training.errors import UsageError
-from training.validation import STRICT, construct, format_value
+from training.validation import STRICT, Count, construct, format_value
 
 MAX_BYTES_ON_DEVICE = 2**32
 """Larger data sets stay in main memory or memory-mapped."""
@@ -101,8 +101,10 @@ class Data:
 
     @property
     def input_format(self) -> InputFormat:
-        shape = self.augmentation.center_crop(self.train.images[:1]).shape[1:]
-        return InputFormat(*shape, self.classes, self.mean.flatten().tolist(), self.std.flatten().tolist())
+        channels, height, width = self.augmentation.center_crop(self.train.images[:1]).shape[1:]
+        return InputFormat(
+            channels, height, width, self.classes, self.mean.flatten().tolist(), self.std.flatten().tolist()
+        )
 
     def to(self, device: torch.device) -> "Data":
         names = ["mean", "std"]
@@ -129,7 +131,7 @@ def load_data(
     augmentation: Augmentation,
     mean: list[float] | None = None,
     std: list[float] | None = None,
-    max_images: int | None = None,
+    max_images: Count | None = None,
     **options: Any,
 ) -> Data:
     """Reads a data set.

@@ -209,7 +209,9 @@ def read_imagefolder(
         train, val = listings["train"], listings["val"]
     else:
         train, val = _split_listing(listings["train"], validation)
-    return _read_image_files(root, [train, val, listings["test"]], cache, title, size, skip_undecodable, images_per_class)
+    return _read_image_files(
+        root, [train, val, listings["test"]], cache, title, size, skip_undecodable, images_per_class
+    )
 
 
 def _split_validation(train: Split, test: Split, count: int) -> Splits:

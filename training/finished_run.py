@@ -1,6 +1,5 @@
 """Loads the trained networks of finished runs."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing_extensions import TypedDict
 
 import acl
 import models
-from training.config import compose, format_error, identity
+from training.config import compose, format_error
 from training.data import Data, InputFormat
 from training.errors import UsageError
 from training.run_directory import read_record

@@ -61,7 +61,8 @@ def construct(factory: Callable[..., T], options: Mapping[str, Any], section: st
 
 def _locate(location: tuple[int | str, ...], options: Mapping[str, Any]) -> list[int | str]:
     """The keys and indices of an invalid value: pydantic's location without the names of alternative types."""
-    path, value = [], options
+    path: list[int | str] = []
+    value: Any = options
     for part in location:
         if isinstance(value, Mapping) or isinstance(part, int):
             path.append(part)

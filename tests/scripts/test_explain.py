@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
-from training.loop import run, snapshot_akps
 from training.finished_run import load_finished_run
+from training.loop import run, snapshot_akps
 from training.runs import build_model, load_run_data, open_run_directory
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

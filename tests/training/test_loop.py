@@ -15,11 +15,11 @@ from training.config import identity
 from training.data import Augmentation
 from training.errors import UsageError
 from training.evaluate import evaluate
+from training.finished_run import load_finished_run
 from training.loop import run, snapshot_akps
 from training.optim import build_optimizer
 from training.provenance import digest_sources
 from training.run_directory import compute_run_id
-from training.finished_run import load_finished_run
 from training.runs import build_model, load_run_data, open_run_directory, parse_run
 
 

@@ -3,70 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.training.configurations import compose_run
+from tests.training.trees import write_imagefolder
 from training.config import compose
 from training.datasets import Split
 from training.errors import UsageError
-from training.evaluate import evaluate
 from training.loop import run
-from training.runs import (
-    build_model,
-    load_finished_run,
-    load_run_data,
-    open_run_directory,
-    parse_run,
-    resolve_run_path,
-)
-
-
-def test_finished_run_with_auto_arrangement_has_chosen_kinds(tmp_path: Path) -> None:
-    layer = ["trainer.epochs=1", "model.layer.tolerance=0.5", "model.layer.amplitude=true"]
-    cfg = compose_run(tmp_path, "arrangement.conv2=auto", *layer, "seed=5")
-    record, _ = run(cfg)
-    torch.manual_seed(99)
-    finished = load_finished_run(open_run_directory(cfg).path)
-    assert not finished.model.training
-    assert len(set(finished.model.conv2.slot_kinds)) > 1
-    assert evaluate(finished.model, finished.data, finished.data.test)["top1"] == record["test"]["top1"]
-
-
-def test_finished_run_has_settings_record_and_weights(tmp_path: Path) -> None:
-    cfg = compose_run(tmp_path, "trainer.epochs=1", "trainer.batch_size=200")
-    record, _ = run(cfg)
-    finished = load_finished_run(open_run_directory(cfg).path)
-    assert finished.record == record and finished.path == open_run_directory(cfg).path
-    assert finished.settings.config == parse_run(cfg).config
-    assert finished.settings.directory.path == finished.path
-    weights = load_file(finished.path / "model.safetensors")
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in finished.model.state_dict().items())
-
-
-def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"{tmp_path} is not the folder of a run: it has no config.yaml"):
-        load_finished_run(tmp_path)
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    with pytest.raises(UsageError, match=rf"{tmp_path} is an unfinished run: it has no record.json"):
-        load_finished_run(tmp_path)
-
-
-def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
-    cfg = compose_run(tmp_path, "trainer.epochs=1", "trainer.batch_size=200")
-    run(cfg)
-    weights = open_run_directory(cfg).path / "model.safetensors"
-    save_file({"fc9.weight": torch.zeros(1)}, weights)
-    with pytest.raises(UsageError, match=rf"{weights} does not fit the network of {weights.parent}: ") as error:
-        load_finished_run(weights.parent)
-    assert "\n" not in str(error.value)
-
-
-def test_resolve_run_path_finds_id_in_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs/0123456789ab").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert resolve_run_path(Path("0123456789ab")) == Path("runs/0123456789ab")
-    assert resolve_run_path(Path("runs/0123456789ab")) == Path("runs/0123456789ab")
-    assert resolve_run_path(Path("missing")) == Path("missing")
+from training.runs import build_model, load_run_data, parse_run
 
 
 def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> None:
@@ -89,3 +33,58 @@ def test_images_that_network_does_not_accept_are_rejected() -> None:
     with pytest.raises(UsageError, match=r"model.backbone=lenet does not accept images of 1 x 20 x 20: ") as error:
         build_model(settings, small)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+foo=1", "unknown option foo=1"),
+        ("+model.foo=1", "unknown option model.foo=1"),
+        ("+model.channels=3", "unknown option model.channels=3"),
+        ("+model.layer.foo=1", "unknown option model.layer.foo=1"),
+        ("model.layer=3", "model.layer=3 is invalid: it should be null or a section of options"),
+        ("model.layer.amplitude=maybe", "model.layer.amplitude=maybe is invalid: it should be a valid boolean"),
+        ("model.layer.learn=null", "model.layer.learn=null is invalid: it should be a valid string or a valid list"),
+        ("model.layer.tolerance=2", "model.layer.tolerance=2 is invalid: it should be less than or equal to 1"),
+        ("model.backbone=null", "model.backbone=null is invalid: it should be the name of a network"),
+        ("model.backbone=vgg", "model.backbone=vgg is invalid: unknown backbone 'vgg'; known: lenet, "),
+        ("arrangement.conv1=6", "arrangement.conv1=6 is invalid: '6' in arrangement '6' is not a kind and a number"),
+        ("paths.runs=null", "paths.runs=null is invalid: it should be the path of a file or folder"),
+        ("paths=null", "paths=null is invalid: it should be a section of options"),
+        ("optim=3", "optim=3 is invalid: choose one of adamw, sgd"),
+        ("trainer.accelerator=tpu", "trainer.accelerator=tpu is invalid: it should be 'auto', 'cpu', 'gpu', "),
+        ("trainer.strategy=deepspeed", "trainer.strategy=deepspeed is invalid: it should be 'auto', 'ddp' or "),
+        ("seed=-1", "seed=-1 is invalid: it should be greater than or equal to 0"),
+        ("debug=yes", "debug=yes is invalid: it should be 'smoke'"),
+    ],
+)
+def test_invalid_option_of_a_run_is_named(override: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_run(compose(["arrangement=mosaic", override]))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("kernel_size", ["-3", "4", "0", "3.0", "abc", "null"])
+def test_invalid_option_of_a_backbone_is_named(kernel_size: str, tmp_path: Path) -> None:
+    cfg = compose(["model=four_layer", f"model.kernel_size={kernel_size}"])
+    with pytest.raises(UsageError, match=rf"^model.kernel_size={kernel_size} "):
+        build_model(parse_run(cfg), load_run_data(parse_run(cfg)))
+
+
+def test_smoke_run_takes_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path / "runs", "debug=smoke", "trainer.epochs=100", "logger=wandb")
+    settings = parse_run(cfg)
+    data = load_run_data(settings)
+    assert len(data.train) == 2 * settings.trainer.batch_size and settings.trainer.epochs == 1
+    assert data.classes == 10
+    run(cfg)
+    assert not list(tmp_path.iterdir())
+
+
+def test_smoke_run_decodes_one_image_of_each_class(tmp_path: Path) -> None:
+    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
+    options = [f"data.root={root}", "data.title=t", "data.size=32", "data.crop=28", f"data.cache={tmp_path / 'cache'}"]
+    cfg = compose(["data=imagefolder", "model=resnet18", *options, "debug=smoke"])
+    data = load_run_data(parse_run(cfg))
+    assert max(len(data.train), len(data.val), len(data.test)) <= data.classes
+    assert not (tmp_path / "cache").exists()
