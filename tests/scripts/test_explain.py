@@ -133,7 +133,8 @@ def test_exported_network_gives_logits_of_run(run_path: Path, tmp_path: Path, ru
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     finished = load_finished_run(run_path)
-    images = finished.data.normalize(finished.data.test.images[:7])
+    data = load_run_data(finished.settings)
+    images = data.normalize(data.test.images[:7])
     with torch.no_grad():
         expected = finished.model(images)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})

@@ -213,7 +213,7 @@ def test_nonfinite_loss_stops_run_and_keeps_checkpoint(tmp_path: Path, monkeypat
         (["trainer.devices=true"], "trainer.devices=true is invalid: it should be a valid integer"),
         (["trainer.compile=1"], "trainer.compile=1 is invalid: it should be a valid boolean"),
         (["trainer.checkpoint_minutes=0"], "trainer.checkpoint_minutes=0 is invalid: it should be greater than 0"),
-        (["trainer.accelerator=abacus"], "trainer: .*abacus"),
+        (["trainer.accelerator=abacus"], "trainer.accelerator=abacus is invalid"),
         (["optim.lr=fast"], "optim.lr=fast is invalid: it should be a valid number"),
         (["optim.lr=nan"], "optim.lr=nan is invalid: it should be a finite number"),
         (["optim.label_smoothing=1"], "optim.label_smoothing=1 is invalid: it should be less than 1"),
@@ -222,7 +222,7 @@ def test_nonfinite_loss_stops_run_and_keeps_checkpoint(tmp_path: Path, monkeypat
         (["++optim.warmup=3"], "unknown option optim.warmup=3"),
         (["~optim.lr"], "optim.lr is missing"),
         (["seed=-1"], "seed=-1 is invalid: it should be greater than or equal to 0"),
-        (["model.layer.profile=box"], "unknown profile 'box'"),
+        (["model.layer.profile=box"], "model.layer.profile=box is invalid"),
         (["data.shift=0.5"], "data.shift=0.5 is invalid: it should be a valid integer"),
     ],
 )
