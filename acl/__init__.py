@@ -2,7 +2,7 @@
 
 from acl import explain, kernels
 from acl.arrangement import Arrangement
-from acl.convert import akp_parameters, analytic_layers, convert, fold, summary
+from acl.convert import akp_parameters, analytic_layers, convert, fold, param_groups, summary
 from acl.fit import Fit, fit_kernels
 from acl.layer import AnalyticConv2d
 from acl.serialization import load, read_info, save, serialize
@@ -19,6 +19,7 @@ __all__ = [
     "fold",
     "kernels",
     "load",
+    "param_groups",
     "read_info",
     "save",
     "serialize",

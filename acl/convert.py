@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from acl.arrangement import Arrangement
 from acl.fit import KernelFit, apply_fits, check_tolerance, fit_kernels
+from acl.kernels import AMPLITUDE
 from acl.layer import AnalyticConv2d
 
 Init = Literal["random", "fit"]
@@ -150,6 +151,55 @@ def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     for layer in analytic_layers(model).values():
         yield from layer.raw.values()
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    akp_lr_scale: float = 5.0,
+    gain_lr_scale: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups a model's trainable parameters for any optimizer of torch; each parameter is in one group.
+
+    Args:
+        model: any network, analytic or plain.
+        lr: the learning rate of weights, biases and normalization layers.
+        akp_lr_scale: the AKPs' learning rate as a multiple of ``lr``.
+        gain_lr_scale: the same for gains (the AKPs of ``amplitude``); None: they are in the group of the other AKPs.
+        weight_decay: of weights, but not of AKPs, biases and normalization layers.
+
+    Returns:
+        The groups of weights, of biases and normalization layers, of AKPs, and of gains, without the empty ones.
+
+    Raises:
+        ValueError: for a negative or undefined (NaN) number.
+
+    Example:
+        >>> net = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G12 P12"), nn.BatchNorm2d(8))
+        >>> groups = param_groups(net, lr=1e-3, weight_decay=0.01)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
+        [(1, 0.001, 0.01), (3, 0.001, 0.0), (4, 0.005, 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    gain_scale = akp_lr_scale if gain_lr_scale is None else gain_lr_scale
+    numbers = {"lr": lr, "akp_lr_scale": akp_lr_scale, "gain_lr_scale": gain_scale, "weight_decay": weight_decay}
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    gain_ids: set[int] = set()
+    if gain_lr_scale is not None:
+        raw = [item for layer in analytic_layers(model).values() for item in layer.raw.items()]
+        gain_ids = {id(parameter) for key, parameter in raw if key.endswith(f"_{AMPLITUDE.name}")}
+    akps = {id(p): p for p in akp_parameters(model) if p.requires_grad}  # by id, because layers can share AKPs
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in akps]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for i, p in akps.items() if i not in gain_ids], "lr": lr * akp_lr_scale, "weight_decay": 0.0},
+        {"params": [p for i, p in akps.items() if i in gain_ids], "lr": lr * gain_scale, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def check_convertible(conv: nn.Conv2d, name: str) -> None:

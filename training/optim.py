@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from acl import akp_parameters
+from acl import param_groups
 from training.validation import STRICT
 
 
@@ -19,6 +19,7 @@ class OptimSettings:
     name: Literal["adamw", "sgd"]
     lr: float = Field(gt=0)
     akp_lr_scale: float = Field(gt=0)
+    gain_lr_scale: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(ge=0)
     schedule: Literal["onecycle", "cosine"]
     label_smoothing: float = Field(ge=0, lt=1)
@@ -30,17 +31,8 @@ def build_criterion(settings: OptimSettings) -> nn.CrossEntropyLoss:
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """Builds an optimizer with up to three groups: weights, with decay; biases and norms; AKPs, at their own rate."""
-    akp_ids = {id(p) for p in akp_parameters(model)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    akps = [p for p in akp_parameters(model) if p.requires_grad]
-    others = [p for p in trainable if id(p) not in akp_ids]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "lr": settings.lr, "weight_decay": 0.0},
-        {"params": akps, "lr": settings.lr * settings.akp_lr_scale, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """Builds an optimizer with the groups of ``acl.param_groups``."""
+    groups = param_groups(model, settings.lr, settings.akp_lr_scale, settings.gain_lr_scale, settings.weight_decay)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.SGD(groups, momentum=settings.momentum, fused=True)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from acl import AnalyticConv2d, analytic_layers, convert, fold, summary
+from acl import AnalyticConv2d, akp_parameters, analytic_layers, convert, fold, param_groups, summary
 from acl.convert import _HOOK_ATTRIBUTES
 from tests.arrangements import PAPER
 
@@ -307,3 +307,77 @@ def test_convert_rejects_unknown_init() -> None:
 def test_paper_arrangement_has_expected_parameter_count(conv: nn.Module, before: int, after: int) -> None:
     assert count_parameters(conv) == before
     assert count_parameters(convert(conv, "first", PAPER)) == after
+
+
+def list_group_ids(groups: list[dict[str, Any]]) -> list[list[int]]:
+    return [[id(p) for p in group["params"]] for group in groups]
+
+
+def test_param_groups_separate_weights_biases_akps_and_gains() -> None:
+    model = nn.Sequential(
+        convert(make_network(), "0", "G12 P12", amplitude=True), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+    )
+    layer, plain = model[0][0], model[0][1][1]
+    gains, akps = [layer.raw["G_amplitude"]], [p for key, p in layer.raw.items() if key != "G_amplitude"]
+    groups = param_groups(model, 0.1, akp_lr_scale=3.0, gain_lr_scale=2.0, weight_decay=0.5)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (0.1, 0.5),
+        (0.1, 0),
+        (pytest.approx(0.3), 0),
+        (pytest.approx(0.2), 0),
+    ]
+    weights = [layer.plain, plain.weight, model[2].weight]
+    vectors = [layer.bias, model[1].weight, model[1].bias, model[2].bias]
+    expected = [list(map(id, group)) for group in (weights, vectors, akps, gains)]
+    assert list_group_ids(groups) == expected
+    joined = param_groups(model, 0.1, akp_lr_scale=3.0, weight_decay=0.5)
+    assert list_group_ids(joined) == [*expected[:2], [id(p) for p in akp_parameters(model)]]
+
+
+@pytest.mark.parametrize("gain_lr_scale", [None, 1.0])
+def test_param_groups_hold_each_trainable_parameter_once(gain_lr_scale: float | None) -> None:
+    model = convert(nn.Sequential(*(nn.Conv2d(2, 2, 3) for _ in range(3))), "all", "G2 P2", amplitude=True)
+    model[1].raw["G_theta"] = model[0].raw["G_theta"]
+    model[1].raw["G_amplitude"] = model[0].raw["G_amplitude"]
+    model[1].bias = model[0].bias
+    model[2].raw.requires_grad_(False)
+    model[2].plain.requires_grad_(False)
+    groups = param_groups(nn.Sequential(*model, model[0]), 0.1, gain_lr_scale=gain_lr_scale)
+    ids = [i for group in list_group_ids(groups) for i in group]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+    torch.optim.SGD(groups)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_optimizer_with_param_groups_steps_as_one_with_rates_by_hand(make: type[torch.optim.Optimizer]) -> None:
+    models = [convert(nn.Sequential(nn.Conv2d(2, 4, 3)), "0", "G4 P4") for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    layer, x = models[1][0], torch.randn(1, 2, 5, 5)
+    by_hand = [
+        {"params": [layer.plain], "weight_decay": 0.3},
+        {"params": [layer.bias], "weight_decay": 0.0},
+        {"params": list(layer.raw.values()), "lr": 0.01 * 5.0, "weight_decay": 0.0},
+    ]
+    optimizers = [make(param_groups(models[0], 0.01, weight_decay=0.3)), make(by_hand, lr=0.01)]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_param_groups_leaves_out_empty_groups() -> None:
+    assert param_groups(nn.ReLU(), 0.1) == []
+    frozen = convert(nn.Sequential(nn.Conv2d(3, 2, 3, bias=False)), "0", "G6", learn="none")
+    assert param_groups(frozen, 0.1) == []
+    (group,) = param_groups(nn.Linear(2, 2, bias=False), 0.1)
+    assert group["lr"] == 0.1
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"akp_lr_scale": -2}, {"gain_lr_scale": float("nan")}])
+def test_param_groups_rejects_invalid_numbers(options: dict[str, float]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got {value}"):
+        param_groups(nn.Linear(2, 2), **{"lr": 0.1, **options})

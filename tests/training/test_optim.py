@@ -3,8 +3,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.config import compose
+from acl import akp_parameters
+from training.config import compose, identity
+from training.errors import UsageError
 from training.optim import OptimSettings, build_criterion, build_optimizer, build_schedule
+from training.run_directory import compute_run_id
 from training.runs import build_model, load_run_data, parse_run
 
 
@@ -22,6 +25,30 @@ def test_akps_have_own_learning_rate_and_no_weight_decay() -> None:
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim <= 1 for p in groups[1]["params"])
     assert sum(p.numel() for p in groups[2]["params"]) == 288  # AKPs of the mosaic
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_groups_are_those_of_earlier_checkpoints() -> None:
+    model, settings = build_model_and_settings("model.layer.amplitude=true")
+    akp_ids = {id(p) for p in akp_parameters(model)}
+    others = [p for p in model.parameters() if id(p) not in akp_ids]
+    expected = [[p for p in others if p.ndim > 1], [p for p in others if p.ndim <= 1], list(akp_parameters(model))]
+    groups = build_optimizer(model, settings).param_groups
+    assert [list(map(id, group["params"])) for group in groups] == [list(map(id, params)) for params in expected]
+
+
+def test_gains_have_own_learning_rate_if_it_is_set() -> None:
+    options = ["model.layer.amplitude=true", "optim.lr=0.001", "optim.akp_lr_scale=7", "optim.gain_lr_scale=2"]
+    model, settings = build_model_and_settings(*options)
+    groups = build_optimizer(model, settings).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.001, 0.001, 0.007, 0.002])
+    assert sum(p.numel() for p in groups[3]["params"]) == 102  # kernels of the mosaic
+    with pytest.raises(UsageError, match=r"optim\.gain_lr_scale=0\.0 is invalid: it should be greater than 0"):
+        build_model_and_settings("optim.gain_lr_scale=0.0")
+
+
+def test_run_id_is_that_of_runs_before_gain_lr_scale() -> None:
+    assert compute_run_id(identity(compose(["model=ana_lenet", "arrangement=mosaic"]))) == "0430b5a689d0"
+    assert "gain_lr_scale" not in identity(compose(["optim=sgd"]))["optim"]
 
 
 def test_frozen_akps_have_no_parameter_group() -> None:
