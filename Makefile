@@ -6,11 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-table status sweep test lint clean
+.PHONY: help setup train reproduce-table verify status sweep test lint clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
-	@echo "  TABLE=digits|mnist|cifar10|... (configs/table) selects the table; ARGS='...' adds Hydra overrides, such as ARGS='data.root=/data seed=3'"
+	@echo "  TABLE=digits|mnist|cifar10|... (configs/table) selects the table; ARGS='...' adds Hydra overrides, such as ARGS='data.root=/data'"
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ train: setup ## trains one network: make train ARGS='arrangement=mosaic data=mni
 
 reproduce-table: setup ## performs the unrecorded runs of TABLE, and writes the table and its figure
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) $(ARGS)
+
+verify: setup ## performs all runs of TABLE again, in runs/verify, and compares them with results/tables; fails if they differ
+	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) --verify $(ARGS)
 
 status: setup ## shows which runs of TABLE are done, running, failed or left to do
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) --status $(ARGS)

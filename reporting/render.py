@@ -39,7 +39,9 @@ def render_markdown(
     for i, line in enumerate(comparisons[0].itertuples()):
         top1 = f"{line.top1_mean:.2f}" + ("" if math.isnan(line.top1_std) else f" ± {line.top1_std:.2f}")
         differences = [
-            "" if line.row == names[i] else format_difference(frame.iloc[i])
+            ""
+            if line.row == names[i]
+            else format_difference(*frame.loc[i, ["diff_mean", "diff_ci95_low", "diff_ci95_high"]])
             for names, frame in zip(references, comparisons, strict=True)
         ]
         cells = [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
@@ -63,12 +65,9 @@ def render_markdown(
     return "\n".join(lines) + "\n"
 
 
-def format_difference(line: "pd.Series[Any]") -> str:
+def format_difference(mean: float, low: float, high: float) -> str:
     """Formats a difference in points, with its interval if there is one."""
-    text = f"{line['diff_mean']:+.2f}"
-    if not math.isnan(line["diff_ci95_low"]):
-        text += f" [{line['diff_ci95_low']:+.2f}, {line['diff_ci95_high']:+.2f}]"
-    return text
+    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
 
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:

@@ -58,8 +58,8 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
         if not row.records:
             raise UsageError(f"row '{row.name}' has no finished run")
         reference = by_name[against or row.against or rows[0].name]
-        top1 = _top1_by_seed(row)
-        mean, low, high = paired_difference(top1, _top1_by_seed(reference))
+        top1 = top1_by_seed(row.records)
+        mean, low, high = paired_difference(top1, top1_by_seed(reference.records))
         record = row.records[0]
         arrangement = record["config"]["arrangement"]
         lines.append(
@@ -81,14 +81,16 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
-def paired_difference(values: "pd.Series[Any]", reference: "pd.Series[Any]") -> tuple[float, float, float]:
-    """Mean difference and its 95% t-interval, over the seeds that both have; for a single seed, the interval is NaN."""
+def paired_difference(
+    values: "pd.Series[Any]", reference: "pd.Series[Any]", confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean difference and its t-interval, over the seeds that both have; for a single seed, the interval is NaN."""
     differences = (values - reference).dropna()
     n = len(differences)
-    half_width = stats.t.ppf(0.975, n - 1) * differences.std() / math.sqrt(n) if n > 1 else math.nan
+    half_width = stats.t.ppf((1 + confidence) / 2, n - 1) * differences.std() / math.sqrt(n) if n > 1 else math.nan
     mean = differences.mean()
     return mean, mean - half_width, mean + half_width
 
 
-def _top1_by_seed(row: Row) -> "pd.Series[Any]":
-    return pd.Series({record["config"]["seed"]: record["test"]["top1"] for record in row.records})
+def top1_by_seed(records: Sequence[dict[str, Any]], split: str = "test") -> "pd.Series[Any]":
+    return pd.Series({record["config"]["seed"]: record[split]["top1"] for record in records})

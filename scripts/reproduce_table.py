@@ -1,22 +1,25 @@
 """Performs the runs of a table and writes it: python scripts/reproduce_table.py table=mnist data.root=/data
 
 With --status, it only lists which runs are done, running, failed or left to do. With --render, it rewrites the table
-from the records in its own .jsonl file.
+from the records in its own .jsonl file. With --verify, it performs all runs again, in <paths.runs>/verify, and compares
+them with the records in that file; the exit status is 1 unless every row is reproduced or consistent.
 """
 
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from reporting.table import Search, Table, TableSettings
+from reporting.verification import verify_table
 from training.config import resolve, run_script
 from training.runs import create_smoke_folder
 from training.validation import construct
 
-FLAGS = {flag for flag in ("--status", "--render") if flag in sys.argv}
+FLAGS = {flag for flag in ("--status", "--render", "--verify") if flag in sys.argv}
 sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
 
 
@@ -30,6 +33,12 @@ def main(cfg: DictConfig) -> None:
         settings = replace(settings, seeds=settings.seeds[:1], search=search)
         run_overrides.append(f"paths.results={create_smoke_folder()}")
     table = Table(hydra.runtime.choices["table"], settings, run_overrides)
+    if "--verify" in FLAGS:
+        comparisons = verify_table(table, Path(cfg.paths.runs) / "verify")
+        print(f"\n{table.name}, compared with {table.path.with_suffix('.jsonl')}:")
+        for comparison in comparisons:
+            print(f"  {comparison.row}: {', '.join(filter(None, (comparison.verdict, comparison.details)))}")
+        sys.exit(0 if all(comparison.is_confirmed for comparison in comparisons) else 1)
     if "--status" in FLAGS:
         status = table.status()
         print(f"{table.name}: " + ", ".join(f"{len(titles)} {state}" for state, titles in status.items()))

@@ -2,7 +2,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from reporting.render import describe_runs, draw_accuracy, format_difference, render_markdown
@@ -54,7 +53,7 @@ def test_markdown_commands_are_quoted_for_shell() -> None:
     ("low", "high", "text"), [(-0.105, 1.2, "+0.50 [-0.10, +1.20]"), (float("nan"), float("nan"), "+0.50")]
 )
 def test_format_difference_omits_missing_interval(low: float, high: float, text: str) -> None:
-    assert format_difference(pd.Series({"diff_mean": 0.5, "diff_ci95_low": low, "diff_ci95_high": high})) == text
+    assert format_difference(0.5, low, high) == text
 
 
 def test_describe_runs_lists_machines_and_short_commits_once() -> None:

@@ -1,0 +1,132 @@
+"""Reruns a table and compares it with its committed records."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from scipy import stats
+
+from reporting.render import format_difference
+from reporting.statistics import paired_difference, top1_by_seed
+from reporting.table import Table, read_results
+from training.config import flatten
+from training.runs import load_run_data, parse_run
+
+ERROR_RATE = 0.05
+"""The probability that any row of a rerun that differs only by chance is reported to differ."""
+
+Records = Sequence[dict[str, Any]]
+Verdict = Literal["reproduced", "consistent", "differs", "incomplete"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the rerun of a row compares with its committed records; see ``compare_records``."""
+
+    row: str
+    verdict: Verdict
+    details: str
+
+    @property
+    def is_confirmed(self) -> bool:
+        return self.verdict in ("reproduced", "consistent")
+
+
+def verify_table(table: Table, folder: Path) -> list[Comparison]:
+    """Reruns a table in a folder of its own and compares it with the table's .jsonl file, row by row.
+
+    An interrupted verification is resumed. Runs that other code has recorded in ``folder`` are run again.
+
+    Args:
+        table: the table; its own files are only read.
+        folder: the folder of the new runs and of the table made from them.
+
+    Raises:
+        UsageError: as ``read_results`` and ``Table.reproduce`` do.
+    """
+    committed = read_results(table.path.with_suffix(".jsonl"))
+    overrides = [f"paths.runs='{folder}'", f"paths.results='{folder}/results'", "fresh=true"]
+    rerun = Table(table.name, table.settings, [*table.user_overrides, *overrides])
+    rerun.reproduce()
+    data = load_run_data(parse_run(rerun.plan_runs()[0].cfg))
+    num_images = {"test": len(data.test), "val": len(data.val)}
+    return compare_records(committed, read_results(rerun.path.with_suffix(".jsonl")), num_images)
+
+
+def compare_records(committed: Records, rerun: Records, num_images: Mapping[str, int]) -> list[Comparison]:
+    """Compares records by row and seed.
+
+    A row is
+
+    - *reproduced* if the results of all its seeds are equal;
+    - *consistent* if its mean accuracies differ by at most one image, or by no more than chance explains, as when
+      another machine rounds differently. That is, the t-interval of the differences, paired by seed, includes 0, and
+      the mean difference is no larger than between means over other seeds. The first condition notices a small shift of
+      all seeds; the second a rerun so erratic that its interval includes anything. All intervals together cover 95%
+      (Bonferroni);
+    - *differs* if it is neither, or if its configuration differs, whatever its results;
+    - *incomplete* if one of the two sets lacks some of its runs.
+
+    Args:
+        committed, rerun: records of finished runs, each with the name of its row.
+        num_images: the number of images of each split to compare.
+    """
+    old, new = ({(record["row"], record["config"]["seed"]): record for record in group} for group in (committed, rerun))
+    rows = list(dict.fromkeys(row for row, _ in (*old, *new)))
+    confidence = 1 - ERROR_RATE / (2 * len(num_images) * len(rows))  # two intervals per split and row
+    comparisons = []
+    for row in rows:
+        common = sorted(key for key in old.keys() & new.keys() if key[0] == row)
+        befores, afters = [old[key] for key in common], [new[key] for key in common]
+        verdict: Verdict = "reproduced"
+        details = []
+        if any(b[split] != a[split] for b, a in zip(befores, afters, strict=True) for split in num_images):
+            verdict = "consistent"
+            for split, count in num_images.items():
+                difference = paired_difference(top1_by_seed(afters, split), top1_by_seed(befores, split), confidence)
+                limit = seed_spread(committed, split, len(common), confidence)
+                details.append(
+                    f"{split} {format_difference(*difference)} points"
+                    + ("" if math.isnan(limit) else f" (chance alone: ±{limit:.2f})")
+                )
+                mean, low, high = difference
+                is_rounding = abs(mean) <= 100 / count * (1 + 1e-9)
+                if not is_rounding and not (low <= 0 <= high and abs(mean) <= limit):
+                    verdict = "differs"
+        for problem, missing in (("not rerun", old.keys() - new.keys()), ("not committed", new.keys() - old.keys())):
+            seeds = ", ".join(str(seed) for name, seed in sorted(missing) if name == row)
+            if seeds:
+                verdict = "differs" if verdict == "differs" else "incomplete"
+                details.append(f"{problem}: seed {seeds}")
+        if changes := describe_changes(befores, afters):
+            verdict = "differs"
+            details.append(f"other configuration: {', '.join(changes)}")
+        comparisons.append(Comparison(row, verdict, "; ".join(details)))
+    return comparisons
+
+
+def seed_spread(records: Records, split: str, n: int, confidence: float) -> float:
+    """Half the interval of the difference between two means over ``n`` seeds, from the spread of records over seeds.
+
+    The variance is pooled over the rows, since the seeds of one row are few. NaN if every row has one seed.
+    """
+    rows = pd.DataFrame([(record["row"], record[split]["top1"]) for record in records]).groupby(0)[1]
+    degrees = int((rows.size() - 1).sum())
+    if degrees == 0:
+        return math.nan
+    variance = float((rows.var() * (rows.size() - 1)).sum()) / degrees
+    return float(stats.t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(2 * variance / n)
+
+
+def describe_changes(befores: Records, afters: Records) -> list[str]:
+    """Lists the keys of the configuration that differ between pairs of records, with their new and old values."""
+    changes: dict[str, None] = {}
+    for before, after in zip(befores, afters, strict=True):
+        old, new = flatten(before["config"]), flatten(after["config"])
+        for key in old | new:
+            if (value := new.get(key, "none")) != (old_value := old.get(key, "none")):
+                changes[f"{key}={value} instead of {old_value}"] = None
+    return list(changes)

@@ -1,0 +1,108 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reporting.verification import compare_records, verify_table
+from tests.reporting.helpers import create_table, make_record
+from training.errors import UsageError
+
+IMAGES = {"test": 1000, "val": 1000}  # an image is 0.1 points
+TOP1 = (90.0, 91.0, 92.0)
+
+
+def make_row(*top1: float, name: str = "a", first_seed: int = 0, **config: Any) -> list[dict[str, Any]]:
+    """The records of a row, by seed."""
+    records = [{"row": name, **make_record(seed, value)} for seed, value in enumerate(top1, first_seed)]
+    for record in records:
+        record["config"].update(config)
+    return records
+
+
+def compare(committed: list[dict[str, Any]], rerun: list[dict[str, Any]]) -> tuple[str, str]:
+    (comparison,) = compare_records(committed, rerun, IMAGES)
+    assert comparison.is_confirmed == (comparison.verdict in ("reproduced", "consistent"))
+    return comparison.verdict, comparison.details
+
+
+def test_equal_results_are_reproduced() -> None:
+    assert compare(make_row(*TOP1), make_row(*TOP1)) == ("reproduced", "")
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_other_loss_at_same_accuracy_is_consistent(split: str) -> None:
+    rerun = make_row(*TOP1)
+    rerun[0][split] = {**rerun[0][split], "loss": 0.5 + 1e-9}
+    assert compare(make_row(*TOP1), rerun)[0] == "consistent"
+
+
+@pytest.mark.parametrize(
+    ("rerun", "verdict"),
+    [
+        ((90.1, 91.1, 92.1), "consistent"),  # one image each
+        ((90.8, 90.3, 92.2), "consistent"),  # both directions, less than the spread over seeds
+        ((90.8, 91.9, 92.8), "differs"),  # a small shift of all seeds
+        ((10.0, 10.0, 10.0), "differs"),
+        ((10.0, 80.0, 92.0), "differs"),  # so erratic that the paired interval includes 0
+    ],
+)
+def test_verdict_weighs_shift_against_spread(rerun: tuple[float, ...], verdict: str) -> None:
+    assert compare(make_row(*TOP1), make_row(*rerun))[0] == verdict
+
+
+def test_shift_of_validation_accuracy_differs() -> None:
+    rerun = make_row(*TOP1)
+    for record in rerun:
+        record["val"] = {"top1": 50.0, "loss": 0.5}
+    verdict, details = compare(make_row(*TOP1), rerun)
+    assert verdict == "differs" and "val -40.00 [-40.00, -40.00] points" in details
+
+
+def test_single_seed_allows_one_image_only() -> None:
+    assert compare(make_row(90.0), make_row(90.1))[0] == "consistent"
+    assert compare(make_row(90.0), make_row(90.2)) == ("differs", "test +0.20 points; val +0.00 points")
+
+
+def test_other_configuration_differs_whatever_its_results() -> None:
+    verdict, details = compare(make_row(*TOP1, optim={"lr": 0.1}), make_row(*TOP1, optim={"lr": 0.2, "k": 3}))
+    assert (verdict, details) == (
+        "differs",
+        "other configuration: optim.lr=0.2 instead of 0.1, optim.k=3 instead of none",
+    )
+
+
+def test_missing_rows_and_seeds_are_incomplete() -> None:
+    committed = [*make_row(90.0, 91.0), *make_row(90.0, name="b")]
+    rerun = [*make_row(91.0, 92.0, first_seed=1), *make_row(90.0, name="c")]
+    comparisons = compare_records(committed, rerun, IMAGES)
+    assert [(c.row, c.verdict, c.details) for c in comparisons] == [
+        ("a", "incomplete", "not rerun: seed 0; not committed: seed 2"),
+        ("b", "incomplete", "not rerun: seed 0"),
+        ("c", "incomplete", "not committed: seed 0"),
+    ]
+
+
+def test_rerun_that_differs_by_chance_is_confirmed_in_95_percent() -> None:
+    random = np.random.default_rng(0)
+    num_confirmed = 0
+    for _ in range(40):
+        values = random.normal(90, 0.5, (2, 7, 3))
+        committed, rerun = ([r for i, row in enumerate(table) for r in make_row(*row, name=str(i))] for table in values)
+        num_confirmed += all(c.is_confirmed for c in compare_records(committed, rerun, IMAGES))
+    assert num_confirmed >= 36
+
+
+def test_verify_table_reproduces_itself_and_notices_other_learning_rate(tmp_path: Path) -> None:
+    changes, overrides = {"seeds": [0]}, ("trainer.batch_size=600",)
+    table = create_table(tmp_path, *overrides, **changes)
+    with pytest.raises(UsageError, match=r"there is no .*digits\.jsonl"):
+        verify_table(table, tmp_path / "verify")
+    table.reproduce()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "results/tables").iterdir()}
+    comparisons = verify_table(table, tmp_path / "runs/verify")
+    assert [(c.row, c.verdict) for c in comparisons] == [(row.name, "reproduced") for row in table.rows]
+    wrong = create_table(tmp_path, *overrides, "optim.lr=1e-5", **changes)
+    for comparison in verify_table(wrong, tmp_path / "runs/verify"):
+        assert comparison.verdict == "differs" and "optim.lr=1e-05 instead of 0.002" in comparison.details
+    assert {path: path.stat().st_mtime_ns for path in files} == files
