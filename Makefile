@@ -4,9 +4,10 @@ TABLE ?= digits
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+LOCK_VENV := .venv-lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-table verify status sweep test lint clean
+.PHONY: help setup train reproduce-table verify status sweep test lint lock clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -44,6 +45,12 @@ lint: setup ## checks formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# uv does not read pip's configuration; another package index is given by its variables, such as UV_INDEX_URL.
+lock: ## resolves requirements.lock for Linux, macOS and Windows; ARGS=--upgrade takes the newest versions
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml $(ARGS)
+
 clean: ## removes .venv and caches; keeps runs/, data/ and results/
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LOCK_VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
