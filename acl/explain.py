@@ -278,6 +278,7 @@ def _compute_mean_outputs(
     def accumulate(layer: AnalyticConv2d, inputs: tuple[Tensor, ...]) -> None:
         for symbol, weight in parts[layer].items():
             output = layer.convolve(inputs[0], weight)
+            output = output.cpu() if output.device.type == "mps" else output  # Apple's GPUs have no float64
             sums[layer][symbol] += output.double().sum((0, -2, -1)).cpu()
         counts[layer] += output.numel() // layer.out_channels
 

@@ -18,11 +18,11 @@ def evaluate(model: nn.Module, data: Data, split: Split, fabric: Fabric | None =
     """
     model.eval()
     share = split if fabric is None else split[fabric.global_rank :: fabric.world_size]
-    sums = torch.zeros(2, dtype=torch.double, device=data.mean.device)
+    correct, loss = 0, 0.0  # summed in double precision on the CPU, since Apple's GPUs have none
     for batch in data.eval_batches(share):
         logits = model(batch.images)
-        sums[0] += (logits.argmax(1) == batch.labels).sum()
-        sums[1] += F.cross_entropy(logits, batch.labels, reduction="sum")
-    if fabric is not None:
-        sums = all_reduce(fabric, sums, "sum")
-    return {"top1": 100 * int(sums[0]) / len(split), "loss": float(sums[1]) / len(split)}
+        correct += int((logits.argmax(1) == batch.labels).sum())
+        loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+    if fabric is not None and fabric.world_size > 1:
+        correct, loss = all_reduce(fabric, torch.tensor([correct, loss], dtype=torch.double), "sum").tolist()
+    return {"top1": 100 * int(correct) / len(split), "loss": loss / len(split)}

@@ -1,14 +1,16 @@
 """Decodes images once, into one memory-mapped uint8 file."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -85,8 +87,7 @@ def _find_or_decode(
     if progress.get("key") != key or not unfinished_file.is_file() or unfinished_file.stat().st_size != num_bytes:
         progress = {"key": key, "done": 0, "skipped": []}
         with unfinished_file.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))  # a full disk raises an error now, not midway
-            file.truncate(num_bytes)
+            _allocate(file, num_bytes)
     skipped: list[int] = list(progress["skipped"])
     images = np.memmap(unfinished_file, np.uint8, "r+", shape=(len(paths), size, size, 3))
     with (
@@ -110,8 +111,18 @@ def _find_or_decode(
             progress_bar.update(len(chunk))
     if _compute_cache_key(root, paths, size) != key:
         raise UsageError(f"images in {root} changed while they were decoded; try again")
+    del images  # Windows cannot move a mapped file
     unfinished_file.replace(images_file)
     return images_file, skipped
+
+
+def _allocate(file: BinaryIO, num_bytes: int) -> None:
+    """Gives a new file its size. A full disk raises OSError now; midway, a write to the mapped file would crash."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
+    elif shutil.disk_usage(file.name).free < num_bytes:  # macOS and Windows
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    file.truncate(num_bytes)
 
 
 def _compute_cache_key(root: Path, paths: Sequence[Path], size: int) -> str:

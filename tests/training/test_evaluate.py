@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import compose
 from training.data import Data
@@ -31,6 +32,23 @@ def test_evaluate_matches_accuracy_and_loss_of_one_batch(model_and_data: tuple[n
     correct = int((logits.argmax(1) == split.labels).sum())
     assert 0 < correct < len(split) and result["top1"] == 100 * correct / len(split)
     assert result["loss"] == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
+
+
+class Float64Refused(TorchDispatchMode):
+    """Refuses double precision, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert getattr(result, "dtype", None) != torch.float64, f"{func} returns float64"
+        return result
+
+
+def test_evaluate_works_without_float64(model_and_data: tuple[nn.Module, Data]) -> None:
+    model, data = model_and_data
+    fabric: Any = SimpleNamespace(global_rank=0, world_size=1)
+    with Float64Refused():
+        result = evaluate(model, data, data.val, fabric)
+    assert result == evaluate(model, data, data.val)
 
 
 def test_evaluate_disables_dropout_and_gradients(model_and_data: tuple[nn.Module, Data]) -> None:

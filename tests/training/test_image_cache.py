@@ -1,7 +1,10 @@
+import errno
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -235,6 +238,29 @@ def test_concurrent_processes_decode_each_image_once(paths: list[Path], tmp_path
     assert [wait_for(child) for child in children] == [0, 0]
     assert sorted(log.read_text().split()) == sorted(path.name for path in paths)
     assert load_images(paths).shape == (20, 3, 40, 40)
+
+
+@pytest.mark.parametrize("platform", ["linux", "others"])
+def test_full_disk_raises_usage_error_before_decoding(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if platform == "linux":
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * 40 * 40 * 3 - 1))
+    decoded = record_decoded_paths(monkeypatch)
+    with pytest.raises(UsageError, match=r"cannot store decoded images in .*: No space left on device"):
+        load(paths)
+    assert not decoded
+
+
+def test_cache_works_without_posix_fallocate(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)  # macOS and Windows
+    assert torch.equal(load_images(paths)[19], crop_center_square(make_image(19)))
 
 
 def test_unwritable_cache_raises_usage_error(paths: list[Path]) -> None:
