@@ -69,7 +69,7 @@ class PlannedRun:
 
     @property
     def last_failure_line(self) -> str:
-        lines = self.directory.failure_file.read_text().strip().splitlines()
+        lines = self.directory.failure_file.read_text("utf-8").strip().splitlines()
         return lines[-1].removeprefix("training.errors.UsageError: ")
 
 

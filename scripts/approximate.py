@@ -77,7 +77,7 @@ def main(settings: ApproximateSettings) -> None:
     write_atomic(path.with_suffix(".json"), fits[BEST].to_json() + "\n")
     write_atomic(path.with_suffix(".png"), to_png(approximation(weight, fits[BEST].weight(), f"{name}, {BEST}")))
     write_atomic(path.with_suffix(".md"), render_markdown(name, weight, frame, len(fits[BEST].degenerate_slots)))
-    print(path.with_suffix(".md").read_text())
+    print(path.with_suffix(".md").read_text("utf-8"))
 
 
 def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, str]:
