@@ -1,6 +1,9 @@
+import io
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,21 @@ def run_script(script_command: Command) -> RunScript:
         return subprocess.run(script_command(name, *arguments), capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture
+def call_script(monkeypatch: pytest.MonkeyPatch) -> RunScript:
+    """Runs a script as ``run_script`` does, but in the process of the tests, which saves the seconds of its imports."""
+
+    def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        file, status, stdout, stderr = str(ROOT / "scripts" / name), 0, io.StringIO(), io.StringIO()
+        with monkeypatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+            patch.setattr(sys, "argv", [file, *arguments])
+            patch.setenv("HYDRA_FULL_ERROR", "0")  # scripts set it
+            try:
+                runpy.run_path(file, run_name="__main__")
+            except SystemExit as error:
+                status = int(error.code or 0)
+        return subprocess.CompletedProcess(sys.argv, status, stdout.getvalue(), stderr.getvalue())
+
+    return call

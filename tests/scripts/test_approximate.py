@@ -55,14 +55,14 @@ def test_approximate_fits_layer_of_network(tmp_path: Path, run_script: RunScript
     ],
 )
 def test_approximate_rejects_invalid_kernels(
-    tmp_path: Path, run_script: RunScript, array: np.ndarray, message: str
+    tmp_path: Path, call_script: RunScript, array: np.ndarray, message: str
 ) -> None:
     np.save(tmp_path / "conv.npy", array)
-    done = run_script("approximate.py", f"source={tmp_path}/conv.npy", f"folder={tmp_path}/out")
+    done = call_script("approximate.py", f"source={tmp_path}/conv.npy", f"folder={tmp_path}/out")
     assert (done.returncode, done.stderr.strip()) == (2, f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 
-def test_approximate_rejects_unknown_source(tmp_path: Path, run_script: RunScript) -> None:
-    done = run_script("approximate.py", "source=lenet", f"folder={tmp_path}/out")
+def test_approximate_rejects_unknown_source(tmp_path: Path, call_script: RunScript) -> None:
+    done = call_script("approximate.py", "source=lenet", f"folder={tmp_path}/out")
     assert done.returncode == 2 and done.stderr.startswith("error: source=lenet is neither a network (resnet18, ")

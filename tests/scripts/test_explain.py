@@ -107,22 +107,22 @@ def test_page_in_browser_shows_formula_of_tapped_kernel(page: Path, tmp_path: Pa
     ],
 )
 def test_explain_rejects_invalid_options(
-    run_path: Path, run_script: RunScript, arguments: list[str], message: str
+    run_path: Path, call_script: RunScript, arguments: list[str], message: str
 ) -> None:
-    done = run_script("explain.py", f"run={run_path}", *arguments)
+    done = call_script("explain.py", f"run={run_path}", *arguments)
     assert (done.returncode, done.stderr.strip()) == (2, message)
 
 
-def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Path, run_script: RunScript) -> None:
+def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Path, call_script: RunScript) -> None:
     plain = train_run(tmp_path, "model=lenet")
-    done = run_script("explain.py", f"run={plain}")
+    done = call_script("explain.py", f"run={plain}")
     assert (done.returncode, done.stderr.strip()) == (
         2,
         f"error: {plain}: the network has no analytic layer to explain",
     )
     unfinished = shutil.copytree(run_path, tmp_path / "unfinished")
     (unfinished / "record.json").unlink()
-    done = run_script("explain.py", f"run={unfinished}")
+    done = call_script("explain.py", f"run={unfinished}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {unfinished} is an unfinished run: it has no record.json")
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,5 @@
-"""One smoke test per entry point, run as users run it; test_approximate.py and test_explain.py have the others."""
+"""One smoke test per entry point, run as users run it, in a process of its own; test_approximate.py and test_explain.py have
+the others. Further tests of an entry point call it in the process of the tests."""
 
 import json
 import os
@@ -128,7 +129,7 @@ def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
 )
 def test_invalid_input_gives_one_line_and_exit_status_2(
     tmp_path: Path,
-    run_script: RunScript,
+    call_script: RunScript,
     name: str,
     arguments: list[str],
     message: str,
@@ -140,16 +141,16 @@ def test_invalid_input_gives_one_line_and_exit_status_2(
         paths = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
     else:
         paths = [f"file={tmp_path}/file"] if name in ("collect.py", "mosaic.py") else []
-    done = run_script(name, *arguments, *paths)
+    done = call_script(name, *arguments, *paths)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
-def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, run_script: RunScript) -> None:
+def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, call_script: RunScript) -> None:
     arguments = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
     arguments += ["trainer.epochs=1", "trainer.batch_size=600"]
-    done = run_script("reproduce_table.py", *arguments)
+    done = call_script("reproduce_table.py", *arguments)
     assert done.returncode == 0, done.stderr
     records = list((tmp_path / "runs").glob("*/record.json"))
     assert len(records) == 21
@@ -158,14 +159,14 @@ def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, 
 
     record = json.loads(records[0].read_text())
     records[0].write_text(json.dumps({**record, "sources": "0" * 12}))
-    done = run_script("reproduce_table.py", "--status", *arguments)
+    done = call_script("reproduce_table.py", "--status", *arguments)
     assert done.stdout.splitlines() == [
         "digits: 21 done, 0 running, 0 failed, 0 left",
         "1 of 21 runs were recorded with other code; fresh=true reruns them",
     ]
-    done = run_script("reproduce_table.py", *arguments)
+    done = call_script("reproduce_table.py", *arguments)
     assert done.stdout.endswith("1 of 21 runs were recorded with other code; fresh=true reruns them\n"), done.stderr
-    done = run_script("reproduce_table.py", *arguments, "fresh=true")
+    done = call_script("reproduce_table.py", *arguments, "fresh=true")
     assert done.returncode == 0 and "recorded with other code" not in done.stdout, done.stderr
     assert json.loads(records[0].read_text())["sources"] == record["sources"]
     assert (records[0].parent / "superseded-1/record.json").exists()
