@@ -1,5 +1,6 @@
 """Trains and tests one network: python scripts/train.py model=ana_lenet arrangement=mosaic data=mnist seed=3"""
 
+import os
 import re
 import sys
 
@@ -7,9 +8,10 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from training.config import run_script
+from training.loggers import log_recorded_run
 from training.loop import run
 from training.provenance import digest_sources
-from training.runs import open_run_directory
+from training.runs import open_run_directory, parse_run
 
 
 def main(cfg: DictConfig) -> float:
@@ -18,6 +20,9 @@ def main(cfg: DictConfig) -> float:
     if cfg.debug is not None:
         rank_zero_only(print)("the network trains and evaluates; nothing was recorded")
         return float(record["val"]["top1"])
+    if not is_new and "WANDB_SWEEP_ID" in os.environ:  # the sweep needs the result of every run that it proposes
+        settings = parse_run(cfg)
+        log_recorded_run(settings.logger, settings.directory, settings.config, record)
     result = f"validation {record['val']['top1']:.2f}%"
     if record["test"] is not None:
         result = f"test {record['test']['top1']:.2f}%, {result}"

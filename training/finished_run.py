@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from training.data import Data, InputFormat
 from training.errors import UsageError
 from training.run_directory import read_record
 from training.runs import RunSettings, create_network, load_run_data, parse_run
+
+RECORDS = ("record.json", "*/record.json")
+"""Where the records are in the folder of a run, or of many runs."""
 
 
 class DataLocation(TypedDict):
@@ -50,6 +54,39 @@ def resolve_run_path(path: Path) -> Path:
     return in_runs if not path.exists() and in_runs.exists() else path
 
 
+def find_finished_runs(runs: str | list[str]) -> list[Path]:
+    """Finds the folders of finished runs.
+
+    Args:
+        runs: folders of runs, or of single runs; globs are allowed.
+
+    Raises:
+        UsageError: if there are none.
+    """
+    patterns = [runs] if isinstance(runs, str) else runs
+    folders = [Path(name) for pattern in patterns for name in glob(pattern)]  # noqa: PTH207 - absolute patterns too
+    paths = {path.parent for folder in folders for name in RECORDS for path in folder.glob(name)}
+    if not paths:
+        raise UsageError(f"no finished run in {', '.join(patterns)}; set runs=[...] to folders of runs")
+    return sorted(paths)
+
+
+def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tuple[RunSettings, dict[str, Any]]:
+    """Reads the configuration and the record of a finished run.
+
+    Raises:
+        UsageError: for a folder without a finished run, or a file that is corrupt or belongs to another run.
+    """
+    for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "is an unfinished run")):
+        if not (path / name).exists():
+            raise UsageError(f"{path} {problem}: it has no {name}")
+    record = read_record(path / "record.json")
+    settings = parse_run(_complete(_read_config(path / "config.yaml"), data_location))
+    if record["config"] != settings.directory.identity:
+        raise UsageError(f"{path / 'config.yaml'} and record.json disagree: they belong to different runs")
+    return settings, record
+
+
 def load_finished_run(path: Path, data_location: DataLocation | None = None) -> FinishedRun:
     """Loads a finished run with its trained network.
 
@@ -66,22 +103,15 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         info = _read_info(weights)
         if info is None:
             raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
-        saved = OmegaConf.create(info["config"])
+        settings = parse_run(_complete(OmegaConf.create(info["config"]), data_location))
     else:
+        settings, record = read_run_folder(path, data_location)
         weights = path / "model.safetensors"
-        for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "is an unfinished run")):
-            if not (path / name).exists():
-                raise UsageError(f"{path} {problem}: it has no {name}")
-        record = read_record(path / "record.json")
         info = _read_info(weights)
-        saved = _read_config(path / "config.yaml")
-    settings = parse_run(_complete(saved, data_location))
-    if record is not None and record["config"] != settings.directory.identity:
-        raise UsageError(f"{path / 'config.yaml'} and record.json disagree: they belong to different runs")
-    if info is None:
-        return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
-    if info["config"] != settings.directory.identity:
-        raise UsageError(f"{weights} and config.yaml disagree: they belong to different runs")
+        if info is None:
+            return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
+        if info["config"] != record["config"]:
+            raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
     input_format = InputFormat(**info["input_format"])
     plain = {**settings.model, "arrangement": {}, "layer": None}
     if "pretrained" in plain:
