@@ -3,7 +3,8 @@
 from acl import explain, kernels
 from acl.arrangement import Arrangement
 from acl.convert import akp_parameters, analytic_layers, convert, fold, param_groups, summary
-from acl.fit import Fit, fit_kernels
+from acl.fit import fit_kernels
+from acl.fit_result import Fit
 from acl.layer import AnalyticConv2d
 from acl.serialization import load, read_info, save, serialize
 

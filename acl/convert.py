@@ -11,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from acl.arrangement import Arrangement
-from acl.fit import KernelFit, apply_fits, check_tolerance, fit_kernels
+from acl.fit import fit_kernels
+from acl.fit_result import KernelFit, apply_fits, check_tolerance
 from acl.kernels import AMPLITUDE
 from acl.layer import AnalyticConv2d
 

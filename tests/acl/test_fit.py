@@ -1,7 +1,11 @@
 """acl.fit: kinds, AKPs and gains fitted to given kernels, and conversion with init="fit" and arrangement "auto"."""
 
+import copy
+import json
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 
 import acl
 from acl import AnalyticConv2d, Fit, convert, fit_kernels
+from acl.fit_result import KernelFit
 from acl.kernels import KINDS, analytic_kinds
 
 PER_KIND = 6
@@ -87,16 +92,183 @@ def test_fit_is_deterministic_and_keeps_global_random_state() -> None:
     assert fit_kernels(weight, progress=False) == first
 
 
+@pytest.fixture
+def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortens the search, for tests that do not depend on the quality of the fit."""
+    monkeypatch.setattr("acl.fit._STEPS", 5)
+
+
+@pytest.mark.usefixtures("quick_search")
+def test_fit_does_not_depend_on_mode_or_default_dtype() -> None:
+    weight = torch.cat([torch.randn(2, 2, 3, 3), torch.ones(1, 2, 3, 3)])
+    expected = fit_kernels(weight, progress=False)
+    expected_weight = expected.weight()
+    with torch.inference_mode():
+        assert fit_kernels(weight.clone(), progress=False) == expected
+        assert torch.equal(expected.weight(), expected_weight)
+    with torch.no_grad():
+        assert fit_kernels(nn.Parameter(weight), progress=False) == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fit_kernels(weight, progress=False) == expected
+        assert expected.weight().dtype == torch.float32 and torch.equal(expected.weight(), expected_weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("quick_search")
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("exponent", [-146, -139, -83, 100, 125])
+def test_scale_of_kernel_changes_only_the_gain(exponent: int, signed: bool) -> None:
+    factor = 2.0**exponent
+    tiny = (torch.randn(2, 2, 3, 3).double() * factor).float()  # rounded to few bits if float32 is denormal there
+    weight = (tiny.double() / factor).float()
+    expected = fit_kernels(weight, signed=signed, progress=False)
+    fit = fit_kernels(tiny, signed=signed, progress=False)
+    for scaled, kernel in zip(fit.kernels, expected.kernels, strict=True):
+        assert (scaled.kind, scaled.akps, scaled.r2) == (kernel.kind, kernel.akps, kernel.r2)
+        assert scaled.gain == kernel.gain * factor and math.isfinite(scaled.gain)
+    assert fit.r2 == pytest.approx(expected.r2, rel=1e-12) and 0 < fit.r2 <= 1
+    assert Fit.from_json(fit.to_json()) == fit
+
+
+@pytest.mark.usefixtures("quick_search")
+@pytest.mark.parametrize("factor", [1e-25, 1e-42, 1e30])
+def test_tiny_and_huge_kernels_are_recovered(factor: float) -> None:
+    weight = sample_kernels("Lg", 3, 9).sign() * sample_kernels("Lg", 3, 9).abs().clamp(min=1e-2)
+    fit = fit_kernels(weight * factor, ["Lg"], progress=False)
+    expected = fit_kernels(weight, ["Lg"], progress=False)
+    assert [k.r2 for k in fit.kernels] == pytest.approx([k.r2 for k in expected.kernels], abs=0.02)
+    assert fit.weight().isfinite().all()
+
+
+def test_all_akps_fixed_fits_only_the_gain() -> None:
+    sigma = torch.tensor([1.25], dtype=torch.float64)
+    target = KINDS["Lg"].synthesize({"sigma": sigma}, (5, 5))[:, None].float() * -3
+    (kernel,) = fit_kernels(target, ["Lg"], fixed={"sigma": 1.25}, progress=False).kernels
+    assert kernel.akps == {"sigma": 1.25}
+    assert kernel.gain == pytest.approx(-3) and kernel.r2 == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("quick_search")
+def test_akp_is_fixed_in_the_kinds_that_have_it() -> None:
+    fit = fit_kernels(torch.randn(1, 2, 3, 3), fixed={"theta": 0.1}, progress=False)
+    fixed = {symbol: {kernel.akps.get("theta") for kernel in kernels} for symbol, kernels in fit.by_kind.items()}
+    for symbol, kind in analytic_kinds().items():
+        assert fixed[symbol] == ({0.1} if "theta" in [akp.name for akp in kind.akps()] else {None})
+
+
 def test_json_round_trip_restores_fit() -> None:
     weight = torch.cat([sample_kernels("G", 3, 4), torch.zeros(1, 1, 7, 7)])
     fit = fit_kernels(weight, progress=False)
     assert Fit.from_json(fit.to_json()) == fit
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"shape": 3}'])
+def make_fit() -> Fit:
+    """A fit of one plain, one degenerate and two analytic kernels, made up so that no search is needed."""
+    plain = KernelFit("P", {}, 1.0, 1.0, (0.5, -1.0, 2.0, 0.25))
+    constant = KernelFit("P", {}, 1.0, None, (1.0, 1.0, 1.0, 1.0))
+    log = KernelFit("Lg", {"sigma": 1.5}, -2.0, 0.5)
+    edge = KernelFit("Tf", {"theta": 0.5, "s": 1.0, "sigma": 0.75}, 1e-30, 0.0)
+    by_kind = {"Lg": (log, constant, log, log), "Tf": (edge, constant, edge, edge)}
+    return Fit((2, 2, 2, 2), "paper", "linear", (1.0, 4.0, 0.0, 2.0), (log, constant, edge, plain), by_kind)
+
+
+def list_nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in a JSON document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(node for key, child in items for node in list_nodes(child, (*path, key)))]
+
+
+VALUES = json.loads(make_fit().to_json())
+REPLACEMENTS = [None, True, "x", "1", -1, 10**400, math.nan, math.inf, [], ["P"], {}, {"G": 1}]
+
+
+def change_json(path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> str:
+    """The JSON of ``make_fit()``; ``change`` gets the container at the end of the path, and the last key."""
+    values = [copy.deepcopy(VALUES)]
+    container: Any = values
+    for key in (0, *path[:-1]) if path else ():
+        container = container[key]
+    change(container, path[-1] if path else 0)
+    return json.dumps(values[0])
+
+
+def test_json_of_made_up_fit_is_valid() -> None:
+    assert Fit.from_json(make_fit().to_json()) == make_fit()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "null", "[]", '{"shape": 3}', "[" * 10**5, '{"shape":' * 10**5, None, b"\xff"]
+)
 def test_from_json_rejects_text_that_is_not_a_fit(text: str) -> None:
-    with pytest.raises(ValueError, match="not a fit in JSON"):
+    with pytest.raises(ValueError, match="not a fit in JSON") as error:
         Fit.from_json(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("replacement", REPLACEMENTS, ids=lambda value: str(value)[:9])
+def test_from_json_rejects_wrong_value_anywhere(replacement: Any) -> None:
+    def replace(container: Any, key: Any) -> None:
+        container[key] = replacement
+
+    for path in list_nodes(VALUES):
+        original: Any = VALUES
+        for key in path:
+            original = original[key]
+        is_valid = (
+            (replacement is None and path[-1:] == ("r2",) and path[:1] == ("kernels",) and path[1] == 3)
+            or (replacement == -1 and path[-1:] in {("gain",), ("theta",)})
+            or (replacement == -1 and "weights" in path and path[-1:] != ("weights",))
+            or (replacement == original)
+        )
+        if not is_valid:
+            with pytest.raises(ValueError, match="not a fit in JSON"):
+                Fit.from_json(change_json(path, replace))
+
+
+def test_from_json_rejects_missing_added_and_repeated_parts() -> None:
+    def delete(container: Any, key: Any) -> None:
+        del container[key]
+
+    def add(container: Any, key: Any) -> None:
+        value = container[key]
+        if isinstance(value, list):
+            value.append(value[0] if value else 1.0)
+        elif isinstance(value, dict):
+            value["new"] = 1.0
+        else:
+            container[key] = "new"
+
+    for path in list_nodes(VALUES)[1:]:
+        if path not in {("by_kind", "Lg"), ("by_kind", "Tf")}:  # a fit may have tried one kind, but not none
+            with pytest.raises(ValueError, match="not a fit in JSON"):
+                Fit.from_json(change_json(path, delete))
+        with pytest.raises(ValueError, match="not a fit in JSON"):
+            Fit.from_json(change_json(path, add))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("kernels", 0, "akps", "sigma"), 0.3),
+        (("kernels", 0, "kind"), "G"),
+        (("by_kind", "Lg", 0, "kind"), "Tf"),
+        (("kernels", 0, "r2"), 1.01),
+        (("energies", 0), -1e-9),
+        (("shape",), [2, 2, 4, 2]),
+        (("shape",), [4, 4, 2, 2]),
+        (("shape", 0), 2.0),
+        (("family",), "extended"),
+    ],
+    ids=str,
+)
+def test_from_json_rejects_value_that_contradicts_the_rest(path: tuple[Any, ...], value: Any) -> None:
+    def replace(container: Any, key: Any) -> None:
+        container[key] = value
+
+    with pytest.raises(ValueError, match="not a fit in JSON"):
+        Fit.from_json(change_json(path, replace))
 
 
 def test_zero_and_constant_kernels_are_degenerate() -> None:
@@ -123,10 +295,25 @@ def test_zero_and_constant_kernels_are_degenerate() -> None:
         (torch.randn(1, 1, 3, 3), {"kinds": "P"}, "no analytic kind 'P'"),
         (torch.randn(1, 1, 3, 3), {"family": "big"}, "unknown family 'big'; known: paper, extended"),
         (torch.randn(1, 1, 3, 3), {"profile": "box"}, "unknown profile 'box'"),
+        (torch.randn(1, 1, 3, 3), {"kinds": []}, "no kinds to fit; known: G, "),
+        (
+            torch.randn(1, 1, 3, 3),
+            {"kinds": "G", "fixed": {"foo": 1}},
+            "no AKP 'foo' to fix; known: theta, wavelength, psi, sigma$",
+        ),
+        (torch.randn(1, 1, 3, 3), {"fixed": {"gamma": 1}}, "no AKP 'gamma' to fix; known: theta"),
+        (
+            torch.randn(1, 1, 3, 3),
+            {"family": "extended", "fixed": {"gamma": 0.1}},
+            "gamma must be above 0.1, got 0.1",
+        ),
+        (torch.randn(1, 1, 3, 3), {"fixed": {"sigma": -2}}, "sigma must be above 0.3 px, got -2"),
+        (torch.randn(1, 1, 3, 3), {"fixed": {"theta": math.nan}}, "the fixed theta must be finite, got nan"),
+        (torch.randn(1, 1, 3, 3), {"fixed": {"sigma": math.inf}}, "the fixed sigma must be finite, got inf"),
+        (torch.randn(1, 1, 3, 3), {"fixed": {"sigma": "wide"}}, "the fixed sigma must be a number, got 'wide'"),
     ],
-    ids=["2-D weight", "not finite", "plain kind", "family", "profile"],
 )
-def test_fit_rejects_invalid_arguments(weight: Tensor, options: dict[str, str], message: str) -> None:
+def test_fit_rejects_invalid_arguments(weight: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_kernels(weight, **options)
 
