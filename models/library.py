@@ -9,7 +9,6 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -75,6 +74,11 @@ def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Loads a model's weights from ``.safetensors``, ``.pt`` or ``.pth``, or one convolution's weight from ``.npy``.
 
+    Training checkpoints are accepted as timm reads them: the state dict may be an entry such as ``state_dict`` or
+    ``model``, averaged weights (``state_dict_ema``, ``model_ema``) take precedence, and the prefixes ``module.`` and
+    ``_orig_mod.`` of DistributedDataParallel and torch.compile are removed. Nothing but tensors and plain values is
+    unpickled.
+
     The last linear layer keeps its weights if the file has another number of classes. A ``.npy`` array (out,
     in / groups, kh, kw) is loaded into the first convolution whose weight has that shape.
 
@@ -106,16 +110,16 @@ def _read_weights(file: Path) -> Any:
     """Reads a tensor from ``.npy``, or a state dict from any other format."""
     readers: dict[str, Callable[[Path], Any]] = {
         ".npy": _read_npy,
-        ".safetensors": load_file,
-        ".pth": _read_pth,
-        ".pt": _read_pth,
+        ".safetensors": _read_state,
+        ".pth": _read_state,
+        ".pt": _read_state,
     }
     if file.suffix not in readers:
         raise ValueError(f"cannot read weights from '{file}': its name must end in {', '.join(readers)}")
+    if not file.exists():
+        raise ValueError(f"cannot read weights from {file}: there is no such file")
     try:
         return readers[file.suffix](file)
-    except FileNotFoundError as error:
-        raise ValueError(f"cannot read weights from {file}: there is no such file") from error
     except Exception as error:
         raise ValueError(f"cannot read weights from {file}: {' '.join(str(error).split())[:200]}") from error
 
@@ -124,9 +128,14 @@ def _read_npy(file: Path) -> Tensor:
     return torch.from_numpy(np.load(file, allow_pickle=False)).float()
 
 
-def _read_pth(file: Path) -> Mapping[str, Any]:
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+def _read_state(file: Path) -> dict[str, Tensor]:
+    from timm.models import load_state_dict  # imported here because it takes more than a second
+
+    state = load_state_dict(str(file), weights_only=True)
+    state.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
+    if unknown := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"it is not a state dict of tensors, or a checkpoint with one: {unknown[0]} is not a tensor")
+    return state
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path) -> None:

@@ -1,5 +1,6 @@
 """Networks of torchvision and timm: parameter counts, pretrained weights and their errors."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torch import nn
 
+import acl
 import models
-from models.library import read_kernels
+from models.library import load_weights, read_kernels
 
 OPTIONS = {"scale": "unit"}
 
@@ -63,6 +66,67 @@ def test_pretrained_weights_load_from_file(tmp_path: Path, suffix: str) -> None:
         ValueError, match=r"does not match the architecture of ResNet: layer1.0.conv1.weight is \(64, 64, 3, 3\), not"
     ):
         models.create_model("resnet50", 3, 5, {}, pretrained=str(file))
+
+
+def make_small_network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def add_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+CHECKPOINTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "plain": lambda state, other: state,
+    "module": lambda state, other: add_prefix(state, "module."),
+    "_orig_mod": lambda state, other: add_prefix(state, "_orig_mod."),
+    "compiled DDP": lambda state, other: add_prefix(state, "_orig_mod.module."),
+    "DDP of compiled": lambda state, other: {"model": add_prefix(state, "module._orig_mod."), "epoch": 3},
+    "model": lambda state, other: {"model": state, "optimizer": {"state": {}, "param_groups": []}},
+    "state_dict": lambda state, other: {"state_dict": add_prefix(state, "module."), "arch": "resnet18"},
+    "state_dict_ema": lambda state, other: {"state_dict": other, "state_dict_ema": state, "metric": 0.5},
+    "model_ema": lambda state, other: {
+        "model": other,
+        "model_ema": {"n_averaged": torch.tensor(5), **add_prefix(state, "module.")},
+    },
+    "no averaged weights": lambda state, other: {"state_dict": state, "state_dict_ema": None},
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+@pytest.mark.parametrize("wrap", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_training_checkpoint_loads(
+    tmp_path: Path, wrap: Callable[[dict[str, Any], dict[str, Any]], Any], suffix: str
+) -> None:
+    file, model, source = tmp_path / f"checkpoint{suffix}", make_small_network(), make_small_network()
+    torch.save(wrap(source.state_dict(), make_small_network().state_dict()), file)
+    load_weights(model, file)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_safetensors_checkpoint_loads(tmp_path: Path, prefix: str) -> None:
+    file, model, source = tmp_path / "net.safetensors", make_small_network(), make_small_network()
+    save_file(add_prefix(source.state_dict(), prefix), file)
+    load_weights(model, file)
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_plain_network_written_by_acl_save_loads(tmp_path: Path) -> None:
+    model, source = make_small_network(), make_small_network()
+    acl.save(source, tmp_path / "net.safetensors", {"epochs": 3})
+    load_weights(model, tmp_path / "net.safetensors")
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+@pytest.mark.parametrize(
+    "content", [{"epoch": 3}, {"net": {}}, [1], 5, {"state_dict": [1]}, {"model": {"a": {}}}], ids=str
+)
+def test_checkpoint_without_state_dict_is_rejected(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"cannot read weights from .*net\.pth: ") as error:
+        load_weights(make_small_network(), tmp_path / "net.pth")
+    assert "\n" not in str(error.value)
 
 
 def test_npy_file_loads_into_first_convolution_of_its_shape(tmp_path: Path) -> None:
