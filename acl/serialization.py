@@ -43,7 +43,7 @@ def save(model: nn.Module, file: str | Path, info: Any = None) -> None:
         info: anything that JSON can express, such as hyperparameters; ``read_info`` returns it.
 
     Raises:
-        ValueError: if ``info`` is not JSON, or the state dict has entries that are not tensors.
+        ValueError: if ``info`` is not JSON, or the state dict has entries that are not tensors or have no values.
         OSError: if the file cannot be written.
 
     Example:
@@ -80,6 +80,8 @@ def serialize(model: nn.Module, info: Any = None) -> bytes:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"cannot save {key}: it is a {type(value).__name__}, not a tensor")
+        if is_lazy(value) or value.is_meta:
+            raise ValueError(f"cannot save {key}: it has no values yet")
     # Copies, because safetensors rejects tensors that share memory.
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     return serialize_tensors(tensors, {_METADATA_KEY: text})

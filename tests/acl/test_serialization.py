@@ -372,6 +372,9 @@ def test_save_rejects_what_the_format_cannot_hold(tmp_path: Path) -> None:
             acl.save(make_network(), file, info)
     with pytest.raises(ValueError, match="cannot save _extra_state: it is a dict, not a tensor"):
         acl.save(NetworkWithExtraState(1, 1), file)
+    for model in (nn.LazyLinear(1), nn.Linear(1, 1, device="meta")):
+        with pytest.raises(ValueError, match="cannot save weight: it has no values yet"):
+            acl.save(model, file)
     assert not file.exists()
 
 

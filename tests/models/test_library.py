@@ -1,5 +1,6 @@
 """Networks of torchvision and timm: parameter counts, pretrained weights and their errors."""
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "compiled DDP": lambda state, other: add_prefix(state, "_orig_mod.module."),
     "DDP of compiled": lambda state, other: {"model": add_prefix(state, "module._orig_mod."), "epoch": 3},
     "model": lambda state, other: {"model": state, "optimizer": {"state": {}, "param_groups": []}},
-    "state_dict": lambda state, other: {"state_dict": add_prefix(state, "module."), "arch": "resnet18"},
+    "state_dict": lambda state, other: {"state_dict": add_prefix(state, "module."), "args": Namespace(lr=0.1)},
     "state_dict_ema": lambda state, other: {"state_dict": other, "state_dict_ema": state, "metric": 0.5},
     "model_ema": lambda state, other: {
         "model": other,
