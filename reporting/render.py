@@ -1,4 +1,4 @@
-"""Renders tables as Markdown and as figures."""
+"""Renders tables as Markdown, as LaTeX and as figures."""
 
 import math
 import shlex
@@ -9,7 +9,33 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from reporting.statistics import Row, summarize
+from reporting.statistics import DIFFERENCE, Row, summarize
+
+NUM_FIRST_COLUMNS = 5
+"""Columns before those of differences."""
+
+
+def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
+    """Formats what a table shows: a line per row and a named column of text per column; arguments as below."""
+    references = [
+        [row.against or rows[0].name for row in rows],
+        *([[also_against] * len(rows)] if also_against else []),
+    ]
+    comparisons = [summarize(rows), *([summarize(rows, also_against)] if also_against else [])]
+    lines = []
+    for i, line in enumerate(comparisons[0].itertuples()):
+        top1 = f"{line.top1_mean:.2f}" + ("" if math.isnan(line.top1_std) else f" ± {line.top1_std:.2f}")
+        differences = [
+            "" if line.row == names[i] else format_difference(*frame.loc[i, DIFFERENCE])
+            for names, frame in zip(references, comparisons, strict=True)
+        ]
+        lines.append(
+            [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
+        )
+    headings = [f"points against {' or '.join(dict.fromkeys(names))}" for names in references]
+    return pd.DataFrame(
+        lines, columns=["row", "arrangement", "conv. parameters", "plain / row", "top-1 test %", *headings]
+    )
 
 
 def render_markdown(
@@ -24,36 +50,15 @@ def render_markdown(
         search: a sentence on how hyperparameters were chosen; None if they are fixed.
         commands: maps each row's name to the overrides of the command that reruns it.
     """
-    references = [
-        [row.against or rows[0].name for row in rows],
-        *([[also_against] * len(rows)] if also_against else []),
-    ]
-    comparisons = [summarize(rows), *([summarize(rows, also_against)] if also_against else [])]
-    headings = [f"points against {' or '.join(dict.fromkeys(names))}" for names in references]
+    cells = format_cells(rows, also_against)
     lines = [
         f"# {title}",
         "",
-        f"| row | arrangement | conv. parameters | plain / row | top-1 test % | {' | '.join(headings)} |",
-        "|---|---|---:|---:|---:|" + "---:|" * len(headings),
+        f"| {' | '.join(cells.columns)} |",
+        "|---|---|---:|---:|---:|" + "---:|" * (len(cells.columns) - NUM_FIRST_COLUMNS),
+        *(f"| {' | '.join(line)} |" for line in cells.itertuples(index=False)),
     ]
-    for i, line in enumerate(comparisons[0].itertuples()):
-        top1 = f"{line.top1_mean:.2f}" + ("" if math.isnan(line.top1_std) else f" ± {line.top1_std:.2f}")
-        differences = [
-            ""
-            if line.row == names[i]
-            else format_difference(*frame.loc[i, ["diff_mean", "diff_ci95_low", "diff_ci95_high"]])
-            for names, frame in zip(references, comparisons, strict=True)
-        ]
-        cells = [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
-        lines.append(f"| {' | '.join(cells)} |")
-    num_seeds = len(rows[0].records)
-    lines += [
-        "",
-        f"Mean ± standard deviation over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}; differences are paired "
-        "by seed, with their 95% t-interval. The epoch is chosen on the validation split; the test set is evaluated "
-        "once, at the end of a run. Convolution parameters include biases and frozen AKPs.",
-        "",
-    ]
+    lines += ["", describe_statistics(rows), ""]
     if search is not None:
         lines += [search, "", "| row | chosen |", "|---|---|"]
         lines += [f"| {row.name} | {' '.join(f'`{word}`' for word in row.chosen or [])} |" for row in rows]
@@ -65,9 +70,44 @@ def render_markdown(
     return "\n".join(lines) + "\n"
 
 
+def render_latex(title: str, rows: Sequence[Row], also_against: str | None) -> str:
+    r"""Renders the same table as a tabular in LaTeX, for ``\input``; needs the package booktabs. Arguments as above."""
+    cells = format_cells(rows, also_against)
+    measured = cells.columns[NUM_FIRST_COLUMNS - 1 :]
+    text = cells.columns.difference(measured)
+    tabular = (
+        cells.style.hide(axis="index")
+        .format(escape="latex", subset=list(text))
+        .format(_to_math, subset=list(measured))
+        .format_index(escape="latex", axis="columns")
+        .to_latex(hrules=True, column_format="ll" + "r" * (len(cells.columns) - 2))
+    )
+    notes = [
+        f"{title}. Written by scripts/reproduce_table.py; needs \\usepackage{{booktabs}}.",
+        describe_statistics(rows),
+        describe_runs([record for row in rows for record in row.records]),
+    ]
+    return "".join(f"% {' '.join(note.split())}\n" for note in notes) + tabular
+
+
+def _to_math(cell: str) -> str:
+    math_text = cell.replace("±", r"\pm").replace(" [", r"\ [")
+    return f"${math_text}$" if cell else ""
+
+
 def format_difference(mean: float, low: float, high: float) -> str:
     """Formats a difference in points, with its interval if there is one."""
     return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def describe_statistics(rows: Sequence[Row]) -> str:
+    """Says what the numbers of a table mean."""
+    num_seeds = len(rows[0].records)
+    return (
+        f"Mean ± standard deviation over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}; differences are paired "
+        "by seed, with their 95% t-interval. The epoch is chosen on the validation split; the test set is evaluated "
+        "once, at the end of a run. Convolution parameters include biases and frozen AKPs."
+    )
 
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from scipy import stats
 
 from training.errors import UsageError
 
+DIFFERENCE = ["diff_mean", "diff_ci95_low", "diff_ci95_high"]
 COLUMNS = [
     "row",
     "arrangement",
@@ -19,9 +20,7 @@ COLUMNS = [
     "seeds",
     "top1_mean",
     "top1_std",
-    "diff_mean",
-    "diff_ci95_low",
-    "diff_ci95_high",
+    *DIFFERENCE,
     "epochs",
 ]
 

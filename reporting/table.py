@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from acl.plot import to_png
-from reporting.render import draw_accuracy, render_markdown
+from acl.plot import to_pdf, to_png
+from reporting.render import draw_accuracy, render_latex, render_markdown
 from reporting.statistics import Row, summarize
 from training.config import compose, is_in_identity
 from training.errors import BusyError, UsageError
@@ -283,7 +283,7 @@ class Table:
                 raise UsageError(f"{file} has no complete row '{row.name}' as configured in table {self.name}")
 
     def write(self) -> pd.DataFrame:
-        """Writes <name>.csv, .md, .png and .jsonl (the records)."""
+        """Writes <name>.csv, .md, .tex, .png, .pdf and .jsonl (the records)."""
         frame = summarize(self.rows)
         search_file = self.path.with_name(f"{self.name}_search.jsonl")
         search_note = None
@@ -300,11 +300,18 @@ class Table:
             for row in self.rows
         }
         records = [{"row": row.name, **record} for row in self.rows for record in row.records]
-        text = render_markdown(self.settings.title, self.rows, self.settings.also_against, search_note, commands)
-        write_atomic(self.path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g"))
-        write_atomic(self.path.with_suffix(".jsonl"), _to_json_lines(records))
-        write_atomic(self.path.with_suffix(".md"), text)
-        write_atomic(self.path.with_suffix(".png"), to_png(draw_accuracy(frame, self.settings.title)))
+        title, also_against = self.settings.title, self.settings.also_against
+        figure = draw_accuracy(frame, title)
+        contents: dict[str, str | bytes] = {
+            ".csv": frame.to_csv(index=False, float_format="%.6g"),
+            ".jsonl": _to_json_lines(records),
+            ".md": render_markdown(title, self.rows, also_against, search_note, commands),
+            ".tex": render_latex(title, self.rows, also_against),
+            ".png": to_png(figure),
+            ".pdf": to_pdf(figure),
+        }
+        for suffix, content in contents.items():
+            write_atomic(self.path.with_suffix(suffix), content)
         return frame
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from acl import AnalyticConv2d
 from acl.explain import Attribution
 from acl.kernels import KINDS
-from acl.plot import akp_trajectories, approximation, contributions, mosaic, to_png
+from acl.plot import akp_trajectories, approximation, contributions, mosaic, to_pdf, to_png
 from tests.arrangements import arrange_all_kinds
 
 
@@ -124,3 +124,11 @@ def test_approximation_sorts_kernels_from_best_to_worst() -> None:
     assert (best == 0.5).all()  # no residual: gray
     assert 0 < abs(second - 0.5).max() < abs(worst - 0.5).max() == 0.5
     assert figure.get_suptitle().endswith("best 1.000 (top left) to worst 0.000")
+
+
+def test_to_pdf_gives_equal_bytes_for_equal_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = AnalyticConv2d(1, 4, 5, arrangement="G100%")
+    first = to_pdf(mosaic(layer))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # the date that matplotlib would write
+    assert first == to_pdf(mosaic(layer)) and first.startswith(b"%PDF")
+    assert b"/Type3" not in first

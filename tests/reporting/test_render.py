@@ -1,10 +1,11 @@
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from reporting.render import describe_runs, draw_accuracy, format_difference, render_markdown
+from reporting.render import describe_runs, draw_accuracy, format_difference, render_latex, render_markdown
 from reporting.statistics import Row, summarize
 from reporting.table import Table
 from tests.reporting.helpers import forbid_calls, load_settings, make_record
@@ -47,6 +48,41 @@ def test_markdown_commands_are_quoted_for_shell() -> None:
     text = render_markdown("Title", [make_row("plain", 90.0)], None, None, {"plain": overrides})
     assert read_commands(text) == {"plain": overrides}
     assert compose(overrides).data.title == "CIFAR-10 (JPEG)"
+
+
+def check_latex(text: str, num_columns: int, num_rows: int) -> list[list[str]]:
+    """Checks the structure of a tabular; returns its cells, the heading first."""
+    lines = [line for line in text.splitlines() if not line.startswith("%")]
+    assert lines[0] == rf"\begin{{tabular}}{{ll{'r' * (num_columns - 2)}}}" and lines[-1] == r"\end{tabular}"
+    assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    rows = [line for line in lines[1:-1] if not line.endswith("rule")]
+    assert len(rows) == num_rows + 1 and all(row.endswith(r" \\") for row in rows)
+    cells = [re.split(r"(?<!\\)&", row.removesuffix(r" \\")) for row in rows]
+    assert {len(line) for line in cells} == {num_columns}
+    for cell in (cell for line in cells for cell in line):
+        assert cell.count("{") == cell.count("}") and len(re.findall(r"(?<!\\)\$", cell)) % 2 == 0
+        assert not re.search(r"(?<!\\)[%_#]", cell)
+    return [[cell.strip() for cell in line] for line in cells]
+
+
+def test_latex_shows_cells_of_markdown() -> None:
+    rows = [make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)]
+    cells = check_latex(render_latex("Title", rows, "Gabor"), 7, 2)
+    assert cells[0][4:] == [r"top-1 test \%", "points against plain", "points against Gabor"]
+    assert cells[1][4:] == [r"$91.00 \pm 1.41$", "", r"$-1.50\ [-7.85, +4.85]$"]
+    assert cells[2][:5] == ["Gabor", "plain", "100", "1.00", r"$92.50 \pm 2.12$"]
+
+
+def test_latex_escapes_special_characters() -> None:
+    name = r"50% of $x_1$ & {a}^#~\b"
+    row = make_row(name, 90.0)
+    row.records[0]["config"]["arrangement"] = {"conv_1": "G50%_P50%"}
+    text = render_latex("100%\nof it", [row, make_row("b", 91.0)], None)
+    escaped = r"50\% of \$x\_1\$ \& \{a\}\textasciicircum \#\textasciitilde \textbackslash b"
+    cells = check_latex(text, 6, 2)
+    assert cells[1] == [escaped, r"conv\_1: G50\%\_P50\%", "100", "1.00", "$90.00$", ""]
+    assert cells[0][5] == f"points against {escaped}" and cells[2][5] == "$+1.00$"
+    assert text.startswith("% 100% of it. Written by scripts/reproduce_table.py")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +139,13 @@ def test_rendered_csv_and_records_equal_committed_ones(rendered_table: tuple[Tab
         ).read_bytes()
     assert (folder / f"{table.name}.md").read_text().startswith(f"# {table.settings.title}\n")
     assert (folder / f"{table.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rendered_latex_equals_committed_one(rendered_table: tuple[Table, Path]) -> None:
+    table, folder = rendered_table
+    text = (folder / f"{table.name}.tex").read_text()
+    assert text == (COMMITTED_TABLES / f"{table.name}.tex").read_text()
+    check_latex(text, 7 if table.settings.also_against else 6, len(table.rows))
 
 
 def test_markdown_command_gives_run_id_of_record(rendered_table: tuple[Table, Path]) -> None:

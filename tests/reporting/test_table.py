@@ -55,13 +55,15 @@ def count_states(table: Table) -> dict[str, int]:
 # Files
 
 
-def test_reproduce_writes_csv_records_markdown_and_figure(searched_table: tuple[Path, Table]) -> None:
+def test_reproduce_writes_table_and_figure_in_all_formats(searched_table: tuple[Path, Table]) -> None:
     folder, table = searched_table
     assert sorted(path.name for path in (folder / "results/tables").iterdir()) == [
         "digits.csv",
         "digits.jsonl",
         "digits.md",
+        "digits.pdf",
         "digits.png",
+        "digits.tex",
         "digits_search.jsonl",
     ]
     frame = pd.read_csv(folder / "results/tables/digits.csv")
