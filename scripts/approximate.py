@@ -1,22 +1,24 @@
 """Approximates a layer's kernels by formulas: python scripts/approximate.py source=resnet18 (or source=conv1.npy)
 
-Writes a table (.md, .csv) of R^2 against the number of parameters per kernel, the formulas (.json) and a figure (.png).
+Writes a table (.md, .csv) of R^2 against the number of parameters per kernel, the formulas (.json) and a figure
+(.png, .pdf).
 """
 
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import acl
 import models
-from acl.plot import approximation, to_png
+from acl.plot import approximation, to_pdf, to_png
 from models.library import read_kernels
 from training.config import run_script
 from training.errors import UsageError
@@ -34,6 +36,7 @@ FITS: dict[str, dict[str, Any]] = {
     "all kinds, extended and amplitude": {"family": "extended"},
 }
 BEST = "all kinds, extended and amplitude"
+SOURCE = "Source: "
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -41,7 +44,10 @@ class ApproximateSettings:
     source: str
     weights: bool | str
     layer: str
-    tolerances: list[float]
+    tolerances: Annotated[
+        list[Annotated[float, Field(ge=0, le=1)]],
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    ]
     profile: str
     seed: int
     folder: FilePath
@@ -50,6 +56,8 @@ class ApproximateSettings:
 def main(settings: ApproximateSettings) -> None:
     try:
         weight, name = load_target(settings.source, settings.weights, settings.layer)
+        source = settings.source if settings.weights is True else f"{settings.source}, weights={settings.weights}"
+        check_outputs(settings.folder / f"{name}.md", source)
         lines, fits = [], {}
         for title, options in tqdm(FITS.items(), desc="settings", disable=None):
             started = time.perf_counter()
@@ -72,12 +80,26 @@ def main(settings: ApproximateSettings) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     frame = pd.DataFrame(lines)
-    path = settings.folder / name
-    write_atomic(path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g"))
-    write_atomic(path.with_suffix(".json"), fits[BEST].to_json() + "\n")
-    write_atomic(path.with_suffix(".png"), to_png(approximation(weight, fits[BEST].weight(), f"{name}, {BEST}")))
-    write_atomic(path.with_suffix(".md"), render_markdown(name, weight, frame, len(fits[BEST].degenerate_slots)))
-    print(path.with_suffix(".md").read_text("utf-8"))
+    figure = approximation(weight, fits[BEST].weight(), f"{name}, {BEST}")
+    text = render_markdown(name, source, weight, frame, len(fits[BEST].degenerate_slots))
+    contents: dict[str, str | bytes] = {
+        "csv": frame.to_csv(index=False, float_format="%.6g"),
+        "json": fits[BEST].to_json() + "\n",
+        "png": to_png(figure),
+        "pdf": to_pdf(figure),
+        "md": text,
+    }
+    for suffix, content in contents.items():
+        write_atomic(settings.folder / f"{name}.{suffix}", content)
+    print(text)
+
+
+def check_outputs(report: Path, source: str) -> None:
+    """Raises UsageError if the existing report describes kernels from elsewhere, such as a file of the same name."""
+    lines = report.read_text("utf-8").splitlines() if report.exists() else []
+    described = next((line.removeprefix(SOURCE) for line in lines if line.startswith(SOURCE)), source)
+    if Path(described).resolve() != Path(source).resolve():
+        raise UsageError(f"{report} describes {described}; set folder=<another folder>, or move the file away")
 
 
 def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, str]:
@@ -108,13 +130,15 @@ def summarize_fit(title: str, fit: acl.Fit, parameters: int, seconds: float | No
     }
 
 
-def render_markdown(name: str, weight: Tensor, frame: pd.DataFrame, degenerate: int) -> str:
+def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame, degenerate: int) -> str:
     out_channels, in_channels, *size = weight.shape
     lines = [
         f"# Kernels of {name} as formulas",
         "",
         f"{out_channels * in_channels} kernels of size {size[0]} x {size[1]}, {weight.numel():,} weights. R² is "
         "energy-weighted. Fits labeled 'shape alone' ignore each kernel's norm.",
+        "",
+        f"{SOURCE}{source}",
         "",
         "| setting | parameters per kernel | parameters | R² | worst kernel | kinds |",
         "|---|---:|---:|---:|---:|---|",

@@ -7,7 +7,12 @@ import timm
 import torch
 
 import acl
+from scripts import approximate
+from scripts.approximate import ApproximateSettings
 from tests.scripts.conftest import RunScript
+from training.config import compose, resolve
+from training.errors import UsageError
+from training.validation import construct
 
 
 def test_approximate_fits_kernels_of_file(tmp_path: Path, run_script: RunScript) -> None:
@@ -29,6 +34,69 @@ def test_approximate_fits_kernels_of_file(tmp_path: Path, run_script: RunScript)
     assert fit.shape == (4, 3, 5, 5) and fit.degenerate_slots == [4]
     assert "Zero or constant kernels, which stay plain: 1." in done.stdout
     assert (tmp_path / "out/conv.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/conv.pdf").read_bytes().startswith(b"%PDF")
+
+
+def save_kernels(file: Path, scale: float = 1.0) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    np.save(file, scale * np.random.default_rng(0).normal(size=(2, 1, 3, 3)).astype(np.float32))
+    return file
+
+
+def approximate_file(source: Path, folder: Path, *overrides: str) -> None:
+    """Runs the script's task in this process."""
+    options = resolve(compose([f"source={source}", f"folder={folder}", *overrides], "approximate"))
+    approximate.main(construct(ApproximateSettings, options))
+
+
+@pytest.fixture
+def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits the kind with the fewest parameters only."""
+    titles = ("all kinds, amplitude", approximate.BEST)
+    monkeypatch.setattr(approximate, "FITS", {title: {"kinds": ["Lg"]} for title in titles})
+
+
+@pytest.mark.usefixtures("quick_fits")
+def test_names_with_dots_keep_their_own_outputs(tmp_path: Path) -> None:
+    for name in ("conv.v1", "conv.v2"):
+        approximate_file(save_kernels(tmp_path / f"{name}.npy"), tmp_path / "out", "tolerances=0.1")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"conv.v{i}.{suffix}" for i in (1, 2) for suffix in ("csv", "json", "md", "pdf", "png")
+    ]
+    text = (tmp_path / "out/conv.v2.md").read_text()
+    assert "(conv.v2.png)" in text and text.count("tolerance 0.1 |") == 2  # one number is a list of one
+
+
+@pytest.mark.usefixtures("quick_fits")
+def test_outputs_of_other_kernels_of_same_name_are_kept(tmp_path: Path) -> None:
+    first, second = save_kernels(tmp_path / "a/conv.npy"), save_kernels(tmp_path / "b/conv.npy", 2.0)
+    approximate_file(first, tmp_path / "out")
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match=rf"out/conv\.md describes {first}; set folder=<another folder>, or move"):
+        approximate_file(second, tmp_path / "out")
+    assert {path: path.read_bytes() for path in files} == files
+    approximate_file(first, tmp_path / "out")  # the same kernels again
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tolerances=[0.1,2]"], r"tolerances\.1=2 is invalid: it should be less than or equal to 1"),
+        (["tolerances=x"], r"tolerances\.0=x is invalid: it should be a valid number"),
+    ],
+)
+def test_invalid_tolerance_is_rejected(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        approximate_file(tmp_path / "conv.npy", tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"text", None])
+def test_corrupt_npy_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = save_kernels(tmp_path / "conv.npy")
+    file.write_bytes(file.read_bytes()[:-5] if content is None else content)
+    with pytest.raises(UsageError, match=f"cannot read weights from {file}: ") as error:
+        approximate_file(file, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
