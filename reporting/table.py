@@ -3,18 +3,17 @@
 import json
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
-from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from acl.plot import to_pdf, to_png
 from reporting.render import draw_accuracy, render_latex, render_markdown
+from reporting.settings import TableSettings, is_seed
 from reporting.statistics import Row, summarize
 from training.config import compose, is_in_identity
 from training.errors import BusyError, UsageError
@@ -22,40 +21,9 @@ from training.loop import run
 from training.provenance import digest_sources
 from training.run_directory import RunDirectory, parse_record, write_atomic
 from training.runs import build_model, load_run_data, open_run_directory, parse_run
-from training.validation import STRICT
 
 POLL_SECONDS = 1.0
 """Time between checks whether other workers have finished their runs."""
-
-
-class RowSettings(TypedDict):
-    name: str
-    overrides: list[str]
-    against: NotRequired[str | None]
-
-
-class Search(TypedDict):
-    seed: int
-    candidates: list[list[str]]
-
-
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
-class TableSettings:
-    """The contents of ``configs/table/<name>.yaml``."""
-
-    title: str
-    rows: list[RowSettings]
-    overrides: list[str]
-    """Overrides for every run."""
-    seeds: list[int]
-    search: Search | None = None
-    """Candidate hyperparameters, tried for every row with one seed; None: the hyperparameters are fixed."""
-    without: list[str] = field(default_factory=list)
-    """Names of rows to leave out."""
-    also_against: str | None = None
-    """The name of a row; adds a second column of differences, from this row."""
-    backbone: str | None = None
-    """Used by interpolations in the overrides."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +50,20 @@ class Table:
         overrides: the user's overrides, which come last.
 
     Raises:
-        UsageError: if a row is compared with a row that does not exist.
+        UsageError: if the user's overrides set the seed.
     """
 
     def __init__(self, name: str, settings: TableSettings, overrides: list[str]) -> None:
         self.name = name
         self.settings = settings
         self.user_overrides = overrides
+        if override := next(filter(is_seed, overrides), None):
+            value = override.partition("=")[2]
+            raise UsageError(f"{override} has no effect on a table, which runs table.seeds; use table.seeds=[{value}]")
         self.rows = [
             Row(row["name"], [*settings.overrides, *row["overrides"], *overrides], row.get("against"))
-            for row in settings.rows
-            if row["name"] not in settings.without
+            for row in settings.kept_rows
         ]
-        names = [row.name for row in self.rows]
-        for row in self.rows:
-            if row.against not in (None, *names):
-                raise UsageError(f"row '{row.name}' is compared with '{row.against}', which is not a row of this table")
-        if settings.also_against not in (None, *names):
-            raise UsageError(f"also_against '{settings.also_against}' is not a row of this table")
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         paths = self._compose(self.rows[0]).paths
         self.path = Path(paths.results) / "tables" / name
@@ -178,6 +142,8 @@ class Table:
                 raise UsageError(
                     "a run of a table uses one device; start more workers (the same command again) to use more devices"
                 )
+            if not settings.trainer.test:
+                raise UsageError(f"row '{row.name}' has trainer.test=false, but a table lists test results; remove it")
             data = data or load_run_data(settings)
             build_model(settings, data)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from reporting.table import Search, Table, TableSettings
+from reporting.settings import Search, TableSettings
+from reporting.table import Table
 from reporting.verification import verify_table
 from training.config import resolve, run_script
 from training.runs import create_smoke_folder

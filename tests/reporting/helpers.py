@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 import reporting.table
-from reporting.table import Table, TableSettings
+from reporting.settings import TableSettings
+from reporting.table import Table
 from training.config import compose, resolve
 from training.validation import construct
 

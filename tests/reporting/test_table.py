@@ -193,6 +193,21 @@ def test_without_option_excludes_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=3"], r"seed=3 has no effect on a table, which runs table\.seeds; use table\.seeds=\[3\]"),
+        (["trainer.test=false"], "row 'LeNet-5 plain' has trainer.test=false, but a table lists test results"),
+    ],
+)
+def test_override_that_a_table_cannot_follow_is_rejected_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    forbid_calls(monkeypatch, "run")
+    with pytest.raises(UsageError, match=message):
+        create_table(tmp_path, *overrides).reproduce()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (

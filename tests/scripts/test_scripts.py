@@ -124,6 +124,8 @@ def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
         ("collect.py", ["runs=[]"], "error: no finished run in"),
         ("reproduce_table.py", ["table=nope"], "error: unknown table 'nope'; known: cifar10, "),
         ("reproduce_table.py", ["--render"], "error: there is no "),
+        ("reproduce_table.py", ["--verify"], "error: there is no "),
+        ("reproduce_table.py", ["++table.without=[nix]"], "error: table.without has 'nix', which is not a row"),
         ("mosaic.py", ["mosaic=G5"], "error: arrangement 'G5' fills 5 of 192 kernels of the layer (3 x 64)"),
     ],
 )

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from reporting.table import Table, TableSettings
+from reporting.settings import TableSettings
+from reporting.table import Table
 from training import loop
 from training.config import compose, resolve
 from training.loop import run
