@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from training.errors import UsageError
 
@@ -86,7 +86,7 @@ def paired_difference(
     """Mean difference and its t-interval, over the seeds that both have; for a single seed, the interval is NaN."""
     differences = (values - reference).dropna()
     n = len(differences)
-    half_width = stats.t.ppf((1 + confidence) / 2, n - 1) * differences.std() / math.sqrt(n) if n > 1 else math.nan
+    half_width = float(stdtrit(n - 1, (1 + confidence) / 2)) * differences.std() / math.sqrt(n) if n > 1 else math.nan
     mean = differences.mean()
     return mean, mean - half_width, mean + half_width
 

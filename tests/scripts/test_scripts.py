@@ -1,5 +1,4 @@
-"""One smoke test per entry point, run as users run it, in a process of its own; test_approximate.py and test_explain.py have
-the others. Further tests of an entry point call it in the process of the tests."""
+"""Each entry point once, in a process of its own as users run it; its other tests call it in this process."""
 
 import json
 import os
