@@ -38,7 +38,7 @@ sweep: setup ## example of --multirun on all cores: arrangement x seed, then one
 	$(BIN)/python scripts/collect.py runs=runs/sweep file=results/sweep.csv
 
 test: setup ## runs all tests; ARGS='-m slow' for the slow ones, ARGS='-m slurm' on a machine with Slurm
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: setup ## checks formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -1,3 +1,7 @@
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in parallel processes; set before torch is imported, also for scripts
+
 import pytest
 import torch
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,37 @@ def test_run_killed_anywhere_is_resumed_with_same_result(tmp_path: Path, uninter
     assert not list(open_run_directory(cfg).path.glob(".unfinished*"))
 
 
+def copy_run(cfg: DictConfig, runs: Path) -> DictConfig:
+    """Copies a run to another folder of runs, where a test may change it."""
+    shutil.copytree(cfg.paths.runs, runs, dirs_exist_ok=True)
+    copy = cfg.copy()
+    copy.paths.runs = str(runs)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def run_killed_in_second_epoch(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
+    cfg = compose_checkpointed_run(tmp_path_factory.mktemp("second_epoch"))
+    run_until_killed(cfg, Augmentation, "__call__", STEPS + 80)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def run_killed_after_last_epoch(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
+    cfg = compose_checkpointed_run(tmp_path_factory.mktemp("last_epoch"))
+    run_until_killed(cfg, loop, "describe_environment", 1)
+    return cfg
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
 def test_damaged_checkpoint_falls_back_to_previous_one(
-    tmp_path: Path, uninterrupted_outcome: Outcome, damage: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    run_killed_in_second_epoch: DictConfig,
+    uninterrupted_outcome: Outcome,
+    damage: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    cfg = compose_checkpointed_run(tmp_path)
-    run_until_killed(cfg, Augmentation, "__call__", STEPS + 80)
+    cfg = copy_run(run_killed_in_second_epoch, tmp_path)
     path = open_run_directory(cfg).checkpoint_files[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -175,10 +201,11 @@ def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, un
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
-def test_damaged_best_weights_stop_the_resumed_run_with_one_line(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_best_weights_stop_the_resumed_run_with_one_line(
+    tmp_path: Path, run_killed_after_last_epoch: DictConfig, name: str, damage: str
+) -> None:
     """Without a test of these files, the run would report another test result."""
-    cfg = compose_checkpointed_run(tmp_path)
-    run_until_killed(cfg, loop, "describe_environment", 1)  # after the last epoch
+    cfg = copy_run(run_killed_after_last_epoch, tmp_path)
     file = open_run_directory(cfg).path / name
     damage_file(file, damage)
     with pytest.raises(UsageError, match=rf"{file} (is missing|was modified); delete .* to train again") as error:
@@ -188,11 +215,12 @@ def test_damaged_best_weights_stop_the_resumed_run_with_one_line(tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "akps.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
-def test_other_damaged_files_are_written_again_by_the_resumed_run(tmp_path: Path, name: str, damage: str) -> None:
-    cfg = compose_checkpointed_run(tmp_path)
-    run_until_killed(cfg, loop, "describe_environment", 1)
+def test_other_damaged_files_are_written_again_by_the_resumed_run(
+    tmp_path: Path, run_killed_after_last_epoch: DictConfig, name: str, damage: str
+) -> None:
+    cfg = copy_run(run_killed_after_last_epoch, tmp_path)
     file = open_run_directory(cfg).path / name
-    expected = file.read_bytes()
+    expected = file.read_bytes().replace(run_killed_after_last_epoch.paths.runs.encode(), str(tmp_path).encode())
     damage_file(file, damage)
     assert run_in_child(lambda: run(cfg)) == 0
     assert file.read_bytes() == expected
