@@ -77,7 +77,7 @@ def test_collect_skips_corrupt_records(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "cut/record.json").write_text(line[:100])
     (tmp_path / "folder/record.json").mkdir()
     settings = CollectSettings(runs=str(tmp_path), file=tmp_path / "all.csv")
-    with pytest.raises(UsageError, match="no finished run in"):
+    with pytest.raises(UsageError, match="no record could be read"):
         collect.main(settings)
     (tmp_path / "whole/record.json").write_text(line)
     capsys.readouterr()
