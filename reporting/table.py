@@ -65,10 +65,10 @@ class Table:
             for row in settings.kept_rows
         ]
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        paths = self._compose(self.rows[0]).paths
-        self.path = Path(paths.results) / "tables" / name
+        paths = parse_run(self._compose(self.rows[0])).paths
+        self.path = paths.results / "tables" / name
         # Failures are recognized by their files, not by time, since clocks of workers and file systems may differ.
-        self._earlier_failures = {file: file.stat().st_mtime_ns for file in Path(paths.runs).glob("*/failed.txt")}
+        self._earlier_failures = {file: file.stat().st_mtime_ns for file in paths.runs.glob("*/failed.txt")}
 
     def __len__(self) -> int:
         return len(self.rows) * (len(self._candidates) + len(self.settings.seeds))

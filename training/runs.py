@@ -64,6 +64,7 @@ class RunSettings:
     """Everything that defines a run, validated, so that lower-level modules need no configuration."""
 
     config: dict[str, Any]  # the resolved configuration, for config.yaml and loggers
+    paths: PathSettings
     directory: RunDirectory
     seed: int
     fresh: bool
@@ -105,10 +106,10 @@ def parse_run(cfg: DictConfig) -> RunSettings:
         if not isinstance(section, dict):
             raise UsageError(f"{name}={format_value(section)} is invalid: it should be a section of options")
         sections[name] = section
-    construct(PathSettings, sections["paths"], "paths")
     options = construct(RunOptions, {name: value for name, value in config.items() if name not in SECTIONS})
     settings = RunSettings(
         config=config,
+        paths=construct(PathSettings, sections["paths"], "paths"),
         directory=open_run_directory(cfg),
         seed=options.seed,
         fresh=options.fresh,
