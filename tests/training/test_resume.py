@@ -230,8 +230,47 @@ def damage_file(file: Path, damage: str) -> None:
     content = bytearray(file.read_bytes())
     if damage == "missing":
         file.unlink()
-    elif damage == "flipped":
+    elif damage == "flipped" and content:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     else:
         file.write_bytes(content[:-10] if damage == "truncated" else b"")
+
+
+def check_damaged_runs(folder: Path, cases: int, seed: int, expected: Outcome) -> None:
+    """Kills a run at random and damages a random file of it; it is resumed with the same result, or with one line."""
+    generator = random.Random(seed)
+    for case in range(cases):
+        cfg = compose_checkpointed_run(folder / str(case))
+        run_until_killed(cfg, Augmentation, "__call__", generator.randint(2, 2 * STEPS))
+        files = sorted(file for file in open_run_directory(cfg).path.rglob("*") if file.is_file())
+        file, damage = generator.choice(files), generator.choice(["missing", "empty", "truncated", "flipped"])
+        damage_file(file, damage)
+        try:
+            assert run_in_child(lambda cfg=cfg: run_or_write_error(cfg, folder / "error")) == 0  # type: ignore[misc]
+            if (folder / "error").exists():
+                message = (folder / "error").read_text()
+                assert str(open_run_directory(cfg).path) in message and "\n" not in message
+                (folder / "error").unlink()
+            else:
+                assert read_outcome(cfg) == expected
+        except AssertionError as error:
+            raise AssertionError(f"{file.name} {damage}") from error
+
+
+def run_or_write_error(cfg: DictConfig, file: Path) -> None:
+    try:
+        run(cfg)
+    except UsageError as error:
+        file.write_text(str(error))
+
+
+def test_damage_after_a_kill_gives_same_result_or_one_line(tmp_path: Path, uninterrupted_outcome: Outcome) -> None:
+    check_damaged_runs(tmp_path, 2, 0, uninterrupted_outcome)
+
+
+@pytest.mark.slow
+def test_damage_after_twenty_kills_gives_same_result_or_one_line(
+    tmp_path: Path, uninterrupted_outcome: Outcome
+) -> None:
+    check_damaged_runs(tmp_path, 20, 1, uninterrupted_outcome)
