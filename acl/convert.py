@@ -62,8 +62,8 @@ def convert(
         The model, or the new layer if the model is a single convolution.
 
     Raises:
-        ValueError: for a name that matches no convolution, a layer that cannot be converted, or arguments that
-            AnalyticConv2d rejects. The model is then unchanged.
+        ValueError: for a name that matches no convolution, a layer that cannot be converted, an AKP in ``learn`` that
+            none of the layers has, or arguments that AnalyticConv2d rejects. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -100,6 +100,11 @@ def convert(
         convolutions[name]: _to_analytic(convolutions[name], parsed, init, tolerance, options)
         for name, parsed in arrangements.items()
     }
+    learn = options.get("learn", "all")
+    learned = {learn} - {"all", "none"} if isinstance(learn, str) else set(learn)
+    available = {key.split("_", 1)[1] for layer in replacements.values() for key in layer.raw}
+    if absent := learned - available:
+        raise ValueError(f"learn names '{min(absent)}', an AKP that no converted layer has; known: {sorted(available)}")
     return replace_convolutions(model, replacements)
 
 

@@ -381,3 +381,13 @@ def test_param_groups_rejects_invalid_numbers(options: dict[str, float]) -> None
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got {value}"):
         param_groups(nn.Linear(2, 2), **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize("learn", ["s", ["theta", "s"]])
+def test_learned_akp_that_no_layer_has_is_rejected(learn: str | list[str]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3))
+    with pytest.raises(ValueError, match=r"learn names 's', an AKP that no converted layer has; known: \['psi', 'sig"):
+        convert(net, "all", "G100%", learn=learn)
+    assert type(net[0]) is nn.Conv2d
+    convert(net, {"0": "G6", "1": "Lt4"}, learn=learn)
+    assert net[1].raw["Lt_s"].requires_grad and not net[0].raw["G_sigma"].requires_grad

@@ -9,8 +9,11 @@ import pytest
 
 from reporting.settings import TableSettings
 from reporting.table import Table
+from scripts import train, upload_runs
+from scripts.upload_runs import UploadSettings
 from training import loop
 from training.config import compose, resolve
+from training.errors import UsageError
 from training.loop import run
 from training.validation import construct
 
@@ -143,3 +146,37 @@ def test_resumed_run_keeps_wandb_id_and_steps(tmp_path: Path, monkeypatch: pytes
     logs = [read_log(path) for path in sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))]
     assert [log["run"].run_id for log in logs] == [record["id"]] * 2
     assert [[int(entry["_step"]) for entry in log["history"]] for log in logs] == [[0, 1], [2]]
+
+
+def test_recorded_run_is_logged_again_with_metrics_and_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a W&B sweep that proposes a known configuration, and as ``upload_runs.py`` does."""
+    overrides = ["model=lenet", "trainer.epochs=2", "trainer.batch_size=600", f"paths.runs={tmp_path}"]
+    record, _ = run(compose(overrides))
+    upload_runs.main(UploadSettings(runs=[str(tmp_path)], logger={"name": "wandb", "project": "mine", "entity": "us"}))
+    assert capsys.readouterr().out.endswith("1 runs logged to W&B project mine\n")
+    (path,) = tmp_path.glob("*/wandb/offline-run-*/*.wandb")
+    log = read_log(path)
+    assert (log["run"].run_id, log["run"].project, log["run"].entity) == (record["id"], "mine", "us")
+    assert [entry["epoch"] for entry in log["history"]] == [1, 2]
+    assert log["summary"]["test"] == record["test"]
+
+
+def test_sweep_logs_run_that_is_recorded_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["model=lenet", "trainer.epochs=1", "trainer.batch_size=600", f"paths.runs={tmp_path}"]
+    accuracy = train.main(compose(overrides))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    logged: list[Any] = []
+    monkeypatch.setattr(train, "log_recorded_run", lambda *args: logged.append(args))
+    assert train.main(compose([*overrides, "logger=wandb"])) == accuracy
+    assert len(logged) == 1 and logged[0][-1]["val"]["top1"] == accuracy
+
+
+def test_runs_that_cannot_be_read_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "0123456789ab"
+    folder.mkdir()
+    (folder / "record.json").write_text("{")
+    with pytest.raises(UsageError, match="no run could be read"):
+        upload_runs.main(UploadSettings(runs=str(tmp_path), logger={"name": "wandb"}))
+    assert capsys.readouterr().err == f"skipped: {folder} is not the folder of a run: it has no config.yaml\n"
