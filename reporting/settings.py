@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import TypedDict
 
 from training.errors import UsageError
-from training.validation import STRICT
+from training.validation import STRICT, Seed
 
 
 class RowSettings(TypedDict):
@@ -19,7 +19,7 @@ class RowSettings(TypedDict):
 
 
 class Search(TypedDict):
-    seed: int
+    seed: Seed
     candidates: list[list[str]]
 
 
@@ -36,7 +36,7 @@ class TableSettings:
     rows: list[RowSettings]
     overrides: list[str]
     """Overrides for every run."""
-    seeds: list[int]
+    seeds: list[Seed]
     search: Search | None = None
     """Candidate hyperparameters, tried for every row with one seed; None: the hyperparameters are fixed."""
     without: list[str] = field(default_factory=list)

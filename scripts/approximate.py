@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 import acl
 import models
+from acl.kernels import Profile
 from acl.plot import approximation, to_pdf, to_png
 from models.library import read_kernels
 from training.config import run_script
 from training.errors import UsageError
 from training.provenance import describe_environment
 from training.run_directory import write_atomic
-from training.validation import STRICT, FilePath
+from training.validation import STRICT, FilePath, Seed
 
 FITS: dict[str, dict[str, Any]] = {
     "Gabor, paper: shape alone": {"kinds": ["G"], "signed": True},
@@ -48,8 +49,8 @@ class ApproximateSettings:
         list[Annotated[float, Field(ge=0, le=1)]],
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
     ]
-    profile: str
-    seed: int
+    profile: Profile
+    seed: Seed
     folder: FilePath
 
 

@@ -13,7 +13,7 @@ from training.errors import UsageError
 from training.run_directory import write_atomic
 from training.validation import STRICT, OutputFile, Seed
 
-Size = Annotated[int, Field(ge=1, le=4096)]
+Size = Annotated[int, Field(ge=1, le=2**12)]
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,6 +5,7 @@ from typing import Any
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from training.config import run_script
@@ -46,7 +47,10 @@ def create_workspace(settings: WorkspaceSettings) -> ws.Workspace:
 
 
 def main(settings: WorkspaceSettings) -> None:
-    workspace = create_workspace(settings)
+    try:
+        workspace = create_workspace(settings)
+    except ValidationError as error:  # such as "Emojis are not allowed" for a name with "="
+        raise UsageError(f"W&B does not accept name={settings.name}: {error.errors()[0]['msg']}") from error
     if not wandb.login(prompt=False):
         raise UsageError("a workspace needs a W&B account: run `wandb login` first")
     workspace.save()

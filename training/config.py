@@ -90,7 +90,7 @@ def _check_choices(overrides: list[str]) -> None:
     """Raises UsageError for a group that is set to something other than the name of one of its files."""
     for override in overrides:
         group, _, choice = override.partition("=")
-        if (CONFIGS / group).is_dir() and group and not isinstance(yaml.safe_load(choice), str | list):
+        if (CONFIGS / group).is_dir() and group and not isinstance(yaml.safe_load(choice), str):
             names = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
             raise UsageError(f"{override} is invalid: choose one of {', '.join(names)}")
 

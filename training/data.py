@@ -149,6 +149,8 @@ def load_data(
     """
     if name not in DATASETS:
         raise UsageError(f"unknown data.name '{name}'; known: {', '.join(DATASETS)}")
+    if "cache" in options and max_images is not None:  # a reader of image files decodes no more than it returns
+        options["max_images"] = max_images
     train, val, test = construct(DATASETS[name], options, "data")
     channels = train.images.shape[1]
     if mean is None and std is None:

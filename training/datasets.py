@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from training.errors import UsageError
 from training.image_cache import load_decoded_images
-from training.validation import STRICT, Count, FilePath
+from training.validation import STRICT, Count, FilePath, Pixels
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -128,10 +127,10 @@ def read_flowers102(
     root: FilePath,
     cache: FilePath,
     title: str,
-    size: Count,
+    size: Pixels,
     validation: Share,
     skip_undecodable: bool,
-    images_per_class: Count | None = None,
+    max_images: Count | None = None,
 ) -> Splits:
     """Oxford Flowers-102 with its official split: 1,020 / 1,020 / 6,149. ``validation`` is not used."""
     folder = root / "flowers-102"
@@ -144,7 +143,7 @@ def read_flowers102(
         listings = [[(folder / "jpg" / f"image_{i:05d}.jpg", f"{labels[i - 1]:03d}") for i in part] for part in ids]
     except Exception as error:
         raise UsageError(f"{files[0]} or {files[1].name} is corrupt; delete both and download them again") from error
-    return _read_image_files(folder, listings, cache, title, size, skip_undecodable, images_per_class)
+    return _read_image_files(folder, listings, cache, title, size, skip_undecodable, max_images)
 
 
 @validate_call(config=STRICT)
@@ -152,10 +151,10 @@ def read_food101(
     root: FilePath,
     cache: FilePath,
     title: str,
-    size: Count,
+    size: Pixels,
     validation: Share,
     skip_undecodable: bool,
-    images_per_class: Count | None = None,
+    max_images: Count | None = None,
 ) -> Splits:
     """Food-101 with its official test split; ``validation`` is the share of each class's training images held out."""
     folder = root / "food-101"
@@ -172,7 +171,7 @@ def read_food101(
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{file} is corrupt or truncated; delete it and download it again") from error
     train, val = _split_listing(listings[0], validation)
-    return _read_image_files(folder, [train, val, listings[1]], cache, title, size, skip_undecodable, images_per_class)
+    return _read_image_files(folder, [train, val, listings[1]], cache, title, size, skip_undecodable, max_images)
 
 
 @validate_call(config=STRICT)
@@ -180,10 +179,10 @@ def read_imagefolder(
     root: FilePath,
     cache: FilePath,
     title: str,
-    size: Count,
+    size: Pixels,
     validation: Share,
     skip_undecodable: bool,
-    images_per_class: Count | None = None,
+    max_images: Count | None = None,
 ) -> Splits:
     """The user's own images: <root>/train/<class>/*, <root>/test/<class>/* and optionally <root>/val/<class>/*.
 
@@ -209,9 +208,7 @@ def read_imagefolder(
         train, val = listings["train"], listings["val"]
     else:
         train, val = _split_listing(listings["train"], validation)
-    return _read_image_files(
-        root, [train, val, listings["test"]], cache, title, size, skip_undecodable, images_per_class
-    )
+    return _read_image_files(root, [train, val, listings["test"]], cache, title, size, skip_undecodable, max_images)
 
 
 def _split_validation(train: Split, test: Split, count: int) -> Splits:
@@ -235,16 +232,6 @@ def _split_listing(listing: Listing, share: float) -> tuple[Listing, Listing]:
             f"cannot hold out {count} of {len(listing)} training images for validation: {error}"
         ) from error
     return [listing[i] for i in sorted(kept)], [listing[i] for i in sorted(held_out)]
-
-
-def _take_per_class(listing: Listing, count: int) -> Listing:
-    taken: Counter[str] = Counter()
-    kept = []
-    for path, label in listing:
-        if taken[label] < count:
-            kept.append((path, label))
-            taken[label] += 1
-    return kept
 
 
 def _download_missing(
@@ -279,9 +266,9 @@ def _read_image_files(
     title: str,
     size: int,
     skip_undecodable: bool,
-    images_per_class: int | None,
+    max_images: int | None,
 ) -> Splits:
-    """Decodes the images of the training, validation and test listings, or the first few of each class."""
+    """Decodes the images of the training, validation and test listings, or only ``max_images`` of each."""
     class_sets = [{label for _, label in listing} for listing in listings]
     classes = sorted(set.union(*class_sets))
     for part, labels in zip(("training", "validation", "test"), class_sets, strict=True):
@@ -290,8 +277,8 @@ def _read_image_files(
                 f"{root}: the {part} split lacks {len(missing)} of {len(classes)} classes, such as '{missing[0]}'; "
                 "each split needs images of every class"
             )
-    if images_per_class is not None:
-        listings = [_take_per_class(listing, images_per_class) for listing in listings]
+    if max_images is not None:
+        listings = [[max(listing, key=lambda entry: entry[1]), *listing][:max_images] for listing in listings]
     paths = [path for listing in listings for path, _ in listing]
     for path in paths:
         if not path.is_file():

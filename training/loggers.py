@@ -20,7 +20,7 @@ class LoggerSettings:
     """The options of configs/logger."""
 
     name: Literal["none", "wandb"]
-    project: str = "anann"
+    project: str = Field(default="anann", min_length=1)
     entity: str | None = None
     group: str | None = None
     row: str | None = None

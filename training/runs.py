@@ -126,7 +126,7 @@ def _shrink(settings: RunSettings) -> RunSettings:
     """Reduces a run to two steps on a handful of images, on one device, not compiled and not logged."""
     data: dict[str, Any] = {**settings.data, "max_images": 2 * SMOKE_BATCH}
     if "cache" in data:
-        data |= {"cache": str(create_smoke_folder()), "images_per_class": 1}
+        data["cache"] = str(create_smoke_folder())
     trainer = replace(
         settings.trainer, epochs=1, batch_size=SMOKE_BATCH, compile=False, strategy="auto", devices=1, nodes=1
     )

@@ -26,7 +26,8 @@ def _check_is_no_folder(path: Path) -> Path:
     return path
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_check_is_path)]  # given as a string
 OutputFile = Annotated[FilePath, AfterValidator(_check_is_no_folder)]

@@ -1,0 +1,43 @@
+"""Every table trains and evaluates each of its rows in ``debug=smoke``, on small data sets in the official layouts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.conftest import ROOT, RunScript
+from tests.training import trees
+
+TABLES = sorted(file.stem for file in (ROOT / "configs/table").glob("*.yaml"))
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "mnist": trees.write_mnist,
+    "fashion_mnist": lambda root: trees.write_mnist(root, "FashionMNIST"),
+    "cifar10": trees.write_cifar10,
+    "flowers102": trees.write_flowers102,
+    "food101": trees.write_food101,
+}
+
+
+def write_images(root: Path, table: str) -> None:
+    """Writes a small data set in the layout that a table reads."""
+    name = next((name for name in WRITERS if table in (name, f"{name}_alexnet", f"{name}_resnet18")), None)
+    if name is None:
+        trees.write_imagefolder(root, train=10, test=4)
+    else:
+        WRITERS[name](root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", TABLES)
+def test_each_row_trains_and_evaluates(
+    table: str, tmp_path: Path, call_script: RunScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", table)
+    monkeypatch.chdir(tmp_path)
+    overrides = ["debug=smoke", f"data.root={tmp_path / 'data'}"]
+    if table.startswith(("flowers102", "food101")):  # pretrained weights cannot be downloaded here
+        overrides.append("++model.pretrained=false")
+    done = call_script("reproduce_table.py", f"table={table}", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"{table}: each row trains and evaluates; nothing was recorded\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
