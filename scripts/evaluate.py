@@ -26,9 +26,7 @@ class EvaluateSettings:
 def main(settings: EvaluateSettings) -> None:
     is_other_data = "name" in settings.data
     if not is_other_data and (unknown := settings.data.keys() - {"root", "cache"}):
-        raise UsageError(
-            f"unknown option data.{min(unknown)}; without data=<name>, only data.root and data.cache apply"
-        )
+        raise UsageError(f"unknown option data.{min(unknown)}; known without data=<name>: data.root, data.cache")
     location = None if is_other_data else DataLocation(root=settings.data["root"], cache=settings.data["cache"])
     run = load_finished_run(settings.run, location)
     run_settings = replace(run.settings, data=parse_data(settings.data)) if is_other_data else run.settings
