@@ -16,10 +16,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Profile = Literal["exponential", "gaussian", "linear"]
@@ -28,67 +28,125 @@ PROFILES: tuple[str, ...] = get_args(Profile)
 FAMILIES: tuple[str, ...] = get_args(Family)
 
 
-def _expand_to_grid(
+class _Grid:
+    """Pixel coordinates relative to the centers of kernels: x (1, kw, ...) and y (kh, 1, ...).
+
+    The other properties are computed when they are first needed, (kh, kw, ...).
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+        self._r2: Tensor | None = None
+        self._r: Tensor | None = None
+        self._impulse: Tensor | None = None
+
+    @property
+    def r2(self) -> Tensor:
+        """The squared distance to the center."""
+        if self._r2 is None:
+            self._r2 = self.x * self.x + self.y * self.y
+        return self._r2
+
+    @property
+    def r(self) -> Tensor:
+        """The distance to the center."""
+        if self._r is None:
+            # The square root has an infinite slope at r = 0. Adding (1e-12 px)^2 makes the slope 0 there and
+            # is lost to rounding elsewhere.
+            self._r = torch.sqrt(self.r2 + 1e-24)
+        return self._r
+
+    @property
+    def impulse(self) -> Tensor:
+        """tri(x) tri(y)."""
+        if self._impulse is None:
+            self._impulse = _tri(self.x) * _tri(self.y)
+        return self._impulse
+
+
+_grids: dict[tuple[Any, ...], _Grid] = {}
+
+
+def _prepare(
     size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y0: Tensor | float
-) -> list[Tensor]:
-    """Returns the AKPs shaped (..., 1, 1), then x (..., 1, kw) and y (..., kh, 1) relative to the center (x0, y0)."""
+) -> tuple[_Grid, list[Any]]:
+    """Returns the grid around the center (x0, y0), and the AKPs in the dtype in which kernels are computed.
+
+    The dimensions of the grid come before those of the AKPs (...), unlike in the kernels that are returned. Elementwise
+    operations then vectorize over the kernels, and an AKP broadcasts without a view.
+    """
     kh, kw = size
     if kh < 1 or kw < 1:
         raise ValueError(f"a kernel size must be at least (1, 1), got {tuple(size)}")
-    tensors = [a for a in (*akps, x0, y0) if isinstance(a, Tensor)]
-    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-    device = tensors[0].device if tensors else None
-
-    def expand(akp: Tensor | float) -> Tensor:
-        return torch.as_tensor(akp, dtype=dtype, device=device)[..., None, None]
-
-    x = torch.arange((1 - kw) / 2, (1 + kw) / 2, dtype=dtype, device=device)
-    y = torch.arange((1 - kh) / 2, (1 + kh) / 2, dtype=dtype, device=device)[:, None]
+    tensors = [akp for akp in (*akps, x0, y0) if isinstance(akp, Tensor)]
+    dtype = reduce(torch.promote_types, {t.dtype for t in tensors} - {torch.float32}, torch.float32)
+    key = (kh, kw, max(t.ndim for t in tensors), dtype, tensors[0].device)
+    # Tensors of other types only stand for tensors, for example in an export, and so would a grid made among them.
+    is_real = not torch.compiler.is_compiling() and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    grid = _grids.get(key) if is_real else None
+    if grid is None:
+        grid = _make_grid(*key)
+        if is_real:
+            _grids[key] = grid
     if not _is_centered(x0, y0):
-        x, y = x - expand(x0), y - expand(y0)
-    return [*map(expand, akps), x, y]
+        grid = _Grid(grid.x - x0, grid.y - y0)
+    return grid, [akp.to(dtype) if isinstance(akp, Tensor) else akp for akp in akps]
+
+
+def _make_grid(kh: int, kw: int, ndim: int, dtype: torch.dtype, device: torch.device) -> _Grid:
+    with torch.inference_mode(False):  # a grid made in inference mode could not be saved for a backward pass
+        x = torch.arange((1 - kw) / 2, (1 + kw) / 2, dtype=dtype, device=device).view(1, kw, *[1] * ndim)
+        y = torch.arange((1 - kh) / 2, (1 + kh) / 2, dtype=dtype, device=device).view(kh, 1, *[1] * ndim)
+        grid = _Grid(x, y)
+        _ = grid.r2, grid.r, grid.impulse
+    return grid
 
 
 def _is_centered(x0: Tensor | float, y0: Tensor | float) -> bool:
     return not isinstance(x0, Tensor) and not isinstance(y0, Tensor) and x0 == y0 == 0
 
 
-def _rotate(x: Tensor, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+def _move_pixels_last(kernels: Tensor) -> Tensor:
+    """(kh, kw, ...) -> (..., kh, kw), a view."""
+    return kernels.permute(*range(2, kernels.ndim), 0, 1)
+
+
+def _rotate(grid: _Grid, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the oriented coordinates x' and y'."""
     cos, sin = torch.cos(theta), torch.sin(theta)
-    return x * cos + y * sin, y * cos - x * sin
+    return grid.x * cos + grid.y * sin, grid.y * cos - grid.x * sin
 
 
 def _tri(t: Tensor) -> Tensor:
     """The triangle function: a unit impulse on the pixel grid, linearly interpolated."""
-    return (1 - t.abs()).clamp(min=0)
+    return torch.relu(1 - t.abs())
 
 
-def _gauss(t: Tensor, sigma: Tensor) -> Tensor:
-    return torch.exp((t / sigma).square() * -0.5)
+def _gauss(squared_distance: Tensor, sigma: Tensor) -> Tensor:
+    return torch.exp(squared_distance * (-0.5 / (sigma * sigma)))
 
 
 def _evaluate_profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
     """The TGD kernel function w(t; s) of a distance t >= 0, with w(0; s) = 1."""
     if profile == "exponential":
-        return torch.exp(-t / s)
+        return torch.exp(t * -s.reciprocal())
     if profile == "gaussian":
-        return _gauss(t, s)
+        return _gauss(t * t, s)
     if profile == "linear":
-        return (1 - t / s).clamp(min=0)
+        return torch.relu(1 - t / s)
     raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
 
 
 def _sum_over_grid(t: Tensor) -> Tensor:
-    return t.sum((-2, -1), keepdim=True)
+    return t.sum((0, 1))
 
 
 def _subtract_normalized(a: Tensor, b: Tensor) -> Tensor:
     """a / sum(a) - b / sum(b): zero-sum by construction. All zero, with zero gradient, if either sum vanishes."""
     total_a, total_b = _sum_over_grid(a), _sum_over_grid(b)
-    eps = torch.finfo(a.dtype).eps
-    both_positive = (total_a > eps) & (total_b > eps)
-    return a * (both_positive / total_a.clamp(min=eps)) - b * (both_positive / total_b.clamp(min=eps))
+    vanishes = torch.minimum(total_a, total_b) <= torch.finfo(a.dtype).eps
+    factor_a, factor_b = (total.masked_fill(vanishes, math.inf).reciprocal() for total in (total_a, total_b))
+    return a * factor_a - b * factor_b
 
 
 def gabor(
@@ -125,12 +183,15 @@ def gabor(
         >>> gabor(torch.zeros(30), torch.full((30,), 4.0), torch.zeros(30), torch.ones(30), size=(7, 7)).shape
         torch.Size([30, 7, 7])
     """
-    theta, wavelength, psi, sigma, gamma, x, y = _expand_to_grid(
-        size, theta, wavelength, psi, sigma, gamma, x0=x0, y0=y0
-    )
-    along, across = _rotate(x, y, theta)
-    envelope = torch.exp(((along / sigma).square() + (gamma * across / sigma).square()) * -0.5)
-    return envelope * torch.cos(along * (2 * math.pi / wavelength) + psi)
+    grid, (theta, wavelength, psi, sigma, gamma) = _prepare(size, theta, wavelength, psi, sigma, gamma, x0=x0, y0=y0)
+    frequency = 2 * math.pi / wavelength
+    cos, sin = torch.cos(theta), torch.sin(theta)
+    phase = grid.x * (frequency * cos) + (grid.y * (frequency * sin) + psi)
+    r2 = grid.r2  # x'^2 + y'^2
+    if isinstance(gamma, Tensor) or gamma != 1:
+        along, across = _rotate(grid, theta)
+        r2 = along * along + (gamma * across).square()
+    return _move_pixels_last(_gauss(r2, sigma) * torch.cos(phase))
 
 
 def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tensor | float = 0.0) -> Tensor:
@@ -156,10 +217,10 @@ def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tens
         >>> kernel.shape, bool(kernel[2, 2] < 0)
         (torch.Size([5, 5]), True)
     """
-    sigma, x, y = _expand_to_grid(size, sigma, x0=x0, y0=y0)
-    q = ((x / sigma).square() + (y / sigma).square()) / 2
+    grid, (sigma,) = _prepare(size, sigma, x0=x0, y0=y0)
+    q = grid.r2 * (0.5 / (sigma * sigma))
     kernel = (q - 1) * torch.exp(-q)
-    return kernel - kernel.mean((-2, -1), keepdim=True)
+    return _move_pixels_last(kernel - kernel.mean((0, 1)))
 
 
 def lot(
@@ -191,12 +252,9 @@ def lot(
         >>> lot(torch.ones(2, 3), size=(5, 7)).shape
         torch.Size([2, 3, 5, 7])
     """
-    s, x, y = _expand_to_grid(size, s, x0=x0, y0=y0)
-    center = _tri(x) * _tri(y)
-    # The square root has an infinite slope at r = 0. Adding (1e-12 px)^2 makes the slope 0 there and
-    # is lost to rounding elsewhere.
-    r = torch.sqrt(x.square() + y.square() + 1e-24)
-    return _subtract_normalized(_evaluate_profile(r, s, profile) * (1 - center), center)
+    grid, (s,) = _prepare(size, s, x0=x0, y0=y0)
+    around = _evaluate_profile(grid.r, s, profile) * (1 - grid.impulse)
+    return _move_pixels_last(_subtract_normalized(around, grid.impulse))
 
 
 def tgd1(
@@ -234,13 +292,13 @@ def tgd1(
         >>> tgd1(angle, torch.ones(2), torch.ones(2), size=(5, 5)).shape
         torch.Size([2, 5, 5])
     """
-    theta, s, sigma, x, y = _expand_to_grid(size, theta, s, sigma, x0=x0, y0=y0)
-    along, across = _rotate(x, y, theta)
-    kernel = (2 * along).clamp(-1, 1) * _evaluate_profile(along.abs(), s, profile) * _gauss(across, sigma)
-    if _is_centered(x0, y0):
-        return kernel
-    rise, fall = kernel.clamp(min=0), (-kernel).clamp(min=0)
-    return _subtract_normalized(rise, fall) * (_sum_over_grid(rise) + _sum_over_grid(fall)) / 2
+    grid, (theta, s, sigma) = _prepare(size, theta, s, sigma, x0=x0, y0=y0)
+    along, across = _rotate(grid, theta)
+    kernel = F.hardtanh(2 * along) * _evaluate_profile(along.abs(), s, profile) * _gauss(across * across, sigma)
+    if not _is_centered(x0, y0):
+        rise, fall = torch.relu(kernel), torch.relu(-kernel)
+        kernel = _subtract_normalized(rise, fall) * (_sum_over_grid(kernel.abs()) / 2)
+    return _move_pixels_last(kernel)
 
 
 def tgd2(
@@ -277,10 +335,12 @@ def tgd2(
         >>> tgd2(torch.zeros(6), torch.ones(6), torch.ones(6), size=(7, 7)).shape
         torch.Size([6, 7, 7])
     """
-    theta, s, sigma, x, y = _expand_to_grid(size, theta, s, sigma, x0=x0, y0=y0)
-    along, across = _rotate(x, y, theta)
-    smooth, impulse = _gauss(across, sigma), _tri(along)
-    return _subtract_normalized(_evaluate_profile(along.abs(), s, profile) * (1 - impulse) * smooth, impulse * smooth)
+    grid, (theta, s, sigma) = _prepare(size, theta, s, sigma, x0=x0, y0=y0)
+    along, across = _rotate(grid, theta)
+    smooth = _gauss(across * across, sigma)
+    center = _tri(along) * smooth
+    around = _evaluate_profile(along.abs(), s, profile) * (smooth - center)
+    return _move_pixels_last(_subtract_normalized(around, center))
 
 
 @dataclass(frozen=True)

@@ -207,25 +207,32 @@ class AnalyticConv2d(nn.Conv2d):
         akps = self.akps()
         gains = [values.pop("amplitude") for values in akps.values()] if self.amplitude else []
         kernels = [KINDS[symbol].synthesize(values, self.kernel_size, self.profile) for symbol, values in akps.items()]
+        # Until the end, the kernels' dimension comes last, as acl.kernels computes them.
+        kernels = [kernel.permute(1, 2, 0) for kernel in kernels]
         if kernels:
-            weight = torch.cat(kernels)
-            weight = weight * self.scale_factors(weight)
+            weight = torch.cat(kernels, -1) if len(kernels) > 1 else kernels[0]
+            factors = []
+            if self.scale == "unit":
+                energy = (weight * weight).sum((0, 1)) * (self.in_channels // self.groups)
+                factors = [torch.rsqrt(energy + 1e-12)]
             if gains:
-                weight = weight * torch.cat(gains)[:, None, None]
+                factors.append(torch.cat(gains) if len(gains) > 1 else gains[0])
+            if factors:
+                weight = weight * math.prod(factors)
             weight = weight.to(self._format.dtype)
             if self.plain is not None:
                 plain_start = self.arrangement.kernel_ranges["P"].start
-                weight = torch.cat([weight[:plain_start], self.plain, weight[plain_start:]])
+                plain = self.plain.permute(1, 2, 0)
+                weight = torch.cat([weight[..., :plain_start], plain, weight[..., plain_start:]], -1)
         else:
             assert self.plain is not None
-            weight = self.plain
+            weight = self.plain.permute(1, 2, 0)
         if self.placement is not None:
-            weight = weight[self.placement]
-        weight = weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if self._format.stride(1) == 1:  # channels_last; torch.func.vmap supports no query of the memory format itself
-            # contiguous() would keep the strides of a weight with one input channel, which makes the convolution slow.
-            weight = weight.clone(memory_format=torch.channels_last)
-        return weight
+            weight = weight[..., self.placement]
+        weight = weight.unflatten(-1, (self.out_channels, -1)).permute(2, 3, 0, 1)
+        # torch.func.vmap supports no query of the memory format itself
+        is_channels_last = self._format.stride(1) == 1
+        return weight.clone(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
