@@ -16,6 +16,38 @@ Scale = Literal["unit", "raw"]
 SCALES: tuple[str, ...] = get_args(Scale)
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _Permute(torch.autograd.Function):
+    """Selects the columns of a matrix in a permuted order.
+
+    Each column is selected once, so the gradient is a selection too, which is faster than index_select's accumulation.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, permutation: Tensor) -> Tensor:  # type: ignore[override]
+        return matrix.index_select(1, permutation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (permutation,) = ctx.saved_tensors
+        columns = torch.arange(len(permutation), device=permutation.device)
+        return _Permute.apply(grad, torch.zeros_like(permutation).scatter(0, permutation, columns)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+        return _Permute.apply(tangent, *ctx.saved_tensors)
+
+
 class AnalyticConv2d(nn.Conv2d):
     """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
@@ -228,8 +260,12 @@ class AnalyticConv2d(nn.Conv2d):
             assert self.plain is not None
             weight = self.plain.permute(1, 2, 0)
         if self.placement is not None:
-            weight = weight[..., self.placement]
-        weight = weight.unflatten(-1, (self.out_channels, -1)).permute(2, 3, 0, 1)
+            columns = weight.flatten(0, 1)
+            if _is_traced():
+                weight = columns.index_select(1, self.placement)
+            else:
+                weight = _Permute.apply(columns, self.placement)
+        weight = weight.view(*self.kernel_size, self.out_channels, -1).permute(2, 3, 0, 1)
         # torch.func.vmap supports no query of the memory format itself
         is_channels_last = self._format.stride(1) == 1
         return weight.clone(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
@@ -237,22 +273,29 @@ class AnalyticConv2d(nn.Conv2d):
     @property
     def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
         """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
-        parameters = self.weight_parameters()
+        weight = self._find_weight()
+        # A copy, so that editing it in place does not change the layer.
+        return weight.clone() if self._cache is not None and weight is self._cache[2] else weight
+
+    def _find_weight(self) -> Tensor:
+        """The synthesized weight, or the cached one, which must not be edited."""
+        raw = [*self.raw._parameters.values()]
+        parameters = raw if self.plain is None else [*raw, self.plain]
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        can_cache = not (self.training or needs_grad or is_traced or self._format.is_meta)
-        # Tensors that stand in for parameters (functional_call, torch.func, fake tensors) cannot be compared.
-        if not (can_cache and all(type(p) is nn.Parameter for p in parameters)):
+        if self.training or needs_grad or _is_traced():
             return self._synthesize()
-        # Compare by value: an in-place edit through .data leaves no other trace, and a stale weight is wrong.
-        key = (self._format.device, self._format.dtype, self._format.stride(), self.scale, self.profile)
-        sources: list[Tensor] = [*parameters, *([] if self.placement is None else [self.placement])]
+        # Tensors that stand in for parameters (functional_call, torch.func, fake tensors) cannot be compared.
+        if not all(type(p) is nn.Parameter for p in parameters) or parameters[0].is_meta:
+            return self._synthesize()
+        # Compare by value: edits through .data and fused optimizers leave no other trace, and a stale weight is wrong.
+        sources = [t for t in (torch.cat(raw) if raw else None, self.plain, self.placement) if t is not None]
+        key = (sources[0].device, self._format.dtype, self._format.stride(), self.scale, self.profile)
         cache = self._cache
         if cache is None or cache[0] != key or not all(map(torch.equal, cache[1], sources)):
             with torch.inference_mode(False), torch.no_grad():
                 cache = (key, [tensor.detach().clone() for tensor in sources], self._synthesize())
             self._cache = cache
-        return cache[2].clone()  # so that editing it in place does not change the layer
+        return cache[2]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
         return _forward(self, input)
@@ -325,4 +368,5 @@ class AnalyticConv2d(nn.Conv2d):
 @torch.fx.wrap
 def _forward(layer: AnalyticConv2d, x: Tensor) -> Tensor:
     """The forward pass as a single node of a torch.fx graph; fx cannot trace the synthesis itself."""
-    return layer.convolve(x, layer.weight, layer.bias)
+    # A host's code could edit its weight.
+    return layer.convolve(x, layer._find_weight() if layer.host is None else layer.weight, layer.bias)
