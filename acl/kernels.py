@@ -29,13 +29,17 @@ FAMILIES: tuple[str, ...] = get_args(Family)
 
 
 class _Grid:
-    """Pixel coordinates relative to the centers of kernels: x (1, kw, ...) and y (kh, 1, ...).
+    """Pixel coordinates relative to the centers of kernels.
 
-    The other properties are computed when they are first needed, (kh, kw, ...).
+    The dimensions of the grid come before those of the AKPs (...), unlike in the kernels that are returned. Elementwise
+    operations then vectorize over the kernels, and an AKP broadcasts without a view.
+
+    ``x`` is (1, kw, ...), ``y`` is (kh, 1, ...), and ``axes`` (2, 1, 1, ...) are the angles of the x and the y axis.
+    The properties (kh, kw, ...) are computed when they are first read.
     """
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
+    def __init__(self, x: Tensor, y: Tensor, axes: Tensor) -> None:
+        self.x, self.y, self.axes = x, y, axes
         self._r2: Tensor | None = None
         self._r: Tensor | None = None
         self._impulse: Tensor | None = None
@@ -70,11 +74,7 @@ _grids: dict[tuple[Any, ...], _Grid] = {}
 def _prepare(
     size: tuple[int, int], *akps: Tensor | float, x0: Tensor | float, y0: Tensor | float
 ) -> tuple[_Grid, list[Any]]:
-    """Returns the grid around the center (x0, y0), and the AKPs in the dtype in which kernels are computed.
-
-    The dimensions of the grid come before those of the AKPs (...), unlike in the kernels that are returned. Elementwise
-    operations then vectorize over the kernels, and an AKP broadcasts without a view.
-    """
+    """Returns the grid around the center (x0, y0), and the AKPs in the dtype in which kernels are computed."""
     kh, kw = size
     if kh < 1 or kw < 1:
         raise ValueError(f"a kernel size must be at least (1, 1), got {tuple(size)}")
@@ -86,10 +86,12 @@ def _prepare(
     grid = _grids.get(key) if is_real else None
     if grid is None:
         grid = _make_grid(*key)
-        if is_real:
+        if is_real and type(grid.x) is Tensor:
+            if grid.x.is_cuda:
+                torch.cuda.synchronize(grid.x.device)  # other streams may use the grid
             _grids[key] = grid
     if not _is_centered(x0, y0):
-        grid = _Grid(grid.x - x0, grid.y - y0)
+        grid = _Grid(grid.x - x0, grid.y - y0, grid.axes)
     return grid, [akp.to(dtype) if isinstance(akp, Tensor) else akp for akp in akps]
 
 
@@ -97,7 +99,8 @@ def _make_grid(kh: int, kw: int, ndim: int, dtype: torch.dtype, device: torch.de
     with torch.inference_mode(False):  # a grid made in inference mode could not be saved for a backward pass
         x = torch.arange((1 - kw) / 2, (1 + kw) / 2, dtype=dtype, device=device).view(1, kw, *[1] * ndim)
         y = torch.arange((1 - kh) / 2, (1 + kh) / 2, dtype=dtype, device=device).view(kh, 1, *[1] * ndim)
-        grid = _Grid(x, y)
+        axes = torch.arange(2, dtype=dtype, device=device).view(2, 1, 1, *[1] * ndim) * (math.pi / 2)
+        grid = _Grid(x, y, axes)
         _ = grid.r2, grid.r, grid.impulse
     return grid
 
@@ -111,10 +114,10 @@ def _move_pixels_last(kernels: Tensor) -> Tensor:
     return kernels.permute(*range(2, kernels.ndim), 0, 1)
 
 
-def _rotate(grid: _Grid, theta: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate(grid: _Grid, theta: Tensor) -> tuple[Tensor, ...]:
     """Returns the oriented coordinates x' and y'."""
-    cos, sin = torch.cos(theta), torch.sin(theta)
-    return grid.x * cos + grid.y * sin, grid.y * cos - grid.x * sin
+    directions = theta + grid.axes
+    return (grid.x * torch.cos(directions) + grid.y * torch.sin(directions)).unbind()
 
 
 def _tri(t: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ def _tri(t: Tensor) -> Tensor:
 
 
 def _gauss(squared_distance: Tensor, sigma: Tensor) -> Tensor:
-    return torch.exp(squared_distance * (-0.5 / (sigma * sigma)))
+    return torch.exp(squared_distance * (-0.5 * sigma.pow(-2)))
 
 
 def _evaluate_profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
@@ -138,7 +141,7 @@ def _evaluate_profile(t: Tensor, s: Tensor, profile: str) -> Tensor:
 
 
 def _sum_over_grid(t: Tensor) -> Tensor:
-    return t.sum((0, 1))
+    return t.sum((0, 1), keepdim=True)
 
 
 def _subtract_normalized(a: Tensor, b: Tensor) -> Tensor:
@@ -218,9 +221,9 @@ def log(sigma: Tensor, size: tuple[int, int], x0: Tensor | float = 0.0, y0: Tens
         (torch.Size([5, 5]), True)
     """
     grid, (sigma,) = _prepare(size, sigma, x0=x0, y0=y0)
-    q = grid.r2 * (0.5 / (sigma * sigma))
-    kernel = (q - 1) * torch.exp(-q)
-    return _move_pixels_last(kernel - kernel.mean((0, 1)))
+    exponent = grid.r2 * (-0.5 * sigma.pow(-2))  # -q
+    kernel = (-1 - exponent) * torch.exp(exponent)
+    return _move_pixels_last(kernel - kernel.mean((0, 1), keepdim=True))
 
 
 def lot(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from acl.kernels import AKP, AMPLITUDE, FAMILIES, KINDS, PROFILES, Kind, analytic_kinds, log, lot
 
@@ -218,6 +219,39 @@ def test_error_names_invalid_argument() -> None:
         lot(one, size=(5, 5), profile="box")
     with pytest.raises(ValueError, match=r"at least \(1, 1\), got \(0, 5\)"):
         log(one, size=(0, 5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", analytic_kinds().values(), ids=lambda kind: kind.symbol)
+def test_fake_and_inference_tensors_leave_later_gradients_unchanged(
+    kind: Kind, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the functions keep between calls must not come from such a call."""
+    akps = sample_initial_akps(kind, 3, family)
+
+    def compute_gradients() -> tuple[Tensor, ...]:
+        leaves = {name: values.clone().requires_grad_() for name, values in akps.items()}
+        return torch.autograd.grad(kind.synthesize(leaves, (5, 4)).square().sum(), [*leaves.values()])
+
+    expected = compute_gradients()
+    for context in (torch.inference_mode, FakeTensorMode, lambda: FakeTensorMode(allow_non_fake_inputs=True)):
+        monkeypatch.setattr("acl.kernels._grids", {})
+        with context() as mode:
+            is_fake = isinstance(mode, FakeTensorMode)
+            values = {name: mode.from_tensor(v) if is_fake else v.clone() for name, v in akps.items()}
+            kind.synthesize(values, (5, 4))
+            if is_fake and mode.allow_non_fake_inputs:
+                kind.synthesize(akps, (5, 4))
+        assert all(map(torch.equal, compute_gradients(), expected))
+
+
+def test_function_transform_in_first_call_leaves_later_kernels_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    sigma = torch.tensor(1.5)
+    expected = log(sigma, size=(5, 5))
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian, torch.func.functionalize):
+        monkeypatch.setattr("acl.kernels._grids", {})
+        transform(lambda s: log(s, size=(5, 5)))(sigma)
+        assert torch.equal(log(sigma, size=(5, 5)), expected)
 
 
 # Individual kinds

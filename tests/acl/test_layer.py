@@ -403,6 +403,25 @@ def test_edit_of_returned_weight_leaves_eval_layer_unchanged() -> None:
         assert torch.equal(layer.weight, expected)
 
 
+def test_edit_of_weight_by_host_leaves_eval_layer_unchanged() -> None:
+    class InPlaceConv(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.mul_(2)
+            return super().forward(x)
+
+    layer = convert(InPlaceConv(4, 8, 5), "all", MOSAIC).eval()
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x))
+
+
+def take_fused_step(layer: AnalyticConv2d) -> None:
+    """A fused optimizer leaves the version counters of parameters as they are."""
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+
+
 def add_in_place(layer: AnalyticConv2d) -> None:
     with torch.no_grad():
         layer.raw["Lg_sigma"].add_(1)
@@ -410,6 +429,7 @@ def add_in_place(layer: AnalyticConv2d) -> None:
 
 CHANGES: dict[str, Callable[[AnalyticConv2d], Any]] = {
     "optimizer step": take_sgd_step,
+    "fused optimizer step": take_fused_step,
     "in place": add_in_place,
     "through .data": lambda layer: layer.raw["G_theta"].data.add_(1),
     "plain through .data": lambda layer: layer.plain.data.add_(1),
@@ -441,6 +461,20 @@ def test_cached_weight_follows_change(change: str) -> None:
         or layer.weight.stride() != before.stride()
         or not torch.equal(layer.weight, before)
     )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_placement_permutes_weight_and_gradients(memory_format: torch.memory_format) -> None:
+    placement = torch.randperm(32)
+    placed = make_layer(amplitude=True, placement=placement).to(memory_format=memory_format)
+    ordered = make_layer(amplitude=True).to(memory_format=memory_format)
+    ordered.load_state_dict({k: v for k, v in placed.state_dict().items() if k != "placement"})
+    assert torch.equal(placed.weight.flatten(0, 1), ordered.weight.flatten(0, 1)[placement])
+    grad = torch.randn(32, 5, 5)
+    (placed.weight.flatten(0, 1) * grad[placement]).sum().backward()
+    (ordered.weight.flatten(0, 1) * grad).sum().backward()
+    for parameter, expected in zip(placed.weight_parameters(), ordered.weight_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
 
 
 def test_loaded_placement_reorders_cached_weight() -> None:
