@@ -65,5 +65,5 @@ def test_four_layer_has_expected_parameter_counts() -> None:
 
 
 def test_four_layer_rejects_even_kernel_size() -> None:
-    with pytest.raises(ValueError, match=r"model.kernel_size=4 is even"):
+    with pytest.raises(ValueError, match=r"model.kernel_size=4 must be odd and positive"):
         models.create_model("four_layer", 3, 10, {}, kernel_size=4)
