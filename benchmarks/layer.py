@@ -1,0 +1,267 @@
+"""Cost of analytic layers relative to plain convolutions and to GaborNet: time, memory and operations.
+
+    python benchmarks/layer.py [folder=results/benchmarks] [rounds=15]
+
+The tasks of a pair alternate in short blocks within one process, and every block gives one ratio: the table shows the
+median ratio and its quartiles. Writes layer.md and layer.csv, on a GPU layer_cuda.md and layer_cuda.csv.
+"""
+
+import copy
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from acl import AnalyticConv2d, convert, fold, param_groups
+from models.four_layer import FourLayer
+from models.lenet import LeNet
+from training.provenance import describe_environment
+from training.run_directory import write_atomic
+
+MOSAIC = {"conv1": "G2 Lg1 Lt1 Tf1 Ts1", "conv2": "G32 Lg16 Lt8 Tf32 Ts8"}
+FIVE_KINDS = "G35% Lg15% Lt10% Tf30% Ts10%"
+EXP3 = "G30 Lg15 Lt15 Tf30 Ts6 P96"
+BLOCK_SECONDS = 0.15
+
+Task = Callable[[], object]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Ratio:
+    """One line of the table: a cost relative to that of a reference."""
+
+    work: str
+    median: float
+    low: float
+    high: float
+    limit: float | None  # the largest ratio that we accept; None: no limit
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    folder, rounds = Path(options.get("folder", "results/benchmarks")), int(options.get("rounds", "15"))
+    ratios = [*compare_training(rounds), *compare_evaluation(rounds), *compare_synthesis(rounds)]
+    frame = pd.DataFrame([asdict(ratio) for ratio in ratios])
+    name = "layer" if DEVICE.type == "cpu" else f"layer_{DEVICE.type}"
+    write_atomic(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.4g"))
+    text = render(ratios, rounds, count_operations())
+    write_atomic(folder / f"{name}.md", text)
+    print(text)
+
+
+def measure(work: str, tasks: tuple[Task, Task], rounds: int, limit: float | None) -> Ratio:
+    """Measures the time of the first task relative to the second, in alternating blocks of equal numbers of calls."""
+    for task in tasks * 2:
+        task()
+    seconds = max(time_block(task, 1) for task in tasks)
+    calls = max(1, math.ceil(BLOCK_SECONDS / seconds))
+    values = []
+    for number in tqdm(range(rounds), desc=work, leave=False, disable=None):
+        order = tasks if number % 2 else tasks[::-1]  # so that a drift of the machine's speed cancels
+        times = {id(task): time_block(task, calls) for task in order}
+        values.append(times[id(tasks[0])] / times[id(tasks[1])])
+    low, median, high = statistics.quantiles(values, n=4)
+    return Ratio(work, median, low, high, limit)
+
+
+def time_block(task: Task, calls: int) -> float:
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        task()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_step(model: nn.Module, images: Tensor, autocast: bool = False) -> Task:
+    """A training step as in ``training.loop``: forward pass, cross-entropy, backward pass, fused AdamW."""
+    model.to(DEVICE).to(memory_format=torch.channels_last).train()
+    images = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(len(images), device=DEVICE) % 10
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-5, weight_decay=0.01), fused=True)
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16) if autocast else nullcontext():
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def compare_training(rounds: int) -> list[Ratio]:
+    digits, colors, photos = torch.randn(128, 1, 28, 28), torch.randn(128, 3, 32, 32), torch.randn(16, 3, 224, 224)
+    five = convert(LeNet(), MOSAIC)
+    gabor = convert(FourLayer(), "all", "G100%")
+    five_gains = convert(FourLayer(), "all", FIVE_KINDS, amplitude=True)
+    resnet, exp3 = torchvision.models.resnet18(), convert(torchvision.models.resnet18(), "first", EXP3)
+    cases: list[tuple[str, nn.Module, nn.Module, Tensor, bool, float | None]] = [
+        ("LeNet, five kinds", five, LeNet(), digits, False, 1.20),
+        ("LeNet, five kinds, both compiled", compiled(five), compiled(LeNet()), digits, False, 1.10),
+        ("four layers, Gabor", gabor, FourLayer(), colors, False, 1.05),
+        ("four layers, five kinds with amplitude", five_gains, FourLayer(), colors, False, 1.10),
+        ("four layers, Gabor, bf16", gabor, FourLayer(), colors, True, 1.15),
+        ("four layers, five kinds with amplitude, bf16", five_gains, FourLayer(), colors, True, 1.15),
+        ("four layers, Gabor, both compiled", compiled(gabor), compiled(FourLayer()), colors, False, 1.05),
+        (
+            "four layers, five kinds with amplitude, both compiled",
+            compiled(five_gains),
+            compiled(FourLayer()),
+            colors,
+            False,
+            1.10,
+        ),
+        ("ResNet-18, exp3, 224 px, batch 16", exp3, resnet, photos, False, 1.02),
+    ]
+    ratios = []
+    for title, analytic, plain, images, autocast, limit in cases:
+        steps = make_step(analytic, images, autocast), make_step(plain, images, autocast)
+        ratios.append(measure(f"training step: {title}", steps, rounds, limit))
+        if DEVICE.type == "cpu" and "compiled" not in title:
+            ratio = measure_peak_memory(steps[0]) / measure_peak_memory(steps[1])
+            ratios.append(Ratio(f"peak memory of the training step: {title}", ratio, ratio, ratio, 1.05))
+    spread = spread_kernels(gabor)
+    steps = make_step(spread, colors), make_step(gabor, colors)
+    ratios.append(measure("training step: four layers, Gabor, with a placement, against in order", steps, rounds, 1.02))
+    return ratios
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.compile()
+    return model
+
+
+def spread_kernels(model: nn.Module) -> nn.Module:
+    """A copy whose analytic layers have their kernels in a random order of slots."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, AnalyticConv2d):
+            module.placement = torch.randperm(module.out_channels * module.in_channels, device=DEVICE)
+    return model
+
+
+def measure_peak_memory(step: Task) -> int:
+    """The largest sum of bytes that a step has allocated on the CPU at any one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def compare_evaluation(rounds: int) -> list[Ratio]:
+    """Evaluation against the folded network, which has the same weights: other activations take other time."""
+    cases = [
+        ("LeNet, five kinds", convert(LeNet(), MOSAIC), torch.randn(128, 1, 28, 28)),
+        ("four layers, Gabor", convert(FourLayer(), "all", "G100%"), torch.randn(128, 3, 32, 32)),
+    ]
+    ratios = []
+    for title, model, images in cases:
+        model.to(DEVICE).to(memory_format=torch.channels_last).eval()
+        folded = fold(copy.deepcopy(model))
+        batch = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
+
+        def evaluate(network: nn.Module, batch: Tensor = batch) -> Tensor:
+            with torch.no_grad():
+                return network(batch)
+
+        tasks = (lambda model=model: evaluate(model)), (lambda folded=folded: evaluate(folded))
+        ratios.append(measure(f"evaluation: {title}, against folded", tasks, rounds, 1.01))
+    return ratios
+
+
+def compare_synthesis(rounds: int) -> list[Ratio]:
+    def synthesize(kernels: int) -> Task:
+        layer = AnalyticConv2d(1, kernels, 7, bias=False, arrangement="G100%").to(DEVICE)
+
+        def forward_and_backward() -> None:
+            layer.weight.sum().backward()
+
+        return forward_and_backward
+
+    ratios = []
+    try:
+        from GaborNet import GaborConv2d
+    except ImportError:
+        print("GaborNet is not installed: pip install --no-deps gabornet==0.2.0", file=sys.stderr)
+    else:
+        peer = GaborConv2d(3, 64, 7).to(DEVICE)
+        tasks = synthesize(192), peer.calculate_weights
+        title = "synthesis: 192 Gabor kernels 7 x 7, forward and backward, against GaborNet's forward"
+        ratios.append(measure(title, tasks, rounds, 0.01))
+    for small, large in itertools.pairwise((192, 1024, 4096, 16384, 65536)):
+        title = f"synthesis: a kernel of {large:,} against one of {small:,}"
+        tasks = synthesize(large), synthesize(small)
+        ratio, scale = measure(title, tasks, rounds, 1.0), small / large
+        ratios.append(Ratio(title, ratio.median * scale, ratio.low * scale, ratio.high * scale, ratio.limit))
+    return ratios
+
+
+def count_operations() -> str:
+    """Counts the aten calls of the synthesis of a small layer, nested ones included."""
+    layer = AnalyticConv2d(6, 16, 5, arrangement="G20% Lg20% Lt20% Tf20% Ts20%", bias=False).to(DEVICE)
+    gradient = torch.randn(16, 6, 5, 5, device=DEVICE)
+    layer.weight.backward(gradient)  # makes the grid
+    counts = []
+    with profile(activities=[ProfilerActivity.CPU]) as forward:
+        weight = layer.weight
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        weight.backward(gradient)
+    for profiler in (forward, backward):
+        counts.append(sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::")))
+    return f"aten calls of the synthesis of a five-kind 16 x 6 layer: {counts[0]} forward, {counts[1]} backward."
+
+
+def render(ratios: list[Ratio], rounds: int, operations: str) -> str:
+    environment = describe_environment()
+    lines = [
+        "# Cost of analytic layers",
+        "",
+        "Against the same network with plain convolutions, unless the line says otherwise: median ratio of "
+        f"{rounds} alternating blocks, and its quartiles. Networks run eagerly, the default, unless they are compiled.",
+        "",
+        "| work | ratio | quartiles | limit | met |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for ratio in ratios:
+        limit = "" if ratio.limit is None else f"{ratio.limit:g}"
+        is_met = "" if ratio.limit is None else "yes" if ratio.median <= ratio.limit else "no"
+        spread = f"{ratio.low:.3g} to {ratio.high:.3g}"
+        lines.append(f"| {ratio.work} | {ratio.median:.3g} | {spread} | {limit} | {is_met} |")
+    lines += [
+        "",
+        operations,
+        "",
+        f"{environment['machine']['device']}, {environment['machine']['threads']} threads; commit "
+        f"{environment['commit']}; torch {environment['versions']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
