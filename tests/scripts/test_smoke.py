@@ -32,6 +32,8 @@ def write_images(root: Path, table: str) -> None:
 def test_each_row_trains_and_evaluates(
     table: str, tmp_path: Path, call_script: RunScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The checksums are those of the official files.
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file())
     write_images(tmp_path / "data", table)
     monkeypatch.chdir(tmp_path)
     overrides = ["debug=smoke", f"data.root={tmp_path / 'data'}"]
