@@ -1,7 +1,7 @@
 """Networks from torchvision and timm, initialized at random or with pretrained weights from the library or a file."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -12,7 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 
-def create_from_torchvision(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
+def create_from_torchvision(
+    name: str, channels: int, classes: int, pretrained: bool | str = False, random_layers: list[str] | None = None
+) -> nn.Module:
     """Creates a torchvision classifier for RGB images.
 
     Args:
@@ -20,12 +22,17 @@ def create_from_torchvision(name: str, channels: int, classes: int, pretrained: 
         channels: the number of image channels; must be 3.
         classes: the number of classes. The last linear layer is initialized at random if the weights have another.
         pretrained: True for torchvision's weights, or the path of a weights file (see ``load_weights``).
+        random_layers: the layers that the weights file lacks, which keep their random weights; None: it has all.
+
+    Returns:
+        The network; ``models.find_random_layers`` lists the layers of a pretrained one that start at random.
 
     Raises:
         ValueError: if ``channels`` is not 3, or the weights are unavailable or do not fit the network.
     """
     if channels != 3:
         raise ValueError(f"{name} takes images with 3 channels, not {channels}")
+    _check_random_layers(pretrained, random_layers)
     model = torchvision.models.get_model(name, num_classes=classes)
     if pretrained is True:
         weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -38,19 +45,23 @@ def create_from_torchvision(name: str, channels: int, classes: int, pretrained: 
                 f"cannot load pretrained {name}: {reason}; put {file.name} into {file.parent}, or set "
                 "model.pretrained=<path> to a weights file"
             ) from error
-        _load_state(model, state, file)
+        _load_state(model, state, file, [])
     elif pretrained is not False:
-        load_weights(model, Path(pretrained))
+        load_weights(model, Path(pretrained), random_layers or [])
     return model
 
 
-def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | str = False) -> nn.Module:
+def create_from_timm(
+    name: str, channels: int, classes: int, pretrained: bool | str = False, random_layers: list[str] | None = None
+) -> nn.Module:
     """Creates a timm network by its name in ``timm.list_models()``.
 
     The arguments and errors are those of ``create_from_torchvision``, but ``channels`` can be any number: timm adapts
     its pretrained weights.
     """
     import timm  # imported here because it takes more than a second and other networks do not need it
+
+    _check_random_layers(pretrained, random_layers)
 
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -66,12 +77,23 @@ def create_from_timm(name: str, channels: int, classes: int, pretrained: bool | 
             f"are not in the local cache and could not be downloaded ({type(error).__name__}); download them elsewhere "
             "and set model.pretrained=<path> to the file"
         ) from error
-    if not isinstance(pretrained, bool):
-        load_weights(model, Path(pretrained))
+    if pretrained is True:
+        config: dict[str, Any] = vars(model)["pretrained_cfg"]
+        classifiers = [config["classifier"]] if isinstance(config["classifier"], str) else list(config["classifier"])
+        _set_random_layers(model, classifiers if classes != config["num_classes"] else [])
+    elif pretrained is not False:
+        load_weights(model, Path(pretrained), random_layers or [])
     return model
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
+def _check_random_layers(pretrained: bool | str, random_layers: list[str] | None) -> None:
+    if random_layers is not None and isinstance(pretrained, bool):
+        raise ValueError(
+            f"model.random_layers={random_layers} needs model.pretrained=<path>, a file without these layers"
+        )
+
+
+def load_weights(model: nn.Module, file: Path, random_layers: Sequence[str] = ()) -> None:
     """Loads a model's weights from ``.safetensors``, ``.pt`` or ``.pth``, or one convolution's weight from ``.npy``.
 
     Training checkpoints are accepted as timm reads them: the state dict may be an entry such as ``state_dict`` or
@@ -81,6 +103,11 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
     The last linear layer keeps its weights if the file has another number of classes. A ``.npy`` array (out,
     in / groups, kh, kw) is loaded into the first convolution whose weight has that shape.
+
+    Args:
+        model: the network.
+        file: the weights file.
+        random_layers: the layers that the file lacks, which keep their weights, such as ``["layer4", "fc"]``.
 
     Raises:
         ValueError: if the file is missing, unreadable, or does not match the model's architecture.
@@ -94,8 +121,9 @@ def load_weights(model: nn.Module, file: Path) -> None:
             raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; the model has: {available}")
         with torch.no_grad():
             model.get_parameter(f"{name}.weight").copy_(state)
+        _set_random_layers(model, [n for n in _list_children(model) if n != name.split(".")[0]])
     else:
-        _load_state(model, state, file)
+        _load_state(model, state, file, random_layers)
 
 
 def read_kernels(file: Path) -> Tensor:
@@ -138,16 +166,28 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path) -> None:
-    """Loads a state dict, except for a last linear layer of another shape; ``file`` is named in the error."""
+def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_layers: Sequence[str]) -> None:
+    """Loads a state dict, except for ``random_layers`` and a last linear layer of another shape.
+
+    ``file`` is named in errors.
+    """
     expected = model.state_dict()
+    for layer in random_layers:
+        if not any(k.startswith(f"{layer}.") for k in expected):
+            layers = ", ".join(_list_children(model))
+            raise ValueError(f"{type(model).__name__} has no layer '{layer}' with weights; it has {layers}")
+        if any(k.startswith(f"{layer}.") for k in state):
+            raise ValueError(f"{file} has weights for {layer}, which is listed as a layer that it lacks")
     last_linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
     mismatched = [
         k
         for k in expected
         if k in state and state[k].shape != expected[k].shape and k.rpartition(".")[0] not in last_linear
     ]
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    prefixes = tuple(f"{layer}." for layer in random_layers)
+    missing = [
+        k for k in expected if k not in state and not k.startswith(prefixes) and not k.endswith("num_batches_tracked")
+    ]
     unknown = [k for k in state if k not in expected]
     if mismatched or missing or unknown:
         differences = [
@@ -156,4 +196,16 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path) -> None:
             *(f"{k} is unknown" for k in unknown[:2]),
         ]
         raise ValueError(f"{file} does not match the architecture of {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict({k: v for k, v in state.items() if v.shape == expected[k].shape}, strict=False)
+    loaded = {k: v for k, v in state.items() if v.shape == expected[k].shape}
+    model.load_state_dict(loaded, strict=False)
+    resized = [layer for layer in last_linear if f"{layer}.weight" in state.keys() - loaded.keys()]
+    _set_random_layers(model, [*random_layers, *resized])
+
+
+def _list_children(model: nn.Module) -> list[str]:
+    """The names of a model's direct children that have parameters."""
+    return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+
+
+def _set_random_layers(model: nn.Module, layers: list[str]) -> None:
+    model.random_layers = layers  # type: ignore[assignment] # a plain attribute

@@ -114,8 +114,8 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
             raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
     input_format = InputFormat(**info["input_format"])
     plain = {**settings.model, "arrangement": {}, "layer": None}
-    if "pretrained" in plain:
-        plain["pretrained"] = False
+    for name in ("pretrained", "random_layers"):
+        plain.pop(name, None)
     model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
     if settings.trainer.precision in ("64-true", "64"):
         model.double()

@@ -149,6 +149,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             "val": {"top1": state.best["val_top1"], "loss": state.best["val_loss"]},
             "best_epoch": state.best["epoch"],
             "parameters": {"conv": num_conv_parameters, "total": num_parameters},
+            "random_layers": models.find_random_layers(model),
             "seconds": round(checkpointer.elapsed, 2),
             **describe_environment(),
         }

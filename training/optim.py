@@ -1,6 +1,6 @@
 """The loss, the optimizer and the learning-rate schedule of a run."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -8,7 +8,9 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+import models
 from acl import param_groups
+from training.errors import UsageError
 from training.validation import STRICT
 
 
@@ -20,6 +22,7 @@ class OptimSettings:
     lr: float = Field(gt=0)
     akp_lr_scale: float = Field(gt=0)
     gain_lr_scale: float | None = Field(default=None, gt=0)
+    pretrained_lr_scale: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(ge=0)
     schedule: Literal["onecycle", "cosine"]
     label_smoothing: float = Field(ge=0, lt=1)
@@ -31,11 +34,30 @@ def build_criterion(settings: OptimSettings) -> nn.CrossEntropyLoss:
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """Builds an optimizer with the groups of ``acl.param_groups``."""
+    """Builds an optimizer with the groups of ``acl.param_groups``; pretrained layers can have their own learning rate.
+
+    Raises:
+        UsageError: for ``pretrained_lr_scale`` with a network that is not pretrained.
+    """
     groups = param_groups(model, settings.lr, settings.akp_lr_scale, settings.gain_lr_scale, settings.weight_decay)
+    if settings.pretrained_lr_scale is not None:
+        groups = _separate_pretrained(groups, model, settings.pretrained_lr_scale)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.SGD(groups, momentum=settings.momentum, fused=True)
+
+
+def _separate_pretrained(groups: list[dict[str, Any]], model: nn.Module, lr_scale: float) -> list[dict[str, Any]]:
+    random_layers = models.find_random_layers(model)
+    if random_layers is None:
+        raise UsageError(f"optim.pretrained_lr_scale={lr_scale} needs a pretrained network; set model.pretrained")
+    random = {id(p) for name in random_layers for p in model.get_submodule(name).parameters()}
+    separated = [
+        {**group, "lr": group["lr"] * scale, "params": [p for p in group["params"] if (id(p) in random) == is_random]}
+        for group in groups
+        for is_random, scale in ((True, 1.0), (False, lr_scale))
+    ]
+    return [group for group in separated if group["params"]]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: OptimSettings, steps: int) -> LRScheduler:

@@ -175,6 +175,57 @@ def test_unreadable_weights_are_rejected_without_running_code(tmp_path: Path, mo
         models.create_model("resnet18", 3, 5, {}, pretrained="conv1.txt")
 
 
+def write_weights_without(tmp_path: Path, *layers: str, classes: int = 10) -> tuple[Path, dict[str, torch.Tensor]]:
+    state = torchvision.models.resnet18(num_classes=classes).state_dict()
+    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in layers}
+    save_file(state, tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors", state
+
+
+def test_layers_that_file_lacks_start_at_random_on_request(tmp_path: Path) -> None:
+    file, state = write_weights_without(tmp_path, "layer4", "fc")
+    with pytest.raises(ValueError, match=r"layer4.0.conv1.weight is missing"):
+        models.create_model("resnet18", 3, 7, {}, pretrained=str(file))
+    options = {"pretrained": str(file), "random_layers": ["layer4", "fc"]}
+    networks = [models.create_model("resnet18", 3, 7, {"first": "G96 P96"}, OPTIONS, **options) for _ in range(2)]
+    assert all(torch.equal(networks[0].state_dict()[name], state[name]) for name in state if name != "conv1.weight")
+    assert not torch.equal(networks[0].layer4[0].conv1.weight, networks[1].layer4[0].conv1.weight)
+    assert models.find_random_layers(networks[0]) == ["layer4", "fc"]
+
+
+@pytest.mark.parametrize(
+    ("random_layers", "message"),
+    [
+        (["layer5"], "ResNet has no layer 'layer5' with weights; it has conv1, bn1, layer1, "),
+        (["relu"], "ResNet has no layer 'relu' with weights"),
+        (
+            ["layer4", "fc", "layer3"],
+            "has weights for layer3, which is listed as a layer that it lacks",
+        ),
+        (["fc"], "layer4.0.conv1.weight is missing"),
+    ],
+)
+def test_wrong_random_layers_are_rejected(tmp_path: Path, random_layers: list[str], message: str) -> None:
+    file, _ = write_weights_without(tmp_path, "layer4", "fc")
+    with pytest.raises(ValueError, match=message):
+        models.create_model("resnet18", 3, 7, {}, pretrained=str(file), random_layers=random_layers)
+
+
+def test_random_layers_need_weights_from_a_file() -> None:
+    with pytest.raises(ValueError, match=r"model.random_layers=\['fc'\] needs model.pretrained=<path>"):
+        models.create_model("resnet18", 3, 7, {}, random_layers=["fc"])
+
+
+def test_random_layers_of_other_networks(tmp_path: Path) -> None:
+    assert models.find_random_layers(models.create_model("resnet18", 3, 10, {})) is None
+    file, _ = write_weights_without(tmp_path)
+    assert models.find_random_layers(models.create_model("resnet18", 3, 10, {}, pretrained=str(file))) == []
+    assert models.find_random_layers(models.create_model("resnet18", 3, 7, {}, pretrained=str(file))) == ["fc"]
+    np.save(tmp_path / "conv1.npy", np.zeros((64, 3, 7, 7), np.float32))
+    model = models.create_model("resnet18", 3, 7, {}, pretrained=str(tmp_path / "conv1.npy"))
+    assert models.find_random_layers(model) == ["bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+
+
 def test_failed_download_error_names_file_and_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_offline(*_: Any, **__: Any) -> None:
         raise OSError("no network")

@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+import models
 from acl import akp_parameters
 from training.config import compose, identity
 from training.errors import UsageError
@@ -49,6 +53,25 @@ def test_gains_have_own_learning_rate_if_it_is_set() -> None:
 def test_run_id_is_that_of_runs_before_gain_lr_scale() -> None:
     assert compute_run_id(identity(compose(["model=ana_lenet", "arrangement=mosaic"]))) == "0430b5a689d0"
     assert "gain_lr_scale" not in identity(compose(["optim=sgd"]))["optim"]
+
+
+def test_pretrained_layers_have_own_learning_rate_if_it_is_set(tmp_path: Path) -> None:
+    source = models.create_model("resnet18", 3, 5, {})
+    save_file(source.state_dict(), tmp_path / "net.safetensors")
+    options = {"pretrained": str(tmp_path / "net.safetensors")}
+    model = models.create_model("resnet18", 3, 7, {"first": "G96 P96"}, {"amplitude": True}, **options)
+    settings = parse_run(compose(["optim.lr=0.001", "optim.pretrained_lr_scale=0.3", "optim.akp_lr_scale=5"])).optim
+    groups = build_optimizer(model, settings).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert {rates[id(p)] for p in model.fc.parameters()} == {0.001}
+    assert {rates[id(p)] for p in akp_parameters(model)} == {0.001 * 5 * 0.3}
+    assert {rates[id(p)] for p in model.layer4.parameters()} == {0.001 * 0.3}
+
+
+def test_learning_rate_of_pretrained_layers_needs_a_pretrained_network() -> None:
+    with pytest.raises(UsageError, match=r"optim.pretrained_lr_scale=0.3 needs a pretrained network"):
+        build_optimizer(*build_model_and_settings("optim.pretrained_lr_scale=0.3"))
 
 
 def test_frozen_akps_have_no_parameter_group() -> None:
