@@ -29,7 +29,10 @@ def main(settings: EvaluateSettings) -> None:
         raise UsageError(f"unknown option data.{min(unknown)}; known without data=<name>: data.root, data.cache")
     location = None if is_other_data else DataLocation(root=settings.data["root"], cache=settings.data["cache"])
     run = load_finished_run(settings.run, location)
-    run_settings = replace(run.settings, data=parse_data(settings.data)) if is_other_data else run.settings
+    run_settings = run.settings
+    if is_other_data:
+        options = {name: value for name, value in settings.data.items() if (name, value) != ("cache", None)}
+        run_settings = replace(run_settings, data=parse_data(options))
     data = normalize_as_trained(load_run_data(run_settings), run)
     result = evaluate_run(run, data, settings.split)
     recorded = None if run.record is None or is_other_data else run.record.get(settings.split)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts.evaluate import EvaluateSettings, evaluate_run, main, normalize_as_trained
+from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_run
 from tests.training.trees import write_mnist
 from training.datasets import Split
@@ -49,13 +50,11 @@ def test_script_prints_result_next_to_recorded_one(finished: FinishedRun, capsys
 
 
 def test_other_data_are_normalized_as_those_of_training(
-    finished: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: FinishedRun, tmp_path: Path, call_script: RunScript
 ) -> None:
     write_mnist(tmp_path)
-    data = {"name": "mnist", "root": str(tmp_path), "shift": 0, "flip": False}
-    main(EvaluateSettings(run=finished.path, split="test", data=data))
-    output = capsys.readouterr().out
-    assert "300 images" in output and "recorded" not in output
+    done = call_script("evaluate.py", f"run={finished.path}", "split=test", "data=mnist", f"data.root={tmp_path}")
+    assert "300 images" in done.stdout and "recorded" not in done.stdout, done.stderr
     trained = load_run_data(finished.settings)
     brighter = replace(trained, mean=trained.mean + 9, std=2 * trained.std)
     adapted = normalize_as_trained(brighter, finished)
