@@ -13,7 +13,7 @@ from training.data import (
     iterate_batches,
     load_data,
 )
-from training.datasets import Split
+from training.datasets import DATASETS, Split
 from training.errors import UsageError
 
 
@@ -177,3 +177,27 @@ def test_crops_in_threads_match_crops_in_one_batch() -> None:
     threaded, batched = (crop(images, boxes, 32).float() for crop in (crop_images_in_threads, crop_images_in_one_batch))
     assert (threaded - batched).abs().mean() < 1.5 and (threaded - batched).abs().max() < 40
     assert torch.equal(threaded[6:], threaded[:6].flip(-1))
+
+
+def load_constant_images(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Data:
+    images = torch.cat([torch.full((4, 1, 2, 2), 7), torch.arange(16).view(4, 1, 2, 2)], 1).to(torch.uint8)
+    split = Split(images, torch.arange(4))
+    monkeypatch.setitem(DATASETS, "constant", lambda: (split, split, split))
+    return load_data("constant", make_augmentation(), **options)
+
+
+def test_constant_channel_becomes_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_constant_images(monkeypatch)
+    normalized = data.normalize(data.train.images)
+    assert bool(normalized.isfinite().all()) and not bool(normalized[:, 0].any())
+    assert bool(normalized[:, 1].any())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0.5], [0.5]), ([0.5, 0.5], None), (None, [1.0, 1.0]), ([0.5, 0.5], [0.5, 0.0])]
+)
+def test_moments_that_do_not_fit_the_channels_are_rejected(
+    monkeypatch: pytest.MonkeyPatch, mean: list[float] | None, std: list[float] | None
+) -> None:
+    with pytest.raises(UsageError, match=r"data\.mean=.* and data\.std=.* are invalid: both should be null, or lists"):
+        load_constant_images(monkeypatch, mean=mean, std=std)
