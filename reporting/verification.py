@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from reporting.render import format_difference
 from reporting.statistics import paired_difference, top1_by_seed
@@ -118,7 +118,7 @@ def seed_spread(records: Records, split: str, n: int, confidence: float) -> floa
     if degrees == 0:
         return math.nan
     variance = float((rows.var() * (rows.size() - 1)).sum()) / degrees
-    return float(stats.t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(2 * variance / n)
+    return float(stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(2 * variance / n)
 
 
 def describe_changes(befores: Records, afters: Records) -> list[str]:

@@ -1,7 +1,7 @@
 """Loads the trained networks of finished runs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import models
 from training.config import compose, format_error
 from training.data import Data, InputFormat
 from training.errors import UsageError
-from training.run_directory import read_record
+from training.run_directory import RunDirectory, read_record
 from training.runs import RunSettings, create_network, load_run_data, parse_run
 
 RECORDS = ("record.json", "*/record.json")
@@ -84,7 +84,7 @@ def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tu
     settings = parse_run(_complete(_read_config(path / "config.yaml"), data_location))
     if record["config"] != settings.directory.identity:
         raise UsageError(f"{path / 'config.yaml'} and record.json disagree: they belong to different runs")
-    return settings, record
+    return replace(settings, directory=RunDirectory(path.parent, record["config"])), record  # it may have been moved
 
 
 def load_finished_run(path: Path, data_location: DataLocation | None = None) -> FinishedRun:
@@ -165,6 +165,8 @@ def _load_from_plain_file(settings: RunSettings, weights: Path) -> tuple[InputFo
     """Loads weights that earlier versions saved without a description; the data tell the format of the input."""
     data = load_run_data(settings)
     seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
+    if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
+        settings = replace(settings, model={**settings.model, "pretrained": False})  # its file may be gone
     model = create_network(settings, data.channels, data.classes)
     try:
         # Earlier versions stored an empty parameter for layers without plain kernels.

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.training.configurations import compose_run
+from tests.training.trees import write_imagefolder
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.finished_run import FinishedRun, load_finished_run, resolve_run_path
@@ -124,3 +126,17 @@ def test_weights_of_another_network_are_rejected(run_path: Path) -> None:
     weights = run_path / "model.safetensors"
     save_file({"fc9.weight": torch.zeros(1)}, weights)
     assert get_error(run_path).startswith(f"{weights} does not fit the network of {run_path}: ")
+
+
+def test_weights_without_description_need_no_pretrained_file(tmp_path: Path) -> None:
+    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
+    source = torchvision.models.resnet18(num_classes=3)
+    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    data = ["data=imagefolder", f"data.root={root}", f"data.cache={tmp_path}", "data.title=t", "data.size=32"]
+    model = ["model=ana_resnet18", "arrangement=plain", "arrangement.conv1=G192", "model.pretrained="]
+    model[-1] += str(tmp_path / "source.safetensors")
+    path = train_run(tmp_path / "runs", *data, "data.crop=32", *model, "trainer.batch_size=6")
+    weights = load_file(path / "model.safetensors")
+    save_file(weights, path / "model.safetensors")  # as earlier versions did
+    (tmp_path / "source.safetensors").unlink()
+    assert has_weights(load_finished_run(path), weights)

@@ -152,11 +152,14 @@ def test_recorded_run_is_logged_again_with_metrics_and_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a W&B sweep that proposes a known configuration, and as ``upload_runs.py`` does."""
-    overrides = ["model=lenet", "trainer.epochs=2", "trainer.batch_size=600", f"paths.runs={tmp_path}"]
-    record, _ = run(compose(overrides))
-    upload_runs.main(UploadSettings(runs=[str(tmp_path)], logger={"name": "wandb", "project": "mine", "entity": "us"}))
+    overrides = ["model=lenet", "trainer.epochs=2", "trainer.batch_size=600"]
+    record, _ = run(compose([*overrides, f"paths.runs={tmp_path / 'old'}"]))
+    (tmp_path / "old").rename(tmp_path / "moved")
+    upload_runs.main(
+        UploadSettings(runs=[str(tmp_path / "moved")], logger={"name": "wandb", "project": "mine", "entity": "us"})
+    )
     assert capsys.readouterr().out.endswith("1 runs logged to W&B project mine\n")
-    (path,) = tmp_path.glob("*/wandb/offline-run-*/*.wandb")
+    (path,) = (tmp_path / "moved").glob("*/wandb/offline-run-*/*.wandb")
     log = read_log(path)
     assert (log["run"].run_id, log["run"].project, log["run"].entity) == (record["id"], "mine", "us")
     assert [entry["epoch"] for entry in log["history"]] == [1, 2]
