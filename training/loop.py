@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,7 +84,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
     if trainer.channels_last:
         model.to(memory_format=torch.channels_last)
     if trainer.compile:
-        model.compile()
+        compile_if_possible(model, fabric.device)
     steps_per_epoch = len(data.train) // trainer.batch_size
     criterion = build_criterion(settings.optim)
     optimizer = build_optimizer(model, settings.optim)
@@ -158,6 +159,18 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             directory.delete_checkpoints()
         logger.finish(record)
     return record
+
+
+def compile_if_possible(model: nn.Module, device: torch.device) -> None:
+    """Compiles the model in place, or reports why torch.compile does not work on this machine and leaves it eager."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        if is_main_process():
+            reason = str(error).splitlines()[0]
+            print(f"torch.compile does not work here, so the network is not compiled: {reason}", file=sys.stderr)
+    else:
+        model.compile()
 
 
 def train_one_epoch(

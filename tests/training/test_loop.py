@@ -202,6 +202,22 @@ def test_nonfinite_loss_stops_run_and_keeps_checkpoint(tmp_path: Path, monkeypat
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_run_without_working_compiler_trains_eagerly_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    options = ["arrangement=mosaic", "trainer.epochs=1"]
+    record, _ = run(compose_run(tmp_path / "compiled", *options, "trainer.compile=true"))
+    error = capsys.readouterr().err.splitlines()
+    assert [line for line in error if "compile" in line] == [
+        "torch.compile does not work here, so the network is not compiled: "
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: ('no-such-compiler',)"
+    ]
+    eager, _ = run(compose_run(tmp_path / "eager", *options))
+    assert record["test"] == eager["test"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
