@@ -126,7 +126,14 @@ def compare_training(rounds: int) -> list[Ratio]:
         ("four layers, Gabor, both compiled", gabor_compiled, plain_compiled, colors, False, 1.05),
         ("four layers, five kinds with amplitude, both compiled", gains_compiled, plain_compiled, colors, False, 1.10),
         ("four layers, Gabor, bf16, both compiled", gabor_compiled, plain_compiled, colors, True, 1.15),
-        ("four layers, five kinds with amplitude, bf16, both compiled", gains_compiled, plain_compiled, colors, True, 1.15),
+        (
+            "four layers, five kinds with amplitude, bf16, both compiled",
+            gains_compiled,
+            plain_compiled,
+            colors,
+            True,
+            1.15,
+        ),
         ("ResNet-18, exp3, 224 px, batch 16", exp3, resnet, photos, False, 1.02),
     ]
     ratios = []
