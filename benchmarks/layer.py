@@ -199,13 +199,13 @@ def compare_evaluation(rounds: int) -> list[Ratio]:
 
 
 def compare_synthesis(rounds: int) -> list[Ratio]:
-    def synthesize(kernels: int, compile: bool = False) -> Task:
+    def synthesize(kernels: int, is_compiled: bool = False) -> Task:
         layer = AnalyticConv2d(1, kernels, 7, bias=False, arrangement="G100%").to(DEVICE)
 
         def sum_weight() -> Tensor:
             return layer.weight.sum()
 
-        total = torch.compile(sum_weight) if compile else sum_weight
+        total = torch.compile(sum_weight) if is_compiled else sum_weight
         return lambda: total().backward()
 
     ratios = []
@@ -216,7 +216,7 @@ def compare_synthesis(rounds: int) -> list[Ratio]:
     else:
         peer = GaborConv2d(3, 64, 7).to(DEVICE)
         for suffix in ("", ", compiled"):
-            tasks = synthesize(192, compile=bool(suffix)), peer.calculate_weights
+            tasks = synthesize(192, is_compiled=bool(suffix)), peer.calculate_weights
             title = f"synthesis: 192 Gabor kernels 7 x 7, forward and backward, against GaborNet's forward{suffix}"
             ratios.append(measure(title, tasks, rounds, 0.01))
     for small, large in itertools.pairwise((192, 1024, 4096, 16384, 65536)):
