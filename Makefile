@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LOCK_VENV := .venv-lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-table verify status sweep benchmark test lint lock clean
+.PHONY: help setup train reproduce-table verify status claims sweep benchmark test lint lock clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ verify: setup ## performs all runs of TABLE again, in runs/verify, and compares 
 
 status: setup ## shows which runs of TABLE are done, running, failed or left to do
 	$(BIN)/python scripts/reproduce_table.py table=$(TABLE) --status $(ARGS)
+
+claims: setup ## writes a verdict on each claim of the paper from the committed records: results/CLAIMS.md
+	$(BIN)/python scripts/claims.py $(ARGS)
 
 sweep: setup ## example of --multirun on all cores: arrangement x seed, then one CSV file of all runs
 	$(BIN)/python scripts/train.py -m hydra/launcher=cores arrangement=gabor,mosaic seed=0,1 paths.runs=runs/sweep $(ARGS)

@@ -84,10 +84,14 @@ def paired_difference(
     values: "pd.Series[Any]", reference: "pd.Series[Any]", confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """Mean difference and its t-interval, over the seeds that both have; for a single seed, the interval is NaN."""
-    differences = (values - reference).dropna()
-    n = len(differences)
-    half_width = float(stdtrit(n - 1, (1 + confidence) / 2)) * differences.std() / math.sqrt(n) if n > 1 else math.nan
-    mean = differences.mean()
+    return interval_of_mean((values - reference).dropna(), confidence)
+
+
+def interval_of_mean(values: "pd.Series[Any]", confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and its t-interval; for a single value, the interval is NaN."""
+    n = len(values)
+    half_width = float(stdtrit(n - 1, (1 + confidence) / 2)) * values.std() / math.sqrt(n) if n > 1 else math.nan
+    mean = values.mean()
     return mean, mean - half_width, mean + half_width
 
 

@@ -1,26 +1,30 @@
 """Turns the rows of a table into runs, which any number of workers share."""
 
 import json
+import re
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
 from reporting.render import draw_accuracy, render_latex, render_markdown
-from reporting.settings import TableSettings, is_seed
+from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
-from training.config import compose, is_in_identity
+from training.config import compose, is_in_identity, resolve
 from training.errors import BusyError, UsageError
 from training.loop import run
 from training.provenance import digest_sources
 from training.run_directory import RunDirectory, parse_record, write_atomic
-from training.runs import build_model, load_run_data, open_run_directory, parse_run
+from training.runs import build_model, create_smoke_folder, load_run_data, open_run_directory, parse_run
+from training.validation import construct
 
 POLL_SECONDS = 1.0
 """Time between checks whether other workers have finished their runs."""
@@ -111,6 +115,14 @@ class Table:
             if row.chosen is not None:
                 planned += self._plan_seeds(row)
         return planned
+
+    def find_finished_runs(self) -> Iterator[tuple[str, Path]]:
+        """Yields the row and the folder of each finished run of a seed."""
+        self.plan_runs()  # chooses the candidate of each row
+        for row in self.rows:
+            for planned in self._plan_seeds(row) if row.chosen is not None else ():
+                if planned.load_record() is not None:
+                    yield row.name, planned.directory.path
 
     def _choose_candidate(self, row: Row) -> list[str] | None:
         """Chooses the candidate with the best validation accuracy, ties broken by validation loss.
@@ -229,7 +241,7 @@ class Table:
             if (record := trial.load_record()) is not None
         ]
         if trials:
-            write_atomic(self.path.with_name(f"{self.name}_search.jsonl"), _to_json_lines(trials))
+            write_atomic(self.path.with_name(f"{self.name}_search.jsonl"), to_json_lines(trials))
 
     def load_results(self) -> None:
         """Loads the records from the table's own .jsonl file instead of from run folders.
@@ -270,7 +282,7 @@ class Table:
         figure = draw_accuracy(frame, title)
         contents: dict[str, str | bytes] = {
             ".csv": frame.to_csv(index=False, float_format="%.6g"),
-            ".jsonl": _to_json_lines(records),
+            ".jsonl": to_json_lines(records),
             ".md": render_markdown(title, self.rows, also_against, search_note, commands),
             ".tex": render_latex(title, self.rows, also_against),
             ".png": to_png(figure),
@@ -279,6 +291,28 @@ class Table:
         for suffix, content in contents.items():
             write_atomic(self.path.with_suffix(suffix), content)
         return frame
+
+
+def open_table(cfg: DictConfig, *script_keys: str) -> Table:
+    """Creates the table that a script's command line names; the user's other overrides apply to each of its runs.
+
+    Args:
+        cfg: configs/reproduce_table.yaml, or a configuration that extends it.
+        script_keys: keys that are options of the script, not of runs.
+
+    Raises:
+        UsageError: for invalid settings of the table.
+    """
+    hydra = HydraConfig.get()
+    words = [word.removeprefix("++") for word in hydra.overrides.task]
+    own_keys = {"table", *script_keys}
+    run_overrides = [word for word in words if re.split(r"[.=]", word.lstrip("+"))[0] not in own_keys]
+    settings = construct(TableSettings, resolve(cfg)["table"], "table")
+    if cfg.debug is not None:  # one run of each row, and one trial of its search
+        search = settings.search and Search(**{**settings.search, "candidates": settings.search["candidates"][:1]})
+        settings = replace(settings, seeds=settings.seeds[:1], search=search)
+        run_overrides.append(f"paths.results={create_smoke_folder()}")
+    return Table(hydra.runtime.choices["table"], settings, run_overrides)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -302,5 +336,5 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _to_json_lines(records: list[dict[str, Any]]) -> str:
+def to_json_lines(records: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)

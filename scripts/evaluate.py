@@ -8,10 +8,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from training.config import run_script
 from training.data import Data
-from training.distributed import build_fabric
 from training.errors import UsageError
-from training.evaluate import evaluate
-from training.finished_run import DataLocation, FinishedRun, load_finished_run
+from training.finished_run import DataLocation, FinishedRun, evaluate_run, load_finished_run
 from training.runs import load_run_data, parse_data
 from training.validation import STRICT, FilePath
 
@@ -39,15 +37,6 @@ def main(settings: EvaluateSettings) -> None:
     note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
     images = len(getattr(data, settings.split))
     print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {images:,} images{note}")
-
-
-def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
-    """Evaluates a run's network with the precision and memory format that it was trained with."""
-    fabric = build_fabric(replace(run.settings.trainer, strategy="auto", devices=1, nodes=1))
-    if run.settings.trainer.channels_last:
-        run.model.to(memory_format=torch.channels_last)
-    model, data = fabric.setup_module(run.model), data.to(fabric.device)
-    return evaluate(model, data, getattr(data, split), fabric)
 
 
 def normalize_as_trained(data: Data, run: FinishedRun) -> Data:

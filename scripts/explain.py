@@ -7,15 +7,13 @@ from typing import Literal
 from lightning_fabric.utilities.seed import seed_everything
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acl.explain import Attribution, attribute, leave_one_out
 from reporting.run_page import render_run_page
 from training.config import run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, FinishedRun, load_finished_run
+from training.finished_run import DataLocation, FinishedRun, load_akp_history, load_finished_run
 from training.run_directory import write_atomic
 from training.runs import create_network, load_run_data
 from training.validation import STRICT, FilePath, OutputFile
@@ -82,15 +80,6 @@ def create_initial_model(run: FinishedRun) -> nn.Module | None:
         return create_network(run.settings, run.input_format.channels, run.input_format.classes)
     except UsageError:
         return None
-
-
-def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
-    """The AKPs before training and after each epoch; empty for a run without analytic layers."""
-    file = run.path / "akps.safetensors"
-    try:
-        return load_file(file) if file.exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} is corrupt ({error}); move it away to draw the page without it") from error
 
 
 def summarize_attribution(attribution: Attribution) -> dict[str, object]:

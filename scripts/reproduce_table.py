@@ -5,35 +5,21 @@ from the records in its own .jsonl file. With --verify, it performs all runs aga
 them with the records in that file; the exit status is 1 unless every row is reproduced or consistent.
 """
 
-import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from reporting.settings import Search, TableSettings
-from reporting.table import Table
+from reporting.table import open_table
 from reporting.verification import verify_table
-from training.config import resolve, run_script
-from training.runs import create_smoke_folder
-from training.validation import construct
+from training.config import run_script
 
 FLAGS = {flag for flag in ("--status", "--render", "--verify") if flag in sys.argv}
 sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
 
 
 def main(cfg: DictConfig) -> None:
-    hydra = HydraConfig.get()
-    overrides = [word.removeprefix("++") for word in hydra.overrides.task]
-    run_overrides = [word for word in overrides if re.split(r"[.=]", word.lstrip("+"))[0] not in ("table", "worker")]
-    settings = construct(TableSettings, resolve(cfg)["table"], "table")
-    if cfg.debug is not None:  # one run of each row, and one trial of its search
-        search = settings.search and Search(**{**settings.search, "candidates": settings.search["candidates"][:1]})
-        settings = replace(settings, seeds=settings.seeds[:1], search=search)
-        run_overrides.append(f"paths.results={create_smoke_folder()}")
-    table = Table(hydra.runtime.choices["table"], settings, run_overrides)
+    table = open_table(cfg, "worker")
     if "--verify" in FLAGS:
         comparisons = verify_table(table, Path(cfg.paths.runs) / "verify")
         print(f"\n{table.name}, compared with {table.path.with_suffix('.jsonl')}:")

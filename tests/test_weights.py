@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from scripts.evaluate import evaluate_run
 from tests.sources import ROOT
-from training.finished_run import load_finished_run
+from training.finished_run import evaluate_run, load_finished_run
 from training.runs import load_run_data
 
 FOLDER = ROOT / "results/weights"

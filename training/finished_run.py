@@ -6,20 +6,23 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 import acl
 import models
 from training.config import compose, format_error
 from training.data import Data, InputFormat
+from training.distributed import build_fabric
 from training.errors import UsageError
+from training.evaluate import evaluate
 from training.run_directory import RunDirectory, read_record
 from training.runs import RunSettings, create_network, load_run_data, parse_run
 
@@ -124,6 +127,24 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     except ValueError as error:
         raise UsageError(str(error)) from error
     return FinishedRun(path, settings, record, input_format, model.eval())
+
+
+def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
+    """Evaluates a run's network with the precision and memory format that it was trained with."""
+    fabric = build_fabric(replace(run.settings.trainer, strategy="auto", devices=1, nodes=1))
+    if run.settings.trainer.channels_last:
+        run.model.to(memory_format=torch.channels_last)
+    model, data = fabric.setup_module(run.model), data.to(fabric.device)
+    return evaluate(model, data, getattr(data, split), fabric)
+
+
+def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
+    """The AKPs before training and after each epoch; empty for a run without analytic layers."""
+    file = run.path / "akps.safetensors"
+    try:
+        return load_file(file) if file.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} is corrupt ({error}); move it away to go without the AKPs' history") from error
 
 
 def _read_info(weights: Path) -> dict[str, Any] | None:

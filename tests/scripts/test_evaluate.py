@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.evaluate import EvaluateSettings, evaluate_run, main, normalize_as_trained
+from scripts.evaluate import EvaluateSettings, main, normalize_as_trained
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_run
 from tests.training.trees import write_mnist
 from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, load_finished_run
+from training.finished_run import FinishedRun, evaluate_run, load_finished_run
 from training.loop import run
 from training.runs import load_run_data, open_run_directory
 

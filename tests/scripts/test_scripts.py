@@ -227,3 +227,37 @@ def test_two_processes_give_result_of_one(
     assert record["test"]["loss"] == pytest.approx(other_record["test"]["loss"], abs=1e-6)  # summed in float32
     pd.testing.assert_frame_equal(metrics, other_metrics, rtol=1e-5)
     assert list(metrics["train_top1"]) == list(other_metrics["train_top1"])
+
+
+def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, call_script: RunScript) -> None:
+    others = [
+        "all Gabor",
+        "mosaic, no plain kernel",
+        "mosaic, with amplitude",
+        "half plain",
+        "all Gabor, frozen at random",
+    ]
+    table = ["table=digits", f"+table.without={json.dumps(others)}", "table.seeds=[0]", "trainer.epochs=1"]
+    table += [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
+    done = call_script("measure.py", *table, "measurement=shapley")
+    assert done.returncode == 2 and "has no finished run" in done.stderr
+    assert call_script("reproduce_table.py", *table).returncode == 0
+    for measurement in ("akp_travel", "shapley", "corruptions"):
+        file = tmp_path / f"results/evidence/digits_{measurement}.jsonl"
+        one_row = call_script("measure.py", *table, f"measurement={measurement}", "only=[conv1 Gabor]")
+        assert one_row.returncode == 0, one_row.stderr
+        first_line = file.read_text()
+        assert call_script("measure.py", *table, f"measurement={measurement}").returncode == 0
+        lines = file.read_text().splitlines(keepends=True)
+        assert lines[0] == first_line
+        assert [json.loads(line)["row"] for line in lines] == ["conv1 Gabor", "LeNet-5 plain"]
+    values = {line["row"]: line["values"] for line in map(json.loads, lines)}
+    for path in (tmp_path / "runs").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        row = "conv1 Gabor" if record["config"]["arrangement"] else "LeNet-5 plain"
+        assert values[row]["none"] == record["test"]["top1"]
+
+
+def test_claims_refuses_folder_without_records(tmp_path: Path, call_script: RunScript) -> None:
+    done = call_script("claims.py", f"results={tmp_path}")
+    assert done.returncode == 2 and "has no records" in done.stderr and not list(tmp_path.iterdir())

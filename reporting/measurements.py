@@ -1,0 +1,100 @@
+"""What is measured on the trained networks of a table, beyond the accuracy in their records."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acl.convert import analytic_layers
+from acl.explain import attribute
+from acl.kernels import KINDS
+from training.corruptions import CORRUPTIONS, SEVERITIES
+from training.data import Data
+from training.datasets import Split
+from training.errors import UsageError
+from training.finished_run import FinishedRun, evaluate_run, load_akp_history
+
+
+def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
+    """The mean distance between the AKPs' values before training and at the best epoch.
+
+    Returns:
+        ``<kind>/<akp>`` -> mean over all kernels of the network, in px or degrees (or without a unit, as the AKP).
+    """
+    assert run.record is not None
+    distances: dict[str, list[Tensor]] = {}
+    for name, history in load_akp_history(run).items():
+        symbol, akp = name.split("/")[-2:]
+        unit = next(known.unit for known in KINDS[symbol].akps("extended", amplitude=True) if known.name == akp)
+        factor = 180 / math.pi if unit == "rad" else 1.0
+        distance = (history[run.record["best_epoch"]] - history[0]).abs() * factor
+        distances.setdefault(f"{symbol}/{akp}", []).append(distance)
+    return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
+
+
+def measure_shapley(run: FinishedRun, data: Data) -> dict[str, Any]:
+    """The Shapley value of each kind of kernel in points of validation accuracy, with removed kernels set to zero.
+
+    Empty for a network without analytic layers.
+    """
+    if not analytic_layers(run.model):
+        return {}
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in data.eval_batches(data.val, max_pixels=2**20, max_size=500):
+            yield batch.images, batch.labels
+
+    attribution = attribute(run.model, batches)
+    values = attribution.shapley()
+    return {symbol: values[symbol] for symbol in attribution.kinds}
+
+
+def measure_corruptions(run: FinishedRun, data: Data) -> dict[str, Any]:
+    """Test accuracy (percent) for every corruption at every severity.
+
+    Returns:
+        Corruption -> list of accuracies, from severity 1 to 5; ``none`` -> accuracy on the images as they are.
+    """
+
+    def compute_accuracy(images: Tensor) -> float:
+        return evaluate_run(run, replace(data, test=Split(images, data.test.labels)), "test")["top1"]
+
+    accuracies: dict[str, Any] = {"none": compute_accuracy(data.test.images)}
+    for name, corrupt in CORRUPTIONS.items():
+        accuracies[name] = [compute_accuracy(corrupt(data.test.images, severity)) for severity in SEVERITIES]
+    return accuracies
+
+
+MEASUREMENTS: dict[str, Callable[[FinishedRun, Data], dict[str, Any]]] = {
+    "akp_travel": measure_akp_travel,
+    "shapley": measure_shapley,
+    "corruptions": measure_corruptions,
+}
+"""Each takes a finished run and its data, and returns what is written to ``results/evidence``."""
+
+
+def read_measurements(file: Path) -> list[dict[str, Any]]:
+    """Reads a file that ``scripts/measure.py`` wrote: a row, the id of a run, its seed and the values in each line.
+
+    Raises:
+        UsageError: if the file cannot be read, or for the first line of another form.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+    measurements = []
+    for number, line in enumerate(lines, 1):
+        try:
+            measurement = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{file}, line {number}, is not JSON: {error}") from error
+        if not isinstance(measurement, dict) or not {"row", "id", "seed", "values"} <= measurement.keys():
+            raise UsageError(f"{file}, line {number}, is not a measurement: it needs row, id, seed and values")
+        measurements.append(measurement)
+    return measurements

@@ -1,0 +1,59 @@
+"""Measures the trained networks of a table: python scripts/measure.py table=digits measurement=shapley
+
+Adds a line per run to results/evidence/<table>_<measurement>.jsonl; runs that it has already are not measured again.
+"""
+
+import json
+from typing import Literal
+
+from omegaconf import DictConfig
+from pydantic.dataclasses import dataclass as validated_dataclass
+from tqdm import tqdm
+
+from reporting.measurements import MEASUREMENTS, read_measurements
+from reporting.table import open_table, to_json_lines
+from training.config import resolve, run_script
+from training.errors import UsageError
+from training.finished_run import load_finished_run
+from training.provenance import describe_environment
+from training.run_directory import write_atomic
+from training.runs import load_run_data
+from training.validation import STRICT, construct
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeasureOptions:
+    """The options of configs/measure.yaml itself."""
+
+    measurement: Literal["akp_travel", "shapley", "corruptions"]
+    only: list[str] | None
+
+
+def main(cfg: DictConfig) -> None:
+    options = construct(MeasureOptions, {name: resolve(cfg)[name] for name in ("measurement", "only")})
+    table = open_table(cfg, "worker", "measurement", "only")
+    names = [row.name for row in table.rows]
+    wanted = names if options.only is None else options.only
+    if unknown := [name for name in wanted if name not in names]:
+        raise UsageError(f"only has '{unknown[0]}', which is not a row of table {table.name}; its rows: {names}")
+    runs = [(row, folder) for row, folder in table.find_finished_runs() if row in wanted]
+    if not runs:
+        raise UsageError(f"table {table.name} has no finished run in these rows; run scripts/reproduce_table.py first")
+    file = table.path.parents[1] / "evidence" / f"{table.name}_{options.measurement}.jsonl"
+    lines = read_measurements(file) if file.exists() else []
+    known = {line["id"] for line in lines}
+    for row, folder in tqdm(runs, desc=options.measurement, unit="run", disable=None):
+        run = load_finished_run(folder)
+        assert run.record is not None
+        if run.record["id"] in known:
+            continue
+        values = MEASUREMENTS[options.measurement](run, load_run_data(run.settings))
+        run_key = {"row": row, "id": run.record["id"], "seed": run.settings.seed}
+        lines.append({**run_key, "values": values, **describe_environment()})
+        write_atomic(file, to_json_lines(lines))
+        tqdm.write(f"{row}, seed {run.settings.seed}: {json.dumps(values)}")
+    print(file)
+
+
+if __name__ == "__main__":
+    run_script(main, "measure", new_key_roots=("arrangement", "data", "model", "optim", "trainer", "logger"))
