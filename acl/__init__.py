@@ -7,6 +7,7 @@ from acl.fit import fit_kernels
 from acl.fit_result import Fit
 from acl.layer import AnalyticConv2d
 from acl.serialization import load, read_info, save, serialize
+from acl.transform import rescale, rotate
 
 __all__ = [
     "AnalyticConv2d",
@@ -22,6 +23,8 @@ __all__ = [
     "load",
     "param_groups",
     "read_info",
+    "rescale",
+    "rotate",
     "save",
     "serialize",
     "summary",

@@ -257,7 +257,7 @@ def replace_convolutions(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticCo
     An instance of a subclass of nn.Conv2d becomes the layer's host. Hooks are moved to the layer.
     """
     for conv, layer in layers.items():
-        if type(conv) is not nn.Conv2d:
+        if type(conv) not in (nn.Conv2d, AnalyticConv2d):
             layer.host = conv
             conv.weight = conv.bias = None  # type: ignore[assignment]
         _move_hooks(conv, layer)

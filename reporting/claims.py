@@ -152,7 +152,7 @@ CLAIMS = (
         "Analytic layers can be moved to other image scales and angles in closed form.",
         "ours",
         "The outputs have a smaller error than with kernels that are resampled.",
-        not_run=("needs functions that rescale and rotate a trained analytic layer",),
+        not_run=("a comparison of `acl.rescale` and `acl.rotate` with resampled kernels on trained networks",),
     ),
 )
 
