@@ -317,7 +317,7 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
 
 
 def _format_effect(effect: Effect) -> str:
-    number = "{:+.2f}" if effect.unit == "points" else "{:.2f}"
+    number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
     mean, low, high = (number.format(value) for value in (effect.mean, effect.low, effect.high))
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
     to_decide = "" if effect.seeds_to_decide is None else f"about {effect.seeds_to_decide} seeds"
@@ -348,5 +348,5 @@ def draw_effects(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> Fi
         axes.margins(y=0.5 / len(effects))
         axes.grid(axis="x", alpha=0.3)
     meanings = ", ".join(f"{color.removeprefix('tab:')}: {verdict}" for verdict, color in colors.items())
-    subplots[-1].set_xlabel(f"points of accuracy; black line: the claim's threshold; {meanings}", fontsize=9)
+    figure.supxlabel(f"points of accuracy; black line: the claim's threshold; {meanings}", fontsize=9)
     return figure
