@@ -147,6 +147,14 @@ def analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AnalyticConv2d)}
 
 
+def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
+    """The analytic layers of a model by name. Raises ValueError if there are none."""
+    layers = analytic_layers(model)
+    if not layers:
+        raise ValueError("the network has no analytic layer")
+    return layers
+
+
 def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yields the stored AKPs of every analytic layer in a model, which need their own learning rate.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acl.convert import analytic_layers
+from acl.convert import require_analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
@@ -154,14 +154,6 @@ def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> 
     if not images:
         raise ValueError("there is no data to explain the network with")
     return {name: 100 * values / images for name, values in correct_lost.items()}
-
-
-def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
-    """The analytic layers of a model by name. Raises ValueError if there are none."""
-    layers = analytic_layers(model)
-    if not layers:
-        raise ValueError("the network has no analytic layer to explain")
-    return layers
 
 
 def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acl.convert import analytic_layers, replace_convolutions
+from acl.convert import replace_convolutions, require_analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
@@ -34,7 +34,7 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         raise ValueError(f"degrees must be finite, got {degrees}")
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
-    for layer in _require_layers(model).values():
+    for layer in require_analytic_layers(model).values():
         for symbol, akps in layer.akps().items():
             turned = {}
             if "theta" in akps:
@@ -68,23 +68,16 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
         The model; if it is an analytic layer itself, the new layer.
 
     Raises:
-        ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride or
-            dilation that does not allow it, or layers converted from a subclass of nn.Conv2d.
+        ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride
+            whose multiple is not whole, or layers converted from a subclass of nn.Conv2d.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"factor must be positive and finite, got {factor}")
-    layers = _require_layers(model)
+    layers = require_analytic_layers(model)
     rescaled: dict[nn.Conv2d, AnalyticConv2d] = {
         layer: _rescale_layer(layer, name, factor, multiply_stride) for name, layer in layers.items()
     }
     return replace_convolutions(model, rescaled)
-
-
-def _require_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
-    layers = analytic_layers(model)
-    if not layers:
-        raise ValueError("the network has no analytic layer")
-    return layers
 
 
 def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_stride: bool) -> AnalyticConv2d:

@@ -44,8 +44,11 @@ class Effect:
 
     @property
     def seeds_to_decide(self) -> int | None:
-        """The number of seeds at which this mean and spread would give a verdict; None unless it is undecided."""
-        if self.verdict != "undecided" or self.threshold is None or self.mean == self.threshold:
+        """The number of seeds at which this mean and spread would give a verdict.
+
+        None unless the effect is undecided and has an interval.
+        """
+        if self.verdict != "undecided" or self.threshold is None or self.mean == self.threshold or self.n < 2:
             return None
         return math.ceil(self.n * ((self.high - self.mean) / (self.mean - self.threshold)) ** 2)
 
@@ -143,7 +146,7 @@ CLAIMS = (
         "than the plain one: the interval is above 0.",
         measurements={"corruptions": ("flowers17",)},
         not_run=(
-            "adversarial attacks (PGD): need code and about 2 minutes per network on two cores",
+            "adversarial attacks (PGD)",
             "training on 1, 3, 10 and 30% of the images",
         ),
     ),

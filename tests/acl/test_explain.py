@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import acl
-from acl.explain import Batches, attribute, leave_one_out, require_analytic_layers
+from acl.convert import require_analytic_layers
+from acl.explain import Batches, attribute, leave_one_out
 from acl.kernels import KINDS
 from tests.arrangements import arrange_all_kinds
 
@@ -142,7 +143,7 @@ def iterate_no_batches() -> Iterator[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize(
     ("arrangements", "batches", "options", "message"),
     [
-        ((), iterate_batches, {}, "the network has no analytic layer to explain"),
+        ((), iterate_batches, {}, "the network has no analytic layer"),
         (("G100%",), iterate_no_batches, {}, "there is no data to explain the network with"),
         (("G100%",), iterate_batches, {"replace": "noise"}, "unknown replace 'noise'; known: zero, mean"),
     ],
@@ -156,7 +157,7 @@ def test_attribute_rejects_invalid_arguments(
 
 
 def test_leave_one_out_rejects_plain_network_and_missing_data() -> None:
-    with pytest.raises(ValueError, match="the network has no analytic layer to explain"):
+    with pytest.raises(ValueError, match="the network has no analytic layer"):
         leave_one_out(make_network(), iterate_batches, progress=False)
     with pytest.raises(ValueError, match="there is no data to explain the network with"):
         leave_one_out(make_network("G100%"), iterate_no_batches, progress=False)
@@ -165,5 +166,5 @@ def test_leave_one_out_rejects_plain_network_and_missing_data() -> None:
 def test_require_analytic_layers_returns_them_or_raises() -> None:
     model = make_network("G100%")
     assert require_analytic_layers(model) == acl.analytic_layers(model) != {}
-    with pytest.raises(ValueError, match="the network has no analytic layer to explain"):
+    with pytest.raises(ValueError, match="the network has no analytic layer"):
         require_analytic_layers(acl.fold(model))

@@ -55,6 +55,12 @@ def test_seeds_to_decide_grow_with_square_of_interval() -> None:
     assert make_effect(-1.0, 1.0, threshold=None).seeds_to_decide is None
 
 
+def test_single_seed_is_undecided(tmp_path: Path) -> None:
+    write_table(tmp_path, plain=[90.0], analytic=[95.0])
+    (effect,), _ = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)
+    assert (effect.mean, effect.verdict, effect.seeds_to_decide) == (5.0, "undecided", None)
+
+
 def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0, 70.0], analytic=[91.0, 81.0, 71.5])
     (effect,), missing = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)

@@ -118,7 +118,7 @@ def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Pat
     done = call_script("explain.py", f"run={plain}")
     assert (done.returncode, done.stderr.strip()) == (
         2,
-        f"error: {plain}: the network has no analytic layer to explain",
+        f"error: {plain}: the network has no analytic layer",
     )
     unfinished = shutil.copytree(run_path, tmp_path / "unfinished")
     (unfinished / "record.json").unlink()
