@@ -13,6 +13,7 @@ from reporting.statistics import DIFFERENCE, Row, summarize
 
 NUM_FIRST_COLUMNS = 5
 """Columns before those of differences."""
+SPLIT_NAMES = {"test": "test", "val": "validation"}
 
 
 def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
@@ -33,9 +34,8 @@ def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
             [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
         )
     headings = [f"points against {' or '.join(dict.fromkeys(names))}" for names in references]
-    return pd.DataFrame(
-        lines, columns=["row", "arrangement", "conv. parameters", "plain / row", "top-1 test %", *headings]
-    )
+    accuracy = f"top-1 {SPLIT_NAMES[rows[0].split]} %"
+    return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", "plain / row", accuracy, *headings])
 
 
 def render_markdown(
@@ -103,10 +103,14 @@ def format_difference(mean: float, low: float, high: float) -> str:
 def describe_statistics(rows: Sequence[Row]) -> str:
     """Says what the numbers of a table mean."""
     num_seeds = len(rows[0].records)
+    test_use = {
+        "test": "the test set is evaluated once, at the end of a run",
+        "val": "the accuracy is of that epoch, on the same split; the test set is not used",
+    }
     return (
         f"Mean ± standard deviation over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}; differences are paired "
-        "by seed, with their 95% t-interval. The epoch is chosen on the validation split; the test set is evaluated "
-        "once, at the end of a run. Convolution parameters include biases and frozen AKPs."
+        f"by seed, with their 95% t-interval. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
+        "Convolution parameters include biases and frozen AKPs."
     )
 
 
@@ -128,12 +132,13 @@ def _shorten_commit(commit: str | None) -> str:
     return f"{digest[:12]}-{suffix}" if suffix else digest[:12]
 
 
-def draw_accuracy(frame: pd.DataFrame, title: str) -> Figure:
+def draw_accuracy(frame: pd.DataFrame, title: str, split: str) -> Figure:
     """Plots accuracy (mean and standard deviation over seeds) against convolution parameters.
 
     Args:
         frame: the result of ``summarize``.
         title: the table's title.
+        split: the split that the accuracy is of, ``test`` or ``val``.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -153,8 +158,8 @@ def draw_accuracy(frame: pd.DataFrame, title: str) -> Figure:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("convolution parameters")
-    axes.set_ylabel("top-1 accuracy on the test set (%)")
-    axes.set_title(f"{title}: mean ± standard deviation, {frame['seeds'].max()} seeds")
+    axes.set_ylabel(f"top-1 accuracy on the {SPLIT_NAMES[split]} split (%)")
+    figure.suptitle(f"{title}: mean ± standard deviation, {frame['seeds'].max()} seeds")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

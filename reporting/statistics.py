@@ -38,6 +38,11 @@ class Row:
     records: list[dict[str, Any]] = field(default_factory=list)
     """One per seed."""
 
+    @property
+    def split(self) -> str:
+        """The split whose accuracy is listed: ``test``, or ``val`` if the runs do not evaluate the test set."""
+        return "test" if self.records[0]["test"] else "val"
+
 
 def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
     """Computes the columns ``COLUMNS``, one line per row.
@@ -57,8 +62,8 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
         if not row.records:
             raise UsageError(f"row '{row.name}' has no finished run")
         reference = by_name[against or row.against or rows[0].name]
-        top1 = top1_by_seed(row.records)
-        mean, low, high = paired_difference(top1, top1_by_seed(reference.records))
+        top1 = top1_by_seed(row.records, row.split)
+        mean, low, high = paired_difference(top1, top1_by_seed(reference.records, row.split))
         record = row.records[0]
         arrangement = record["config"]["arrangement"]
         lines.append(

@@ -148,14 +148,18 @@ class Table:
     def check_rows(self) -> None:
         """Validates every row and builds its model, before any run. Raises UsageError for the first invalid row."""
         data = None
+        evaluates_test = parse_run(self._compose(self.rows[0])).trainer.test
         for row in self.rows:
             settings = parse_run(self._compose(row))
             if settings.trainer.devices * settings.trainer.nodes > 1:
                 raise UsageError(
                     "a run of a table uses one device; start more workers (the same command again) to use more devices"
                 )
-            if not settings.trainer.test:
-                raise UsageError(f"row '{row.name}' has trainer.test=false, but a table lists test results; remove it")
+            if settings.trainer.test != evaluates_test:
+                raise UsageError(
+                    f"row '{row.name}' has trainer.test={str(settings.trainer.test).lower()}, unlike the first row; a "
+                    "table lists results on the test split or on the validation split, not on both"
+                )
             data = data or load_run_data(settings)
             build_model(settings, data)
 
@@ -279,7 +283,7 @@ class Table:
         }
         records = [{"row": row.name, **record} for row in self.rows for record in row.records]
         title, also_against = self.settings.title, self.settings.also_against
-        figure = draw_accuracy(frame, title)
+        figure = draw_accuracy(frame, title, self.rows[0].split)
         contents: dict[str, str | bytes] = {
             ".csv": frame.to_csv(index=False, float_format="%.6g"),
             ".jsonl": to_json_lines(records),
@@ -319,7 +323,8 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     """Reads the records of a table, each with the name of its row, from its .jsonl file.
 
     Raises:
-        UsageError: if there is no such file, or for the first line that is not the record of a run with its row.
+        UsageError: if there is no such file, for the first line that is not the record of a run with its row, or if
+            only some of the runs evaluated the test set.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -327,11 +332,13 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         raise UsageError(f"there is no {file}; reproduce the table first") from error
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    entries = []
+    entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         entry = parse_record(line, f"{file}, line {number},")
-        if not isinstance(entry.get("row"), str) or entry["test"] is None:
-            raise UsageError(f"{file}, line {number}, names no row or has no test result")
+        if not isinstance(entry.get("row"), str):
+            raise UsageError(f"{file}, line {number}, names no row")
+        if entries and (entry["test"] is None) != (entries[0]["test"] is None):
+            raise UsageError(f"{file}: only one of the lines 1 and {number} has a test result")
         entries.append(entry)
     return entries
 

@@ -51,8 +51,9 @@ def verify_table(table: Table, folder: Path) -> list[Comparison]:
     overrides = [f"paths.runs='{folder}'", f"paths.results='{folder}/results'", "fresh=true"]
     rerun = Table(table.name, table.settings, [*table.user_overrides, *overrides])
     rerun.reproduce()
-    data = load_run_data(parse_run(rerun.plan_runs()[0].cfg))
-    num_images = {"test": len(data.test), "val": len(data.val)}
+    settings = parse_run(rerun.plan_runs()[0].cfg)
+    data = load_run_data(settings)
+    num_images = {"val": len(data.val), **({"test": len(data.test)} if settings.trainer.test else {})}
     return compare_records(committed, read_results(rerun.path.with_suffix(".jsonl")), num_images)
 
 

@@ -1,7 +1,9 @@
 """Readers for data sets in their official file layouts, and a registry of them."""
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from training.errors import UsageError
 from training.image_cache import load_decoded_images
+from training.run_directory import write_atomic
 from training.validation import STRICT, Count, FilePath, Pixels
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -75,10 +78,22 @@ def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Splits:
     raw = root / dataset.__name__ / "raw"
     files = [_idx_path(raw, split, part) for split in _IDX_SPLITS for part in _IDX_PARTS]
     file_names = f"{' '.join(file.name for file in files)}, plain or as .gz"
+    _unpack_idx(files)
     # torchvision parses what it downloads and fails on a corrupt file without naming it; _read_idx_split names it.
     _download_missing(dataset.__name__, raw, file_names, files, lambda: dataset(str(root), download=True))
     train, test = (_read_idx_split(raw, split) for split in _IDX_SPLITS)
     return _split_validation(train, test, 5000)
+
+
+def _unpack_idx(files: list[Path]) -> None:
+    """Unpacks the .gz of each missing file; torchvision unpacks only those with the official checksum."""
+    for file in files:
+        packed = file.with_name(f"{file.name}.gz")
+        if packed.exists() and not file.exists():
+            try:
+                write_atomic(file, gzip.decompress(packed.read_bytes()))
+            except (EOFError, zlib.error, gzip.BadGzipFile):
+                continue  # a download that was interrupted, which torchvision repeats
 
 
 def _idx_path(raw: Path, split: str, part: str) -> Path:

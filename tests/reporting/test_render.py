@@ -107,11 +107,12 @@ def test_describe_runs_lists_machines_and_short_commits_once() -> None:
 
 def test_figure_shows_rows_with_equal_parameters_side_by_side() -> None:
     frame = summarize([make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)])
-    axes = draw_accuracy(frame, "Title").axes[0]
+    figure = draw_accuracy(frame, "Title", "test")
+    axes = figure.axes[0]
     (first, _, _), (second, _, _) = axes.containers
     assert first.get_xdata()[0] == 100 < second.get_xdata()[0] < 110
     assert (first.get_ydata()[0], second.get_ydata()[0]) == (91.0, 92.5)
-    assert axes.get_title() == "Title: mean ± standard deviation, 2 seeds"
+    assert figure.get_suptitle() == "Title: mean ± standard deviation, 2 seeds"
 
 
 @pytest.fixture(scope="module", params=sorted(path.stem for path in COMMITTED_TABLES.glob("*.csv")))

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import reporting.table
-from reporting.table import Table
+from reporting.table import Table, read_results
 from tests.reporting.helpers import create_table, forbid_calls, load_settings, make_record
 from tests.training import trees
 from tests.training.processes import run_in_child, start_process, wait_for
@@ -132,7 +132,11 @@ def test_load_results_rejects_missing_and_mismatched_records(searched_table_copy
         (b"{", r"digits\.jsonl, line 2, is not a record of a run: "),
         (b"", r"digits\.jsonl, line 2, is not a record of a run: "),
         (b"\xff", r"digits\.jsonl, line 2, is not a record of a run: "),
-        (json.dumps(make_record(0, 90.0)).encode(), r"digits\.jsonl, line 2, names no row or has no test result"),
+        (json.dumps(make_record(0, 90.0)).encode(), r"digits\.jsonl, line 2, names no row"),
+        (
+            json.dumps({"row": "LeNet-5 plain", **make_record(0, 90.0), "test": None}).encode(),
+            r"digits\.jsonl: only one of the lines 1 and 2 has a test result",
+        ),
     ],
 )
 def test_corrupt_line_of_results_is_named(tmp_path: Path, line: bytes, message: str) -> None:
@@ -192,19 +196,27 @@ def test_without_option_excludes_rows(tmp_path: Path) -> None:
     assert [row.name for row in create_table(tmp_path, without=["conv1 Gabor"]).rows] == ["LeNet-5 plain"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["seed=3"], r"seed=3 has no effect on a table, which runs table\.seeds; use table\.seeds=\[3\]"),
-        (["trainer.test=false"], "row 'LeNet-5 plain' has trainer.test=false, but a table lists test results"),
-    ],
-)
-def test_override_that_a_table_cannot_follow_is_rejected_before_any_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
-) -> None:
+def test_seed_of_a_table_is_rejected_before_any_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_calls(monkeypatch, "run")
+    message = r"seed=3 has no effect on a table, which runs table\.seeds; use table\.seeds=\[3\]"
     with pytest.raises(UsageError, match=message):
-        create_table(tmp_path, *overrides).reproduce()
+        create_table(tmp_path, "seed=3").reproduce()
+
+
+def test_table_without_test_split_lists_validation_accuracy(tmp_path: Path) -> None:
+    frame = create_table(tmp_path, "trainer.test=false").reproduce()
+    records = read_results(tmp_path / "results/tables/digits.jsonl")
+    assert all(record["test"] is None for record in records)
+    assert frame["top1_mean"][0] == pytest.approx(sum(record["val"]["top1"] for record in records[:2]) / 2)
+    assert "| top-1 validation % |" in (tmp_path / "results/tables/digits.md").read_text()
+
+
+def test_row_on_another_split_is_rejected_before_any_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_calls(monkeypatch, "run")
+    rows = load_settings("digits").rows[:2]
+    rows[1]["overrides"].append("trainer.test=false")
+    with pytest.raises(UsageError, match=r"row 'conv1 Gabor' has trainer\.test=false, unlike the first row"):
+        create_table(tmp_path, rows=rows).reproduce()
 
 
 @pytest.mark.parametrize(
