@@ -119,8 +119,9 @@ def describe_runs(records: Sequence[dict[str, Any]]) -> str:
     machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in records})
     commits = sorted({_shorten_commit(r["commit"]) for r in records})
     versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
+    epochs = sorted({r["config"]["trainer"]["epochs"] for r in records})
     return (
-        f"{records[0]['config']['trainer']['epochs']} epochs per run; {sum(r['seconds'] for r in records) / 60:.0f} "
+        f"{' or '.join(map(str, epochs))} epochs per run; {sum(r['seconds'] for r in records) / 60:.0f} "
         f"minutes for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
     )
 

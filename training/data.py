@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.datasets import DATASETS, Split
+from training.datasets import DATASETS, Share, Split
 from training.errors import UsageError
-from training.validation import STRICT, Count, construct, format_value
+from training.validation import STRICT, Count, Seed, construct, format_value
 
 MAX_BYTES_ON_DEVICE = 2**32
 """Larger data sets stay in main memory or memory-mapped."""
@@ -132,6 +132,8 @@ def load_data(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_images: Count | None = None,
+    train_share: Share | None = None,
+    share_seed: Seed = 0,
     **options: Any,
 ) -> Data:
     """Reads a data set.
@@ -141,6 +143,8 @@ def load_data(
         augmentation: for the training images.
         mean, std: per channel, for pixel values from 0 to 1; None: computed from the training images.
         max_images: of each split; None: all.
+        train_share: the share of the training images to keep, with the same share of each class; None: all.
+        share_seed: chooses the training images that are kept.
         options: the reader's keyword arguments.
 
     Raises:
@@ -153,6 +157,9 @@ def load_data(
         options["max_images"] = max_images
     train, val, test = construct(DATASETS[name], options, "data")
     channels = train.images.shape[1]
+    classes = int(train.labels.max()) + 1
+    if train_share is not None:
+        train = _keep_share(train, train_share, share_seed)
     if mean is None and std is None:
         mean_tensor, std_tensor = _compute_moments(train.images)
     elif mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
@@ -162,9 +169,19 @@ def load_data(
         )
     else:
         mean_tensor, std_tensor = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    classes = int(train.labels.max()) + 1
     train, val, test = (split[:max_images] for split in (train, val, test))
     return Data(train, val, test, classes, mean_tensor, std_tensor, augmentation)
+
+
+def _keep_share(split: Split, share: float, seed: int) -> Split:
+    """Keeps a random share of the images, in order, with every class in proportion."""
+    from sklearn.model_selection import train_test_split  # imported here because it takes over a second
+
+    try:
+        kept, _ = train_test_split(range(len(split)), train_size=share, stratify=split.labels, random_state=seed)
+    except ValueError as error:
+        raise UsageError(f"data.train_share={share} of {len(split)} training images is not possible: {error}") from error
+    return split[torch.tensor(sorted(kept))]
 
 
 def _compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,7 +177,8 @@ def _parse_arrangement(section: dict[str, Any]) -> dict[str, str]:
 def load_run_data(settings: RunSettings) -> Data:
     """Loads the data of a run onto the CPU; raises as ``load_data`` does."""
     memory_format = torch.channels_last if settings.trainer.channels_last else torch.contiguous_format
-    return replace(construct(load_data, settings.data, "data"), memory_format=memory_format)
+    options = {"share_seed": settings.seed, **settings.data}
+    return replace(construct(load_data, options, "data"), memory_format=memory_format)
 
 
 def create_network(settings: RunSettings, channels: int, classes: int) -> nn.Module:

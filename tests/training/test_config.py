@@ -31,7 +31,7 @@ def test_compose_leaves_hydra_uninitialized() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data=nope", "unknown data 'nope'; known: cifar10, digits, "),
+        ("data=nope", "unknown data 'nope'; known: cifar10, cifar10_jpeg, digits, "),
         ("model=nope", "unknown model 'nope'; known: alexnet, ana_alexnet, "),
         ("arrangement=nope", "unknown arrangement 'nope'; known: auto, exp1, "),
         ("trainer.epoch=3", "trainer.epoch"),

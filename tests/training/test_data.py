@@ -21,13 +21,32 @@ def make_augmentation(**options: Any) -> Augmentation:
     return Augmentation(**{"shift": 0, "flip": False, **options})
 
 
+def load_digits(**options: Any) -> Data:
+    return load_data(name="digits", augmentation=make_augmentation(), root="data", **options)
+
+
 def make_generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
-    return load_data(name="digits", augmentation=make_augmentation(), root="data")
+    return load_digits()
+
+
+def test_train_share_keeps_share_of_each_class_drawn_by_seed(digits: Data) -> None:
+    few = load_digits(train_share=0.1, share_seed=1)
+    expected = digits.train.labels.bincount() / 10
+    assert (few.train.labels.bincount() - expected).abs().max() <= 1
+    assert torch.equal(few.val.images, digits.val.images) and torch.equal(few.test.images, digits.test.images)
+    assert torch.equal(load_digits(train_share=0.1, share_seed=1).train.images, few.train.images)
+    assert not torch.equal(load_digits(train_share=0.1, share_seed=2).train.images, few.train.images)
+    assert torch.allclose(few.mean, few.train.images.float().mean())
+
+
+def test_train_share_without_image_of_a_class_is_rejected() -> None:
+    with pytest.raises(UsageError, match=r"data\.train_share=0\.001 of \d+ training images is not possible"):
+        load_digits(train_share=0.001)
 
 
 def test_normalized_training_images_have_mean_zero_and_variance_one(digits: Data) -> None:

@@ -35,6 +35,18 @@ def test_images_that_network_does_not_accept_are_rejected() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_seed_of_run_draws_its_share_of_training_images() -> None:
+    first, same, other = (
+        load_run_data(parse_run(compose(["data.train_share=0.1", f"seed={seed}"]))).train for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.images, same.images) and not torch.equal(first.images, other.images)
+
+
+def test_invalid_share_of_training_images_is_named() -> None:
+    with pytest.raises(UsageError, match=r"data\.train_share=1\.5 is invalid: it should be less than 1"):
+        load_run_data(parse_run(compose(["data.train_share=1.5"])))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
