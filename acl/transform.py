@@ -130,10 +130,15 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
     enlarged = _resample(old_kernels, x / factor, y / factor)
     for symbol in layer.akps():
         slots = layer.slots_of(symbol)
-        # The new kernel's response to an enlarged copy of the old kernel is that of the old kernel to itself.
         energies = old_kernels[slots].square().sum((1, 2))
         responses = (new_kernels[slots] * enlarged[slots]).sum((1, 2))
-        gains = torch.where(responses.abs() > 1e-12, energies / responses, 0)
+        if factor >= 1:
+            # The new kernel's response to an enlarged copy of the old kernel is that of the old kernel to itself.
+            gains = torch.where(responses.abs() > 1e-12, energies / responses, 0)
+        else:
+            # A small window may hold too little of a kernel for that; k(x / f) / f^2 has 1 / f^2 of k's energy.
+            new_norms = new_kernels[slots].square().sum((1, 2)).sqrt().clamp(min=1e-12)
+            gains = responses.sign() * energies.sqrt() / new_norms / factor
         new.set_akps(symbol, {"amplitude": gains})
     if layer.plain is not None and new.plain is not None:
         new.plain.copy_(enlarged[layer.slots_of("P")] / factor**2)

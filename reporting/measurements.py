@@ -7,17 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acl.convert import analytic_layers
 from acl.explain import attribute
 from acl.kernels import KINDS
+from reporting.transforms import measure_transforms
 from training.corruptions import CORRUPTIONS, SEVERITIES
 from training.data import Data
 from training.datasets import Split
 from training.errors import UsageError
 from training.finished_run import FinishedRun, evaluate_run, load_akp_history
+
+ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)
+"""The largest change of a pixel by an attack, of 255."""
+MAX_ATTACKED = 1000
+"""Images to attack."""
 
 
 def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
@@ -70,10 +77,48 @@ def measure_corruptions(run: FinishedRun, data: Data) -> dict[str, Any]:
     return accuracies
 
 
+def measure_attacks(run: FinishedRun, data: Data) -> dict[str, Any]:
+    """Test accuracy (percent) under projected gradient descent: L-infinity, 10 steps from a random start.
+
+    Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
+
+    Returns:
+        The largest change of a pixel, of 255 -> accuracy on ``MAX_ATTACKED`` random test images.
+    """
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch  # imported here because it takes seconds
+    from art.estimators.classification import PyTorchClassifier
+
+    test = data.test.sample(MAX_ATTACKED)
+    images = data.augmentation.center_crop(test.images).float().div(255).numpy()
+    labels = test.labels.numpy()
+    moments = tuple((moment / 255).flatten(1)[0].view(-1, 1, 1).numpy() for moment in (data.mean, data.std))
+    classifier = PyTorchClassifier(
+        run.model, nn.CrossEntropyLoss(), images.shape[1:], data.classes, clip_values=(0, 1), preprocessing=moments
+    )
+    accuracies = {"0": _compute_accuracy(classifier, images, labels)}
+    for size in ATTACK_SIZES:
+        if 0.0 in accuracies.values():  # a larger attack contains the smaller one
+            accuracies[f"{size:g}"] = 0.0
+            continue
+        np.random.seed(run.settings.seed)  # the library draws the random starts from it
+        step = size / 255 / 4
+        attack = ProjectedGradientDescentPyTorch(
+            classifier, eps=size / 255, eps_step=step, max_iter=10, num_random_init=1, batch_size=100, verbose=False
+        )
+        accuracies[f"{size:g}"] = _compute_accuracy(classifier, attack.generate(images, labels), labels)
+    return accuracies
+
+
+def _compute_accuracy(classifier: Any, images: np.ndarray, labels: np.ndarray) -> float:
+    return 100 * float((classifier.predict(images).argmax(1) == labels).mean())
+
+
 MEASUREMENTS: dict[str, Callable[[FinishedRun, Data], dict[str, Any]]] = {
     "akp_travel": measure_akp_travel,
     "shapley": measure_shapley,
     "corruptions": measure_corruptions,
+    "attacks": measure_attacks,
+    "transforms": measure_transforms,
 }
 """Each takes a finished run and its data, and returns what is written to ``results/evidence``."""
 

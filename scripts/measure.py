@@ -25,7 +25,7 @@ from training.validation import STRICT, construct
 class MeasureOptions:
     """The options of configs/measure.yaml itself."""
 
-    measurement: Literal["akp_travel", "shapley", "corruptions"]
+    measurement: Literal["akp_travel", "shapley", "corruptions", "attacks", "transforms"]
     only: list[str] | None
 
 

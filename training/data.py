@@ -180,7 +180,9 @@ def _keep_share(split: Split, share: float, seed: int) -> Split:
     try:
         kept, _ = train_test_split(range(len(split)), train_size=share, stratify=split.labels, random_state=seed)
     except ValueError as error:
-        raise UsageError(f"data.train_share={share} of {len(split)} training images is not possible: {error}") from error
+        raise UsageError(
+            f"data.train_share={share} of {len(split)} training images is not possible: {error}"
+        ) from error
     return split[torch.tensor(sorted(kept))]
 
 

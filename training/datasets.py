@@ -39,6 +39,10 @@ class Split:
     def __getitem__(self, index: Tensor | slice) -> "Split":
         return Split(self.images[index], self.labels[index])
 
+    def sample(self, count: int) -> "Split":
+        """The same ``count`` random images every time, in random order; all images if there are fewer."""
+        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]]
+
     def to(self, device: torch.device) -> "Split":
         images, labels = self.images, self.labels
         if device.type == "cuda" and not images.is_cuda:  # pinned memory lets the copy overlap with computation

@@ -96,6 +96,13 @@ def test_outputs_on_larger_image_are_larger_outputs(symbol: str, factor: float) 
     assert error < 0.5 * error_before, (error, error_before)
 
 
+@pytest.mark.parametrize("symbol", analytic_kinds())
+def test_kernels_of_half_the_size_keep_their_energy_density(symbol: str) -> None:
+    layer = make_layer(f"{symbol}100%", 5)
+    energies = layer.weight.square().sum((2, 3))
+    torch.testing.assert_close(acl.rescale(layer, 0.5).weight.square().sum((2, 3)), 4 * energies)
+
+
 @pytest.mark.parametrize(("factor", "limit"), [(0.5, 0.5), (1.5, 0.25), (2.0, 0.25)])
 def test_multiplied_stride_keeps_outputs(factor: float, limit: float) -> None:
     options = {"padding": 3, "stride": 2, "bias": False}

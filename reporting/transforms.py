@@ -1,0 +1,168 @@
+"""Measures what ``acl.rotate`` and ``acl.rescale`` achieve on a trained network, against resampled kernels."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize, rotate
+
+import acl
+from acl.convert import analytic_layers
+from training.data import Data
+from training.datasets import Split
+from training.errors import UsageError
+from training.finished_run import FinishedRun, evaluate_run
+
+ROTATIONS = (15.0, 30.0, 45.0, 60.0, 75.0, 90.0)
+"""In degrees, counterclockwise."""
+SCALES = (0.5, 1.5, 2.0)
+MAX_CLASSIFIED = 2000
+"""Images to classify."""
+MAX_COMPARED = 50
+"""Images whose outputs are compared."""
+
+
+def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
+    """Measures a network on rotated and rescaled images, with its analytic layers rotated and rescaled alike.
+
+    There are three ways: ``closed form`` moves the formulas (``acl.rotate``, ``acl.rescale``), ``resampled`` moves the
+    same kernels by bicubic interpolation, and ``unchanged`` leaves them. Plain layers are not moved. If there are some,
+    the strides of rescaled layers are multiplied, so that plain layers see features of the size that they were trained
+    on.
+
+    Returns:
+        ``rotation`` (degrees) and ``scale`` (factor) -> way -> ``top1``, the test accuracy in percent on
+        ``MAX_CLASSIFIED`` random images, and ``error``, the squared error of the outputs of the first analytic layer,
+        in percent of the transformed outputs on the images as they are. Empty for a network without analytic layers.
+
+    Raises:
+        UsageError: for a network that takes images of one size only, such as LeNet-5.
+    """
+    layers = analytic_layers(run.model)
+    if not layers:
+        return {}
+    data = replace(data, test=data.test.sample(MAX_CLASSIFIED))
+    _check_accepts_any_size(run.model, data)
+    resampled = acl.convert(acl.fold(copy.deepcopy(run.model)), dict.fromkeys(layers, "P100%"))
+    networks = {"closed form": run.model, "resampled": resampled}
+    features = _capture_input(run.model, next(iter(layers.values())), data)
+    num_convolutions = sum(isinstance(module, nn.Conv2d) for module in run.model.modules())
+    multiply_stride = len(layers) < num_convolutions
+
+    values: dict[str, Any] = {"rotation": {}, "scale": {}}
+    for degrees in ROTATIONS:
+        images = rotate(data.test.images, degrees, InterpolationMode.BILINEAR)
+        values["rotation"][f"{degrees:g}"] = _compare_ways(
+            run,
+            networks,
+            partial(acl.rotate, degrees=degrees),
+            replace(data, test=Split(images, data.test.labels)),
+            _compute_errors(networks, features, 1.0, degrees),
+        )
+    for factor in SCALES:
+        values["scale"][f"{factor:g}"] = _compare_ways(
+            run,
+            networks,
+            partial(acl.rescale, factor=factor, multiply_stride=multiply_stride),
+            _resize_test_images(data, factor),
+            _compute_errors(networks, features, factor, 0.0),
+        )
+    return values
+
+
+def _check_accepts_any_size(model: nn.Module, data: Data) -> None:
+    resized = _resize_test_images(replace(data, test=data.test[:1]), max(SCALES))
+    try:
+        with torch.no_grad():
+            model.eval()(next(resized.eval_batches(resized.test)).images)
+    except RuntimeError as error:
+        raise UsageError("the network takes images of one size only, so it cannot be measured at others") from error
+
+
+def _compare_ways(
+    run: FinishedRun,
+    networks: Mapping[str, nn.Module],
+    move: Callable[[nn.Module], nn.Module],
+    data: Data,
+    errors: Mapping[str, float],
+) -> dict[str, dict[str, float]]:
+    moved = {way: move(copy.deepcopy(network)) for way, network in networks.items()}
+    return {
+        way: {"top1": evaluate_run(replace(run, model=model), data, "test")["top1"], "error": errors[way]}
+        for way, model in {**moved, "unchanged": run.model}.items()
+    }
+
+
+def _resize_test_images(data: Data, factor: float) -> Data:
+    images = data.test.images
+    size = [round(factor * length) for length in images.shape[-2:]]
+    images = resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+    crop = data.augmentation.crop
+    augmentation = replace(data.augmentation, crop=None if crop is None else round(factor * crop))
+    return replace(data, test=Split(images, data.test.labels), augmentation=augmentation)
+
+
+@torch.no_grad()
+def _capture_input(model: nn.Module, layer: nn.Module, data: Data) -> Tensor:
+    """The input that a layer gets for ``MAX_COMPARED`` test images."""
+    captured: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    model.eval()(next(data.eval_batches(data.test[:MAX_COMPARED])).images)
+    handle.remove()
+    return captured[0]
+
+
+@torch.no_grad()
+def _compute_errors(
+    networks: Mapping[str, nn.Module], features: Tensor, factor: float, degrees: float
+) -> dict[str, float]:
+    """Compares the first analytic layer's outputs on transformed features with its transformed outputs, per way.
+
+    The layer has stride 1 here, so that no position is lost, and the margin that its window or the corners of rotated
+    features reach is left out.
+    """
+    layers = {way: copy.deepcopy(next(iter(analytic_layers(model).values()))) for way, model in networks.items()}
+    for layer in layers.values():
+        layer.stride = (1, 1)
+        layer.padding = tuple(k // 2 for k in layer.kernel_size)
+    original = layers["closed form"]
+    moved_features, expected = _move(features, factor, degrees), _move(original(features), factor, degrees)
+    layers["unchanged"] = copy.deepcopy(original)
+    errors = {}
+    for way, layer in layers.items():
+        if way == "unchanged":
+            output = layer(moved_features)
+        else:
+            output = (acl.rotate(layer, degrees) if degrees else acl.rescale(layer, factor))(moved_features)
+        rows, columns = (min(a, b) for a, b in zip(output.shape[-2:], expected.shape[-2:], strict=True))
+        margin = math.ceil(max(original.kernel_size) * max(factor, 1.0))
+        inside = _make_disk(rows, columns, min(rows, columns) / 2 - margin).to(output.device)
+        difference = (output[..., :rows, :columns] - expected[..., :rows, :columns])[..., inside]
+        errors[way] = 100 * float(
+            difference.square().sum() / expected[..., :rows, :columns][..., inside].square().sum()
+        )
+    return errors
+
+
+def _make_disk(height: int, width: int, radius: float) -> Tensor:
+    """A mask (height, width) of the pixels within ``radius`` px of the center."""
+    y, x = (torch.arange(n) - (n - 1) / 2 for n in (height, width))
+    return y[:, None] ** 2 + x**2 <= radius**2
+
+
+def _move(images: Tensor, factor: float, degrees: float) -> Tensor:
+    """Rescales images, or rotates them counterclockwise about their center, with bicubic interpolation."""
+    if not degrees:
+        size = [round(factor * length) for length in images.shape[-2:]]
+        return F.interpolate(images, size=size, mode="bicubic", antialias=factor < 1, align_corners=False)
+    angle = math.radians(degrees)
+    matrix = images.new_tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, "bicubic", align_corners=False)

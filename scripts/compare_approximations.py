@@ -1,0 +1,167 @@
+"""Replaces a pretrained layer's kernels by approximations, without training: python scripts/compare_approximations.py
+
+Compares Gabor fits with a truncated SVD and a codebook of at least as many numbers: the layer's outputs, and the
+accuracy of linear probes on the features of a later layer. Writes a line per approximation, with values per test image.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass as validated_dataclass
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from tqdm import tqdm
+
+import acl
+from reporting.table import to_json_lines
+from training.config import compose, run_script
+from training.datasets import Split
+from training.errors import UsageError
+from training.provenance import describe_environment
+from training.run_directory import write_atomic
+from training.runs import create_network, load_run_data, parse_run
+from training.validation import STRICT, OutputFile
+
+GABOR_OPTIONS: dict[int, dict[str, Any]] = {
+    5: {},
+    7: {"family": "extended", "fixed": {"gamma": 1.0}},
+    8: {"family": "extended"},
+}
+"""Numbers per kernel, including the gain -> options of ``acl.fit_kernels``."""
+PROBES = ("probe_correct", "refitted_probe_correct")
+"""The probe is trained on the features of the original network, or again on those of each approximation."""
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class CompareSettings:
+    overrides: list[str]
+    layer: str
+    features: str
+    file: OutputFile
+
+
+def fit_gabor(weight: Tensor, numbers: int) -> tuple[Tensor, float]:
+    return acl.fit_kernels(weight, ["G"], **GABOR_OPTIONS[numbers]).weight(), numbers
+
+
+def truncate_svd(weight: Tensor, numbers: int) -> tuple[Tensor, float]:
+    """Approximates the matrix whose rows are the kernels by the product of two thinner ones."""
+    rows = weight.flatten(0, 1).flatten(1)
+    rank = min(math.ceil(numbers * len(rows) / sum(rows.shape)), *rows.shape)
+    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).view_as(weight), rank * sum(rows.shape) / len(rows)
+
+
+def quantize(weight: Tensor, numbers: int) -> tuple[Tensor, float]:
+    """Replaces each kernel by an entry of a codebook (k-means of the normalized kernels) times a gain.
+
+    The index of the entry and the gain count as two numbers of the kernel.
+    """
+    from sklearn.cluster import KMeans  # imported here because it takes over a second
+
+    rows = weight.flatten(0, 1).flatten(1)
+    size = min(max(1, math.ceil((numbers - 2) * len(rows) / rows.shape[1])), len(rows))
+    normalized = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    codebook = torch.from_numpy(
+        KMeans(size, n_init=10, random_state=0).fit(normalized.numpy()).cluster_centers_
+    ).float()
+    codebook = codebook / codebook.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    products = rows @ codebook.T
+    index = products.abs().argmax(1, keepdim=True)
+    return (products.gather(1, index) * codebook[index[:, 0]]).view_as(weight), 2 + codebook.numel() / len(rows)
+
+
+METHODS: dict[str, Callable[[Tensor, int], tuple[Tensor, float]]] = {
+    "Gabor fit": fit_gabor,
+    "truncated SVD": truncate_svd,
+    "codebook": quantize,
+}
+"""Each takes kernels (out, in / groups, kh, kw) and how many numbers a kernel gets at least.
+
+It returns the approximation and the numbers that a kernel got.
+"""
+
+
+def main(settings: CompareSettings) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    run = parse_run(compose(settings.overrides))
+    data = load_run_data(run)
+    model = create_network(run, data.channels, data.classes).eval()
+    conv = dict(model.named_modules()).get(settings.layer)
+    if not isinstance(conv, nn.Conv2d):
+        raise UsageError(f"layer={settings.layer} is invalid: it is not a convolution of the network")
+    try:
+        extractor = create_feature_extractor(model, {settings.features: "features"})
+    except ValueError as error:
+        raise UsageError(f"features={settings.features} is invalid: it is not a layer of the network") from error
+    original = copy.deepcopy(conv)
+    weight = original.weight.detach()
+    tasks: list[tuple[str, int]] = [(method, numbers) for numbers in GABOR_OPTIONS for method in METHODS]
+    num_weights = weight[0, 0].numel()
+    lines: list[dict[str, Any]] = []
+    probe = None
+    for method, numbers in tqdm([("original", num_weights), *tasks], desc="approximations", disable=None):
+        approximation, used = (weight, numbers) if method == "original" else METHODS[method](weight, numbers)
+        with torch.no_grad():
+            conv.weight.copy_(approximation)
+        train_features, _ = extract_features(extractor, conv, original, data.eval_batches(data.train))
+        test_features, errors = extract_features(extractor, conv, original, data.eval_batches(data.test))
+        refitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+        refitted.fit(train_features.numpy(), data.train.labels.numpy())
+        probe = probe or refitted
+        is_correct = [
+            (fitted.predict(test_features.numpy()) == data.test.labels.numpy()).tolist() for fitted in (probe, refitted)
+        ]
+        lines.append(
+            {
+                "method": method,
+                "numbers": numbers,
+                "numbers_per_kernel": used,
+                "explained_percent": 100 * (1 - float((approximation - weight).square().sum() / weight.square().sum())),
+                "output_error_percent": (100 * errors).tolist(),
+                **dict(zip(PROBES, is_correct, strict=True)),
+            }
+        )
+    environment = describe_environment()
+    setting = {"overrides": settings.overrides, "layer": settings.layer, "features": settings.features}
+    write_atomic(settings.file, to_json_lines([{**setting, **line, **environment} for line in lines]))
+    for line in lines:
+        means = {key: sum(line[key]) / len(line[key]) for key in ("output_error_percent", *PROBES)}
+        print(
+            f"{line['method']:14} {line['numbers_per_kernel']:5.2f} numbers per kernel, "
+            f"{line['explained_percent']:.2f}% of the energy, output error {means['output_error_percent']:.2f}%, "
+            f"probe {100 * means['probe_correct']:.2f}%, refitted {100 * means['refitted_probe_correct']:.2f}%"
+        )
+    print(settings.file)
+
+
+@torch.no_grad()
+def extract_features(
+    extractor: nn.Module, conv: nn.Conv2d, original: nn.Conv2d, batches: Iterable[Split]
+) -> tuple[Tensor, Tensor]:
+    """Extracts the features of images, and the error of the replaced layer.
+
+    Returns:
+        The means of the feature maps (images, channels), and the squared error of the layer's outputs relative to the
+        original outputs (images,).
+    """
+    errors: list[Tensor] = []
+
+    def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        expected = original(*inputs)
+        errors.append((output - expected).square().sum((1, 2, 3)) / expected.square().sum((1, 2, 3)))
+
+    handle = conv.register_forward_hook(compare)
+    features = [extractor(batch.images)["features"].mean((-2, -1)) for batch in batches]
+    handle.remove()
+    return torch.cat(features), torch.cat(errors)
+
+
+if __name__ == "__main__":
+    run_script(main, "compare_approximations", CompareSettings)
