@@ -127,19 +127,28 @@ def read_measurements(file: Path) -> list[dict[str, Any]]:
     """Reads a file that ``scripts/measure.py`` wrote: a row, the id of a run, its seed and the values in each line.
 
     Raises:
-        UsageError: if the file cannot be read, or for the first line of another form.
+        UsageError: as ``read_json_lines`` does.
+    """
+    return read_json_lines(file, {"row", "id", "seed", "values"}, "a measurement")
+
+
+def read_json_lines(file: Path, keys: set[str], description: str) -> list[dict[str, Any]]:
+    """Reads a file with an object of JSON in each line, which ``description`` names in errors.
+
+    Raises:
+        UsageError: if the file cannot be read, or for the first line that is not JSON or lacks one of ``keys``.
     """
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    measurements = []
+    values = []
     for number, line in enumerate(lines, 1):
         try:
-            measurement = json.loads(line)
+            value = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{file}, line {number}, is not JSON: {error}") from error
-        if not isinstance(measurement, dict) or not {"row", "id", "seed", "values"} <= measurement.keys():
-            raise UsageError(f"{file}, line {number}, is not a measurement: it needs row, id, seed and values")
-        measurements.append(measurement)
-    return measurements
+        if not isinstance(value, dict) or not keys <= value.keys():
+            raise UsageError(f"{file}, line {number}, is not {description}: it needs {', '.join(sorted(keys))}")
+        values.append(value)
+    return values

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from reporting.claims import CLAIMS, Claim, Comparison, Effect, collect_effects, draw_effects, render_claims
+from reporting.claims import CLAIMS, Claim, collect_effects, draw_effects, render_claims
+from reporting.effects import Comparison, Effect
 from reporting.table import to_json_lines
 from tests.reporting.helpers import load_settings, make_record
 from training.errors import UsageError
@@ -26,14 +27,14 @@ def write_table(folder: Path, **accuracies: list[float]) -> None:
     (folder / "tables/toy.jsonl").write_text(to_json_lines(records))
 
 
-def write_measurements(folder: Path, name: str, values: dict[str, list[dict[str, Any]]]) -> None:
+def write_measurements(folder: Path, name: str, values: dict[str, list[dict[str, Any]]], table: str = "toy") -> None:
     lines = [
         {"row": row, "id": f"{row}{seed}", "seed": seed, "values": value}
         for row, by_seed in values.items()
         for seed, value in enumerate(by_seed)
     ]
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
-    (folder / f"evidence/toy_{name}.jsonl").write_text(to_json_lines(lines))
+    (folder / f"evidence/{table}_{name}.jsonl").write_text(to_json_lines(lines))
 
 
 def make_claim(*comparisons: Comparison, **options: Any) -> Claim:
@@ -48,17 +49,17 @@ def test_verdict_holds_only_if_whole_interval_is_beyond_threshold(low: float, hi
     assert make_effect(low, high).verdict == verdict
 
 
-def test_seeds_to_decide_grow_with_square_of_interval() -> None:
-    assert make_effect(-2.0, 2.0, threshold=-1.0, n=5).seeds_to_decide == 20
-    assert make_effect(-0.5, 2.0).seeds_to_decide is None
-    assert make_effect(-1.0, 1.0, threshold=0.0).seeds_to_decide is None  # its mean is the threshold
-    assert make_effect(-1.0, 1.0, threshold=None).seeds_to_decide is None
+def test_num_to_decide_grow_with_square_of_interval() -> None:
+    assert make_effect(-2.0, 2.0, threshold=-1.0, n=5).num_to_decide == 20
+    assert make_effect(-0.5, 2.0).num_to_decide is None
+    assert make_effect(-1.0, 1.0, threshold=0.0).num_to_decide is None  # its mean is the threshold
+    assert make_effect(-1.0, 1.0, threshold=None).num_to_decide is None
 
 
 def test_single_seed_is_undecided(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0], analytic=[95.0])
     (effect,), _ = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)
-    assert (effect.mean, effect.verdict, effect.seeds_to_decide) == (5.0, "undecided", None)
+    assert (effect.mean, effect.verdict, effect.num_to_decide) == (5.0, "undecided", None)
 
 
 def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
@@ -75,7 +76,6 @@ def test_missing_records_are_listed_with_their_command(tmp_path: Path) -> None:
         Comparison("toy", "analytic", "plain"),
         Comparison("other", "analytic", "plain"),
         measurements={"shapley": ("toy",)},
-        not_run=("something else",),
     )
     effects, missing = collect_effects(claim, tmp_path)
     assert effects == []
@@ -100,16 +100,81 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     assert effects[2].verdict == "" and effects[1].low == effects[1].high == 4.0
 
 
-def test_corruptions_compare_mean_accuracy_by_seed(tmp_path: Path) -> None:
-    plain, exp1 = "plain, pretrained", "exp1: Gabor, pretrained"
-    corrupted = {plain: [(80.0, 60.0), (70.0, 50.0)], exp1: [(82.0, 64.0), (71.0, 55.0)]}
-    values = {
-        row: [{"none": 99.0, "noise": [noise, noise], "blur": [blur]} for noise, blur in by_seed]
-        for row, by_seed in corrupted.items()
-    }
-    write_measurements(tmp_path, "corruptions", values)
-    (effect,), _ = collect_effects(make_claim(measurements={"corruptions": ("toy",)}), tmp_path)
-    assert (effect.mean, effect.low, effect.high) == (3.0, 3.0, 3.0)
+def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -> None:
+    plain, gabor = "LeNet-5 plain", "all Gabor"
+    lowered = {plain: [(80.0, 60.0), (70.0, 50.0)], gabor: [(82.0, 64.0), (71.0, 55.0)]}
+    corrupted, attacked = (
+        {row: [make(*values) for values in by_seed] for row, by_seed in lowered.items()}
+        for make in (
+            lambda noise, blur: {"none": 99.0, "noise": [noise, noise], "blur": [blur]},
+            lambda small, large: {"0": 99.0, "1": small, "2": large},
+        )
+    )
+    write_measurements(tmp_path, "corruptions", corrupted, "mnist")
+    write_measurements(tmp_path, "attacks", attacked, "mnist")
+    effects, _ = collect_effects(make_claim(measurements={"corruptions": ("mnist",), "attacks": ("mnist",)}), tmp_path)
+    assert [(e.what, e.mean, e.low, e.high) for e in effects] == [
+        (f"all Gabor, {condition}, against LeNet-5 plain", 3.0, 3.0, 3.0)
+        for condition in ("under corruptions", "under attacks")
+    ]
+
+
+def test_transforms_compare_closed_form_with_other_ways(tmp_path: Path) -> None:
+    def make_ways(closed: float, resampled: float, unchanged: float) -> dict[str, dict[str, float]]:
+        ways = {"closed form": closed, "resampled": resampled, "unchanged": unchanged}
+        return {way: {"top1": top1, "error": 100 - top1} for way, top1 in ways.items()}
+
+    values = [
+        {
+            "rotation": {
+                "15": make_ways(80, 70, 60 - seed),
+                "45": make_ways(90, 80, 50 - seed),
+                "90": make_ways(0, 9, 9),
+            },
+            "scale": {"2": make_ways(50, 60, 10)},
+        }
+        for seed in range(3)
+    ]
+    write_measurements(tmp_path, "transforms", {"plain": [{}], "all Gabor": values})
+    effects, _ = collect_effects(make_claim(measurements={"transforms": ("toy",)}), tmp_path)
+    assert [(e.mean, e.unit, e.verdict) for e in effects] == [
+        (10.0, "points", "holds"),
+        (31.0, "points", "holds"),
+        (10.0, "%", "holds"),
+        (-10.0, "points", "does not hold"),
+        (40.0, "points", "holds"),
+        (-10.0, "%", "does not hold"),
+    ]
+
+
+def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
+    def make_line(method: str, correct: list[bool]) -> dict[str, Any]:
+        probes = {"probe_correct": correct, "refitted_probe_correct": correct}
+        errors = {"output_error_percent": [1.0, 2.0, 3.0, 4.0]}
+        setting = {
+            "method": method,
+            "numbers": 5,
+            "numbers_per_kernel": 5.0,
+            "overrides": ["data=toy"],
+            "layer": "conv1",
+        }
+        return {**setting, **probes, **errors}
+
+    lines = [
+        make_line("original", [True] * 4),
+        make_line("Gabor fit", [True, True, True, False]),
+        make_line("codebook", [True, False, False, False]),
+    ]
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence/flowers17_approximations.jsonl").write_text(to_json_lines(lines))
+    claim = next(claim for claim in CLAIMS if claim.name == "C3")
+    effects = [effect for effect in collect_effects(claim, tmp_path)[0] if effect.sampled == "images"]
+    assert [(e.what, e.mean, e.n) for e in effects[:4]] == [
+        ("error of conv1's outputs, Gabor fit, 5.0 numbers per kernel", 2.5, 4),
+        ("error of conv1's outputs, codebook, 5.0 numbers per kernel", 2.5, 4),
+        ("linear probe, Gabor fit with 5 numbers per kernel, against the original", -25.0, 4),
+        ("linear probe, Gabor fit with 5 numbers per kernel, against codebook", 50.0, 4),
+    ]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"row": "plain"}'])

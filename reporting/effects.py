@@ -1,0 +1,259 @@
+"""Effects with intervals, computed from the records of tables and measurements."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from acl.fit_result import Fit
+from acl.kernels import KINDS
+from reporting.measurements import read_json_lines, read_measurements
+from reporting.statistics import interval_of_mean, top1_by_seed
+
+COMPETITIVE = -1.0
+"""The largest loss of accuracy, in points, that counts as competitive."""
+PLAIN_ROWS = {
+    "mnist": "LeNet-5 plain",
+    "fashion_mnist": "LeNet-5 plain",
+    "cifar10_jpeg": "four-layer plain 5 x 5",
+    "flowers17": "plain, pretrained",
+    "imagenette": "plain, pretrained",
+}
+"""The row of a table that the measurements of its other rows are compared with."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A number with its 95% interval, and the threshold that it must exceed if the claim holds."""
+
+    data: str
+    what: str
+    unit: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    threshold: float | None  # None: a description, without a verdict
+    source: str  # the file of its records, relative to results/
+    ratio: float | None = None  # convolution parameters of the reference, divided by the row's
+    sampled: str = "seeds"  # what n counts
+
+    @property
+    def verdict(self) -> str:
+        if self.threshold is None:
+            return ""
+        if self.low > self.threshold:
+            return "holds"
+        return "does not hold" if self.high < self.threshold else "undecided"
+
+    @property
+    def num_to_decide(self) -> int | None:
+        """The number of seeds (or what ``sampled`` says) at which this mean and spread would give a verdict.
+
+        None unless the effect is undecided and has an interval.
+        """
+        if self.verdict != "undecided" or self.threshold is None or self.mean == self.threshold or self.n < 2:
+            return None
+        return math.ceil(self.n * ((self.high - self.mean) / (self.mean - self.threshold)) ** 2)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows of a table, whose accuracy is compared."""
+
+    table: str
+    row: str
+    against: str
+    threshold: float = COMPETITIVE
+
+
+def compare_rows(comparison: Comparison, records: list[dict[str, Any]]) -> Effect | None:
+    """The paired difference of two rows in test accuracy; None if the table has not both of them."""
+    row, against = (
+        [record for record in records if record["row"] == name] for name in (comparison.row, comparison.against)
+    )
+    if not row or not against:
+        return None
+    return _make_paired_effect(
+        top1_by_seed(row) - top1_by_seed(against),
+        comparison.table,
+        f"{comparison.row}, against {comparison.against}",
+        comparison.threshold,
+        f"tables/{comparison.table}.md",
+        ratio=against[0]["parameters"]["conv"] / row[0]["parameters"]["conv"],
+    )
+
+
+def _make_paired_effect(
+    differences: "pd.Series[Any]",
+    data: str,
+    what: str,
+    threshold: float | None,
+    source: str,
+    unit: str = "points",
+    ratio: float | None = None,
+    sampled: str = "seeds",
+) -> Effect:
+    differences = differences.dropna()
+    interval = interval_of_mean(differences)
+    return Effect(data, what, unit, *interval, len(differences), threshold, source, ratio, sampled)
+
+
+def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    return [
+        Effect(table, f"distance traveled by {akp} of {KINDS[symbol].name} in {row}", unit, *interval, n, None, source)
+        for row, name, interval, n in _average_over_seeds(measurements)
+        for symbol, akp in [name.split("/")]
+        for unit in [_get_display_unit(symbol, akp)]
+    ]
+
+
+def _get_display_unit(symbol: str, akp_name: str) -> str:
+    akps = KINDS[symbol].akps("extended", amplitude=True)
+    return next(akp.unit for akp in akps if akp.name == akp_name).replace("rad", "degrees")
+
+
+def _summarize_shapley(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    return [
+        Effect(table, f"{KINDS[symbol].name} in {row}", "points", *interval, n, 0.0, source)
+        for row, symbol, interval, n in _average_over_seeds(measurements)
+    ]
+
+
+def _summarize_corruptions(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    def average(values: dict[str, Any]) -> float:
+        by_corruption = [accuracies for name, accuracies in values.items() if name != "none"]
+        return sum(sum(accuracies) / len(accuracies) for accuracies in by_corruption) / len(by_corruption)
+
+    return _compare_with_plain(measurements, average, "under corruptions", table, source)
+
+
+def _summarize_attacks(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    def average(values: dict[str, float]) -> float:
+        under_attack = [accuracy for size, accuracy in values.items() if size != "0"]
+        return sum(under_attack) / len(under_attack)
+
+    return _compare_with_plain(measurements, average, "under attacks", table, source)
+
+
+def _compare_with_plain(
+    measurements: list[dict[str, Any]], score: Callable[[Any], float], condition: str, table: str, source: str
+) -> list[Effect]:
+    """The paired difference of each row from its table's plain row."""
+    scores: dict[str, dict[int, float]] = {}
+    for line in measurements:
+        scores.setdefault(line["row"], {})[line["seed"]] = score(line["values"])
+    plain = scores.get(PLAIN_ROWS[table], {})
+    return [
+        _make_paired_effect(
+            pd.Series(by_seed) - pd.Series(plain),
+            table,
+            f"{row}, {condition}, against {PLAIN_ROWS[table]}",
+            0.0,
+            source,
+        )
+        for row, by_seed in scores.items()
+        if row != PLAIN_ROWS[table] and by_seed.keys() & plain.keys()
+    ]
+
+
+def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    """Compares formulas that are moved with kernels that are resampled, and with a network that is left unchanged."""
+    columns = ["row", "seed", "transform", "amount", "way", "top1", "error"]
+    frame = pd.DataFrame(
+        [
+            (line["row"], line["seed"], transform, float(amount), way, values["top1"], values["error"])
+            for line in measurements
+            for transform, by_amount in line["values"].items()
+            for amount, ways in by_amount.items()
+            for way, values in ways.items()
+        ],
+        columns=columns,
+    )
+    effects = []
+    for row, of_row in frame.groupby("row", sort=False):
+        groups = {"rotated by 15 to 75 degrees": (of_row["transform"] == "rotation") & (of_row["amount"] < 90)}
+        for factor in sorted(of_row["amount"][of_row["transform"] == "scale"].unique()):
+            groups[f"scaled by {factor:g}"] = (of_row["transform"] == "scale") & (of_row["amount"] == factor)
+        for title, is_member in groups.items():
+            means = of_row[is_member].groupby(["seed", "way"])[["top1", "error"]].mean().unstack()
+            for way in ("resampled", "unchanged"):
+                difference = means["top1", "closed form"] - means["top1", way]
+                what = f"{row}, accuracy on images {title}, formulas moved, against {way} kernels"
+                effects.append(_make_paired_effect(difference, table, what, 0.0, source))
+            difference = means["error", "resampled"] - means["error", "closed form"]
+            what = f"{row}, error of outputs on images {title}, resampled kernels, less that of formulas moved"
+            effects.append(_make_paired_effect(difference, table, what, 0.0, source, unit="%"))
+    return effects
+
+
+def _average_over_seeds(
+    measurements: list[dict[str, Any]],
+) -> Iterable[tuple[str, str, tuple[float, float, float], int]]:
+    """Yields each row and name of a value, with the mean over seeds, its interval and the number of seeds."""
+    values = [(line["row"], name, value) for line in measurements for name, value in line["values"].items()]
+    frame = pd.DataFrame(values, columns=["row", "name", "value"])
+    for (row, name), group in frame.groupby(["row", "name"], sort=False):
+        yield row, name, interval_of_mean(group["value"]), len(group)
+
+
+_SUMMARIES = {
+    "akp_travel": _summarize_akp_travel,
+    "shapley": _summarize_shapley,
+    "corruptions": _summarize_corruptions,
+    "attacks": _summarize_attacks,
+    "transforms": _summarize_transforms,
+}
+
+
+def summarize_measurements(name: str, table: str, file: Path) -> list[Effect]:
+    """The effects in a file of ``scripts/measure.py``; ``name`` is that of the measurement."""
+    return _SUMMARIES[name](read_measurements(file), table, f"evidence/{file.name}")
+
+
+def summarize_fit(file: Path) -> list[Effect]:
+    """The share of energy that the best fit explains, with a bootstrap interval over the kernels."""
+    fit = Fit.from_json(file.read_text("utf-8"))
+    pairs = [(k.r2 * e, e) for k, e in zip(fit.kernels, fit.energies, strict=True) if k.r2 is not None]
+    explained, energy = (pd.Series(values) for values in zip(*pairs, strict=True))
+    resampled = []
+    for seed in range(1000):
+        sample = explained.sample(frac=1, replace=True, random_state=seed).index
+        resampled.append(100 * explained[sample].sum() / energy[sample].sum())
+    low, high = pd.Series(resampled).quantile([0.025, 0.975])
+    what = f"energy of ResNet-18's conv1 explained at {fit.num_parameters / len(fit.kernels):.1f} numbers per kernel"
+    mean = 100 * explained.sum() / energy.sum()
+    source = f"approximation/{file.stem}.md"
+    return [Effect("ImageNet", what, "%", mean, low, high, len(pairs), 90.0, source, sampled="kernels")]
+
+
+def summarize_approximations(file: Path) -> list[Effect]:
+    """The effects of replacing a layer's kernels, from a file of ``scripts/compare_approximations.py``.
+
+    Intervals are over test images.
+    """
+    keys = {"method", "numbers", "numbers_per_kernel", "output_error_percent", "overrides", "layer"}
+    lines = read_json_lines(file, keys | {"probe_correct", "refitted_probe_correct"}, "an approximation")
+    original, *approximations = lines
+    data = next(word.removeprefix("data=") for word in original["overrides"] if word.startswith("data="))
+    source = f"evidence/{file.name}"
+    effects = []
+    for line in approximations:
+        errors = pd.Series(line["output_error_percent"])
+        numbers = f"{line['numbers_per_kernel']:.1f} numbers per kernel"
+        what = f"error of {line['layer']}'s outputs, {line['method']}, {numbers}"
+        effects.append(_make_paired_effect(errors, data, what, None, source, unit="%", sampled="images"))
+    for key, title in (("probe_correct", "linear probe"), ("refitted_probe_correct", "refitted linear probe")):
+        correct = [(line, 100 * pd.Series(line[key]).astype(float)) for line in lines]
+        fits = [(line, values) for line, values in correct if line["method"] == "Gabor fit"]
+        for fit, values in fits:
+            peers = [(line, v, 0.0) for line, v in correct[1:] if line["numbers"] == fit["numbers"] and line is not fit]
+            for line, other_values, threshold in [(original, correct[0][1], COMPETITIVE), *peers]:
+                other = "the original" if line is original else line["method"]
+                what = f"{title}, Gabor fit with {fit['numbers']} numbers per kernel, against {other}"
+                effect = _make_paired_effect(values - other_values, data, what, threshold, source, sampled="images")
+                effects.append(effect)
+    return effects
