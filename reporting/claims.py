@@ -216,7 +216,7 @@ def _format_effect(effect: Effect) -> str:
     number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
     mean, low, high = (number.format(value) for value in (effect.mean, effect.low, effect.high))
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
-    to_decide = "" if effect.num_to_decide is None else f"about {effect.num_to_decide} {effect.sampled}"
+    to_decide = "" if effect.num_to_decide is None else f"about {effect.num_to_decide:,} {effect.sampled}"
     return (
         f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean} [{low}, {high}] {effect.unit} "
         f"| {effect.n} {effect.sampled} | {effect.verdict} | {to_decide} |"

@@ -116,13 +116,13 @@ class Table:
                 planned += self._plan_seeds(row)
         return planned
 
-    def find_finished_runs(self) -> Iterator[tuple[str, Path]]:
-        """Yields the row and the folder of each finished run of a seed."""
+    def find_finished_runs(self) -> Iterator[tuple[str, PlannedRun]]:
+        """Yields each finished run of a seed, with its row."""
         self.plan_runs()  # chooses the candidate of each row
         for row in self.rows:
             for planned in self._plan_seeds(row) if row.chosen is not None else ():
                 if planned.load_record() is not None:
-                    yield row.name, planned.directory.path
+                    yield row.name, planned
 
     def _choose_candidate(self, row: Row) -> list[str] | None:
         """Chooses the candidate with the best validation accuracy, ties broken by validation loss.

@@ -14,7 +14,7 @@ from reporting.measurements import MEASUREMENTS, read_measurements
 from reporting.table import open_table, to_json_lines
 from training.config import resolve, run_script
 from training.errors import UsageError
-from training.finished_run import load_finished_run
+from training.finished_run import DataLocation, load_finished_run
 from training.provenance import describe_environment
 from training.run_directory import write_atomic
 from training.runs import load_run_data
@@ -36,19 +36,19 @@ def main(cfg: DictConfig) -> None:
     wanted = names if options.only is None else options.only
     if unknown := [name for name in wanted if name not in names]:
         raise UsageError(f"only has '{unknown[0]}', which is not a row of table {table.name}; its rows: {names}")
-    runs = [(row, folder) for row, folder in table.find_finished_runs() if row in wanted]
+    runs = [(row, planned) for row, planned in table.find_finished_runs() if row in wanted]
     if not runs:
         raise UsageError(f"table {table.name} has no finished run in these rows; run scripts/reproduce_table.py first")
     file = table.path.parents[1] / "evidence" / f"{table.name}_{options.measurement}.jsonl"
     lines = read_measurements(file) if file.exists() else []
     known = {line["id"] for line in lines}
-    for row, folder in tqdm(runs, desc=options.measurement, unit="run", disable=None):
-        run = load_finished_run(folder)
-        assert run.record is not None
-        if run.record["id"] in known:
+    for row, planned in tqdm(runs, desc=options.measurement, unit="run", disable=None):
+        if planned.directory.id in known:
             continue
+        data = planned.cfg.data
+        run = load_finished_run(planned.directory.path, DataLocation(root=data.root, cache=data.get("cache")))
         values = MEASUREMENTS[options.measurement](run, load_run_data(run.settings))
-        run_key = {"row": row, "id": run.record["id"], "seed": run.settings.seed}
+        run_key = {"row": row, "id": planned.directory.id, "seed": run.settings.seed}
         lines.append({**run_key, "values": values, **describe_environment()})
         write_atomic(file, to_json_lines(lines))
         tqdm.write(f"{row}, seed {run.settings.seed}: {json.dumps(values)}")

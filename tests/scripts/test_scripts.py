@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from scripts import collect, train
 from scripts.collect import CollectSettings
 from tests.scripts.conftest import ROOT, Command, RunScript
+from tests.training.trees import write_mnist
 from training.config import compose
 from training.errors import UsageError
 
@@ -227,6 +228,17 @@ def test_two_processes_give_result_of_one(
     assert record["test"]["loss"] == pytest.approx(other_record["test"]["loss"], abs=1e-6)  # summed in float32
     pd.testing.assert_frame_equal(metrics, other_metrics, rtol=1e-5)
     assert list(metrics["train_top1"]) == list(other_metrics["train_top1"])
+
+
+def test_measure_reads_data_that_moved(tmp_path: Path, call_script: RunScript) -> None:
+    write_mnist(tmp_path / "data", train=5040, test=20)
+    rows = '[{name: plain, overrides: ["model=lenet"]}]'
+    table = ["table=mnist", f"table.rows={rows}", "table.seeds=[0]", "table.search=null"]
+    table += ["trainer.epochs=1", "trainer.batch_size=20", f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}"]
+    assert call_script("reproduce_table.py", *table, f"data.root={tmp_path}/data").returncode == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    done = call_script("measure.py", *table, "measurement=corruptions", f"data.root={tmp_path}/moved")
+    assert done.returncode == 0, done.stderr
 
 
 def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, call_script: RunScript) -> None:
