@@ -33,7 +33,9 @@ def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
         lines.append(
             [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
         )
-    headings = [f"points against {' or '.join(dict.fromkeys(names))}" for names in references]
+    headings = [
+        f"points against {names[0] if len(set(names)) == 1 else 'the reference of the row'}" for names in references
+    ]
     accuracy = f"top-1 {SPLIT_NAMES[rows[0].split]} %"
     return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", "plain / row", accuracy, *headings])
 
@@ -110,8 +112,21 @@ def describe_statistics(rows: Sequence[Row]) -> str:
     return (
         f"Mean ± standard deviation over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}; differences are paired "
         f"by seed, with their 95% t-interval. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
-        "Convolution parameters include biases and frozen AKPs."
+        f"Convolution parameters include biases and frozen AKPs.{_describe_references(rows)}"
     )
+
+
+def _describe_references(rows: Sequence[Row]) -> str:
+    """Says which rows are compared with which, if not all with the same."""
+    names_by_reference: dict[str, list[str]] = {}
+    for row in rows:
+        reference = row.against or rows[0].name
+        if row.name != reference:
+            names_by_reference.setdefault(reference, []).append(f"*{row.name}*")
+    if len(names_by_reference) < 2:
+        return ""
+    parts = [f"*{reference}* for {', '.join(names)}" for reference, names in names_by_reference.items()]
+    return f" References: {'; '.join(parts)}."
 
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:
