@@ -1,6 +1,6 @@
-"""A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figure."""
+"""A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,7 +196,7 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
         verdicts = [effect.verdict for effect in effects_of[claim.name][0]]
         counts = [str(verdicts.count(verdict)) for verdict in ("holds", "does not hold", "undecided")]
         lines.append(f"| [{claim.name}](#{claim.name.lower()}): {claim.text} | {' | '.join(counts)} |")
-    lines += ["", "![Effects with their 95% intervals](claims.png)", ""]
+    lines.append("")
     for claim in CLAIMS:
         effects, missing = effects_of[claim.name]
         lines += [f"## {claim.name}", "", f"**{claim.text}** Source: {claim.source}. {claim.rule}", ""]
@@ -207,6 +207,8 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
                 *map(_format_effect, effects),
                 "",
             ]
+        if any(effect.is_verdict_in_points for effect in effects):
+            lines += [f"![Effects with their 95% intervals](claims/{claim.name}.png)", ""]
         lines += [f"- Not run: {item}." for item in missing]
         lines += [""] if missing else []
     return "\n".join(lines).rstrip() + "\n"
@@ -223,26 +225,23 @@ def _format_effect(effect: Effect) -> str:
     )
 
 
-def draw_effects(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> Figure:
-    """Draws all effects in points that have a verdict, one panel per claim."""
-    panels = {
-        claim: [effect for effect in effects if effect.unit == "points" and effect.threshold is not None]
-        for claim, (effects, _) in effects_of.items()
-    }
-    panels = {claim: effects for claim, effects in panels.items() if effects}
-    sizes = [len(effects) + 1.5 for effects in panels.values()]
-    figure = Figure(figsize=(10, 0.24 * sum(sizes) + 0.5), layout="constrained")
-    subplots = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
+def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
+    """Draws a claim's effects in points of accuracy that have a verdict; None if there are none."""
+    drawn = [effect for effect in effects if effect.is_verdict_in_points]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(10, 0.24 * len(drawn) + 1.2), layout="constrained")
+    axes = figure.subplots()
     colors = {"holds": "tab:green", "does not hold": "tab:red", "undecided": "tab:gray"}
-    for axes, (claim, effects) in zip(subplots, panels.items(), strict=True):
-        for position, effect in enumerate(effects):
-            error = [[effect.mean - effect.low], [effect.high - effect.mean]]
-            axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=colors[effect.verdict])
-            axes.plot([effect.threshold] * 2, [-position - 0.5, -position + 0.5], color="black", linewidth=0.8)
-        axes.set_yticks([-i for i in range(len(effects))], [f"{e.data}: {e.what}" for e in effects], fontsize=7)
-        axes.set_title(claim, loc="left", fontsize=9)
-        axes.margins(y=0.5 / len(effects))
-        axes.grid(axis="x", alpha=0.3)
+    for position, effect in enumerate(drawn):
+        assert effect.threshold is not None
+        error = [[effect.mean - effect.low], [effect.high - effect.mean]]
+        axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=colors[effect.verdict])
+        axes.plot([effect.threshold] * 2, [-position - 0.5, -position + 0.5], color="black", linewidth=0.8)
+    axes.set_yticks([-i for i in range(len(drawn))], [f"{e.data}: {e.what}" for e in drawn], fontsize=7)
+    axes.margins(y=0.5 / len(drawn))
+    axes.grid(axis="x", alpha=0.3)
     meanings = ", ".join(f"{color.removeprefix('tab:')}: {verdict}" for verdict, color in colors.items())
-    figure.supxlabel(f"points of accuracy; black line: the claim's threshold; {meanings}", fontsize=9)
+    figure.suptitle(f"{claim.name}: {claim.text}", fontsize=10)
+    figure.supxlabel(f"points of accuracy; black line: the claim's threshold; {meanings}", fontsize=8)
     return figure

@@ -50,6 +50,10 @@ class Effect:
         return "does not hold" if self.high < self.threshold else "undecided"
 
     @property
+    def is_verdict_in_points(self) -> bool:
+        return self.unit == "points" and self.threshold is not None
+
+    @property
     def num_to_decide(self) -> int | None:
         """The number of seeds (or what ``sampled`` says) at which this mean and spread would give a verdict.
 

@@ -1,4 +1,4 @@
-"""Writes results/CLAIMS.md and results/claims.png from the committed records: python scripts/claims.py"""
+"""Writes results/CLAIMS.md and the figures in results/claims/ from the committed records: python scripts/claims.py"""
 
 from pydantic.dataclasses import dataclass as validated_dataclass
 
@@ -19,7 +19,10 @@ def main(settings: ClaimsSettings) -> None:
     effects_of = {claim.name: collect_effects(claim, settings.results) for claim in CLAIMS}
     if not any(effects for effects, _ in effects_of.values()):
         raise UsageError(f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/")
-    write_atomic(settings.results / "claims.png", to_png(draw_effects(effects_of)))
+    for claim in CLAIMS:
+        figure = draw_effects(claim, effects_of[claim.name][0])
+        if figure is not None:
+            write_atomic(settings.results / "claims" / f"{claim.name}.png", to_png(figure))
     write_atomic(settings.results / "CLAIMS.md", render_claims(effects_of))
     print(settings.results / "CLAIMS.md")
 

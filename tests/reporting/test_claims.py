@@ -188,11 +188,13 @@ def test_corrupt_measurement_is_one_line(tmp_path: Path, line: str) -> None:
 def test_committed_page_equals_page_from_committed_records() -> None:
     effects_of = {claim.name: collect_effects(claim, ROOT / "results") for claim in CLAIMS}
     assert render_claims(effects_of) == (ROOT / "results/CLAIMS.md").read_text("utf-8")
-    assert sum(len(axes.get_yticks()) for axes in draw_effects(effects_of).axes) == sum(
-        effect.unit == "points" and effect.threshold is not None
-        for effects, _ in effects_of.values()
-        for effect in effects
-    )
+
+
+def test_figure_shows_effects_in_points_that_have_a_verdict() -> None:
+    effects = [make_effect(0.0, 1.0), make_effect(0.0, 1.0, threshold=None), make_effect(-3.0, -2.0)]
+    figure = draw_effects(make_claim(), effects)
+    assert figure is not None and len(figure.axes[0].get_yticks()) == 2
+    assert draw_effects(make_claim(), effects[1:2]) is None
 
 
 def test_every_comparison_names_rows_of_its_table() -> None:
