@@ -144,10 +144,8 @@ def _compute_errors(
         rows, columns = (min(a, b) for a, b in zip(output.shape[-2:], expected.shape[-2:], strict=True))
         margin = math.ceil(max(original.kernel_size) * max(factor, 1.0))
         inside = _make_disk(rows, columns, min(rows, columns) / 2 - margin).to(output.device)
-        difference = (output[..., :rows, :columns] - expected[..., :rows, :columns])[..., inside]
-        errors[way] = 100 * float(
-            difference.square().sum() / expected[..., :rows, :columns][..., inside].square().sum()
-        )
+        kept, target = output[..., :rows, :columns][..., inside], expected[..., :rows, :columns][..., inside]
+        errors[way] = 100 * float((kept - target).square().sum() / target.square().sum())
     return errors
 
 
