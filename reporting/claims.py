@@ -1,5 +1,6 @@
 """A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +231,7 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     drawn = [effect for effect in effects if effect.is_verdict_in_points]
     if not drawn:
         return None
-    figure = Figure(figsize=(10, 0.24 * len(drawn) + 1.2), layout="constrained")
+    figure = Figure(figsize=(10, 0.27 * len(drawn) + 1.2), layout="constrained")
     axes = figure.subplots()
     colors = {"holds": "tab:green", "does not hold": "tab:red", "undecided": "tab:gray"}
     for position, effect in enumerate(drawn):
@@ -238,7 +239,8 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
         error = [[effect.mean - effect.low], [effect.high - effect.mean]]
         axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=colors[effect.verdict])
         axes.plot([effect.threshold] * 2, [-position - 0.5, -position + 0.5], color="black", linewidth=0.8)
-    axes.set_yticks([-i for i in range(len(drawn))], [f"{e.data}: {e.what}" for e in drawn], fontsize=7)
+    labels = [textwrap.fill(f"{effect.data}: {effect.what}", 70) for effect in drawn]
+    axes.set_yticks([-i for i in range(len(drawn))], labels, fontsize=7)
     axes.margins(y=0.5 / len(drawn))
     axes.grid(axis="x", alpha=0.3)
     meanings = ", ".join(f"{color.removeprefix('tab:')}: {verdict}" for verdict, color in colors.items())

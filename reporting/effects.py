@@ -186,10 +186,10 @@ def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source
             means = of_row[is_member].groupby(["seed", "way"])[["top1", "error"]].mean().unstack()
             for way in ("resampled", "unchanged"):
                 difference = means["top1", "closed form"] - means["top1", way]
-                what = f"{row}, accuracy on images {title}, formulas moved, against {way} kernels"
+                what = f"{row}, images {title}: formulas moved, against kernels {way}"
                 effects.append(_make_paired_effect(difference, table, what, 0.0, source))
             difference = means["error", "resampled"] - means["error", "closed form"]
-            what = f"{row}, error of outputs on images {title}, resampled kernels, less that of formulas moved"
+            what = f"{row}, images {title}: error of outputs, kernels resampled, against formulas moved"
             effects.append(_make_paired_effect(difference, table, what, 0.0, source, unit="%"))
     return effects
 
