@@ -56,8 +56,8 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
     The outputs of a layer on an enlarged image are then the enlarged outputs on the image, except near the borders and
     for what the pixel grid loses. Every AKP in px is multiplied by the factor, but stays above its floor. Gains keep
     the size of the outputs, so the new layers have ``amplitude``. Plain kernels are resampled with bicubic
-    interpolation. The new kernel size has the parity of the old one, and is not below ``factor`` times the old one. So a
-    kernel that is wider than its window is cut off elsewhere, and resampling (as of plain kernels) can be more precise.
+    interpolation. The new kernel size has the parity of the old one, and is not below ``factor`` times the old one. A
+    kernel wider than its window is then cut off elsewhere; resampling, as of plain kernels, can be more precise.
 
     Args:
         model: a network, or an analytic layer itself.
