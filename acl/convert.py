@@ -18,8 +18,6 @@ from acl.layer import AnalyticConv2d
 
 Init = Literal["random", "fit"]
 INITS: tuple[str, ...] = get_args(Init)
-Placement = Literal["ordered", "spread"]
-PLACEMENTS: tuple[str, ...] = get_args(Placement)
 _HOOK_ATTRIBUTES = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -39,7 +37,6 @@ def convert(
     arrangement: Arrangement | str | None = None,
     init: str | None = None,
     tolerance: float | None = None,
-    placement: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Replaces convolutions of a model with analytic ones, in place.
@@ -59,8 +56,6 @@ def convert(
             for ``auto`` and to ``random`` otherwise. Without ``amplitude``, a kernel is fitted only up to its norm.
         tolerance: the largest fraction of a kernel's energy that ``auto`` may leave unexplained, from 0 (all plain)
             to 1 (all analytic).
-        placement: ``ordered`` (the default) fills the slots kind by kind, so that in a deep layer most output channels
-            have a single kind; ``spread`` permutes the slots at random. ``auto`` places each kind where it fits.
         options: ``scale``, ``amplitude``, ``family``, ``profile`` and ``learn`` of AnalyticConv2d.
 
     Returns:
@@ -81,8 +76,6 @@ def convert(
     """
     if init not in (None, *INITS):
         raise ValueError(f"unknown init '{init}'; known: {', '.join(INITS)}")
-    if placement not in (None, *PLACEMENTS):
-        raise ValueError(f"unknown placement '{placement}'; known: {', '.join(PLACEMENTS)}")
     if isinstance(layers, Mapping):
         arrangement_by_pattern = dict(layers)
     elif arrangement is None:
@@ -104,7 +97,7 @@ def convert(
             else:
                 arrangements[name] = parsed.fill(conv.in_channels // conv.groups, conv.out_channels, name)
     replacements = {
-        convolutions[name]: _to_analytic(convolutions[name], parsed, init, tolerance, placement, options)
+        convolutions[name]: _to_analytic(convolutions[name], parsed, init, tolerance, options)
         for name, parsed in arrangements.items()
     }
     learn = options.get("learn", "all")
@@ -320,12 +313,7 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
 
 
 def _to_analytic(
-    conv: nn.Conv2d,
-    arrangement: Arrangement,
-    init: str | None,
-    tolerance: float | None,
-    placement: str | None,
-    options: dict[str, Any],
+    conv: nn.Conv2d, arrangement: Arrangement, init: str | None, tolerance: float | None, options: dict[str, Any]
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted."""
     fit_options: dict[str, Any] = {
@@ -333,15 +321,13 @@ def _to_analytic(
         "profile": options.get("profile", "exponential"),
         "signed": not options.get("amplitude", False),
     }
-    kernel_of_slot: torch.Tensor | None = None
+    placement: torch.Tensor | None = None
     fits: list[KernelFit] | None = None
     if arrangement.auto:
         assert tolerance is not None
         fits = list(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight).kernels)
-        arrangement, kernel_of_slot = Arrangement.from_slot_kinds([fit.kind for fit in fits])
-    elif placement == "spread":
-        kernel_of_slot = torch.randperm(conv.weight.shape[:2].numel())
-    layer = create_analytic(conv, arrangement, kernel_of_slot, **options)
+        arrangement, placement = Arrangement.from_slot_kinds([fit.kind for fit in fits])
+    layer = create_analytic(conv, arrangement, placement, **options)
     if fits is None and init == "fit":
         kernels = conv.weight.flatten(0, 1)
         fits = [KernelFit("P", {}, 1.0, None)] * len(kernels)

@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from acl import Arrangement
-from acl.convert import Init, Placement
+from acl.convert import Init
 from acl.kernels import Family, Profile
 from acl.layer import Scale
 from training.config import flatten, format_error, identity, resolve
@@ -57,7 +57,6 @@ class LayerSettings:
     learn: str | list[str]
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
-    placement: Placement | None = None
 
 
 @dataclass(frozen=True)

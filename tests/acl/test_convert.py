@@ -41,15 +41,6 @@ def test_convert_copies_plain_kernels_and_bias_from_replaced_layer() -> None:
     assert torch.equal(layer.bias, bias)
 
 
-def test_spread_placement_permutes_slots_and_keeps_plain_kernels() -> None:
-    model = make_network()
-    weight = model[0].weight.clone()
-    layer = convert(model, "0", "G12 P12", placement="spread")[0]
-    plain_slots = layer.slots_of("P")
-    assert plain_slots != list(range(12, 24)) and layer.arrangement.counts == {"G": 12, "P": 12}
-    assert torch.equal(layer.weight.flatten(0, 1)[plain_slots], weight.flatten(0, 1)[plain_slots])
-
-
 def test_convert_to_all_plain_kernels_keeps_output() -> None:
     model = make_network()
     x = torch.randn(2, 3, 16, 16)
