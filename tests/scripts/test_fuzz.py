@@ -48,7 +48,12 @@ COMMANDS = {
     **{name: [name] for name in ("claims", "collect", "mosaic", "upload_runs")},
     **{name: [name, "run=finished"] for name in ("evaluate", "explain", "export")},
     "approximate": ["approximate", "source=kernels.npy"],
-    "compare_approximations": ["compare_approximations", 'overrides=["data=digits","model=lenet"]', "layer=conv2"],
+    "compare_approximations": [
+        "compare_approximations",
+        'overrides=["data=digits","model=lenet"]',
+        "layer=conv2",
+        "features=conv2",
+    ],
     "wandb_workspace": ["wandb_workspace", "entity=me"],
 }
 WORK = (
