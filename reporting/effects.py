@@ -75,11 +75,11 @@ class Comparison:
 
 
 def compare_rows(comparison: Comparison, records: list[dict[str, Any]]) -> Effect | None:
-    """The paired difference of two rows in test accuracy; None if the table has not both of them."""
+    """The paired difference of two rows in test accuracy; None if the table lacks one, or the test set was not used."""
     row, against = (
         [record for record in records if record["row"] == name] for name in (comparison.row, comparison.against)
     )
-    if not row or not against:
+    if not row or not against or row[0]["test"] is None:
         return None
     return _make_paired_effect(
         top1_by_seed(row) - top1_by_seed(against),

@@ -53,7 +53,8 @@ def verify_table(table: Table, folder: Path) -> list[Comparison]:
     rerun.reproduce()
     settings = parse_run(rerun.plan_runs()[0].cfg)
     data = load_run_data(settings)
-    num_images = {"val": len(data.val), **({"test": len(data.test)} if settings.trainer.test else {})}
+    splits = {"test": data.test, "val": data.val} if settings.trainer.test else {"val": data.val}
+    num_images = {name: len(split) for name, split in splits.items()}
     return compare_records(committed, read_results(rerun.path.with_suffix(".jsonl")), num_images)
 
 

@@ -70,6 +70,14 @@ def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
     assert (effect.n, effect.ratio, effect.verdict, missing) == (3, 5 / 8, "holds", [])
 
 
+def test_table_without_test_results_gives_no_effect(tmp_path: Path) -> None:
+    records = [{"row": row, **make_record(0, 90.0), "test": None} for row in ("plain", "analytic")]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(records))
+    effects, missing = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)
+    assert effects == [] and missing == ["'analytic' against 'plain' in table toy"]
+
+
 def test_missing_records_are_listed_with_their_command(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0])
     claim = make_claim(

@@ -93,8 +93,9 @@ def test_rerun_that_differs_by_chance_is_confirmed_in_95_percent() -> None:
     assert num_confirmed >= 36
 
 
-def test_verify_table_reproduces_itself_and_notices_other_learning_rate(tmp_path: Path) -> None:
-    changes, overrides = {"seeds": [0]}, ("trainer.batch_size=600",)
+@pytest.mark.parametrize("evaluates_test", ["true", "false"])
+def test_verify_table_reproduces_itself_and_notices_other_learning_rate(tmp_path: Path, evaluates_test: str) -> None:
+    changes, overrides = {"seeds": [0]}, ("trainer.batch_size=600", f"trainer.test={evaluates_test}")
     table = create_table(tmp_path, *overrides, **changes)
     with pytest.raises(UsageError, match=r"there is no .*digits\.jsonl"):
         verify_table(table, tmp_path / "verify")
