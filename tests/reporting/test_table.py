@@ -458,7 +458,7 @@ def test_table_of_large_images_is_reproduced(
     assert frame["top1_mean"].between(0, 100).all()
     assert len(next((tmp_path / "runs").glob("*/metrics.csv")).read_text().splitlines()) == 2
     text = (tmp_path / f"results/tables/{name}.md").read_text()
-    others = "plain, pretrained or plain, from scratch" if 0 in rows else "plain, from scratch"
+    others = "the reference of the row" if 0 in rows else "plain, from scratch"
     assert f"points against {others} |" in text and "resnet18" in text.splitlines()[0]
 
 
