@@ -1,7 +1,7 @@
 """A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class Claim:
     comparisons: tuple[Comparison, ...] = ()
     measurements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The name of a measurement -> the tables whose networks it was made on."""
+    files: Mapping[str, tuple[Callable[[Path], list[Effect]], str]] = field(default_factory=dict)
+    """Another file of records, relative to ``results/`` -> what summarizes it, and the script that writes it."""
 
 
 _PLAIN, _SCRATCH, _ALEXNET = PLAIN_ROWS["flowers17"], "plain, from scratch", "AlexNet, plain, from scratch"
@@ -48,9 +50,11 @@ _PHOTOGRAPH_ROWS = {
     "exp3: the paper's, half plain, from scratch": _SCRATCH,
     "AlexNet, exp3, from scratch": _ALEXNET,
 }
+_FITTED_GABOR = "exp1 fitted, with amplitude, pretrained"
+_FITTED_EXTENDED = "exp1 fitted, extended, with amplitude, pretrained"
 _FITTED = (
-    ("exp1 fitted, with amplitude, pretrained", "exp1: Gabor, pretrained"),
-    ("exp1 fitted, extended, with amplitude, pretrained", "exp1: Gabor, pretrained"),
+    (_FITTED_GABOR, "exp1: Gabor, pretrained"),
+    (_FITTED_EXTENDED, "exp1: Gabor, pretrained"),
     ("exp3 fitted, pretrained", "exp3: the paper's, half plain, pretrained"),
 )
 
@@ -72,9 +76,8 @@ CLAIMS = (
         "C2",
         "AKPs that learn adapt to the data.",
         "the paper",
-        "Learned AKPs are better than AKPs that stay at random initial values, drawn anew for each seed, and more AKPs "
-        "are better than fewer: the interval is above 0. The distances that AKPs travel during training have no "
-        "verdict.",
+        "Learned AKPs are better than random AKPs that are not trained, and more AKPs are better than fewer: the "
+        "interval is above 0. The distances that AKPs travel during training have no verdict.",
         (
             *(
                 Comparison(table, "all Gabor", "all Gabor, frozen at random", 0.0)
@@ -85,7 +88,7 @@ CLAIMS = (
                 for table in (*_LENET_TABLES, "cifar10_jpeg")
             ),
             Comparison("cifar10_jpeg", "all Gabor, with amplitude", "all Gabor", 0.0),
-            Comparison("flowers17", *_FITTED[1][:1], _FITTED[0][0], 0.0),
+            Comparison("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
         ),
         {"akp_travel": ("flowers17",)},
     ),
@@ -98,6 +101,10 @@ CLAIMS = (
         f"of a network whose conv1 is replaced by its fit are above {COMPETITIVE:g} points of the original, and better "
         "than with a truncated SVD or a codebook of at least as many numbers.",
         tuple(Comparison(table, *rows, 0.0) for table in ("flowers17", "imagenette") for rows in _FITTED),
+        files={
+            "approximation/resnet18_conv1.json": (summarize_fit, "approximate.py"),
+            "evidence/flowers17_approximations.jsonl": (summarize_approximations, "compare_approximations.py"),
+        },
     ),
     Claim(
         "C4",
@@ -162,19 +169,11 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
                 effects += summarize_measurements(name, table, file)
             else:
                 missing[f"`scripts/measure.py table={table} measurement={name}`"] = None
-    if claim.name == "C3":
-        for file, summarize, command in (
-            (results / "approximation/resnet18_conv1.json", summarize_fit, "approximate.py"),
-            (
-                results / "evidence/flowers17_approximations.jsonl",
-                summarize_approximations,
-                "compare_approximations.py",
-            ),
-        ):
-            if file.exists():
-                effects += summarize(file)
-            else:
-                missing[f"`scripts/{command}`"] = None
+    for path, (summarize, script) in claim.files.items():
+        if (results / path).exists():
+            effects += summarize(results / path)
+        else:
+            missing[f"`scripts/{script}`"] = None
     return effects, list(missing)
 
 

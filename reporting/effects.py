@@ -10,7 +10,7 @@ import pandas as pd
 
 from acl.fit_result import Fit
 from acl.kernels import KINDS
-from reporting.measurements import read_json_lines, read_measurements
+from reporting.measurements import find_unit, read_json_lines, read_measurements
 from reporting.statistics import interval_of_mean, top1_by_seed
 
 COMPETITIVE = -1.0
@@ -81,7 +81,7 @@ def compare_rows(comparison: Comparison, records: list[dict[str, Any]]) -> Effec
     )
     if not row or not against or row[0]["test"] is None:
         return None
-    return _make_paired_effect(
+    return _make_effect(
         top1_by_seed(row) - top1_by_seed(against),
         comparison.table,
         f"{comparison.row}, against {comparison.against}",
@@ -91,8 +91,8 @@ def compare_rows(comparison: Comparison, records: list[dict[str, Any]]) -> Effec
     )
 
 
-def _make_paired_effect(
-    differences: "pd.Series[Any]",
+def _make_effect(
+    values: "pd.Series[Any]",
     data: str,
     what: str,
     threshold: float | None,
@@ -101,9 +101,9 @@ def _make_paired_effect(
     ratio: float | None = None,
     sampled: str = "seeds",
 ) -> Effect:
-    differences = differences.dropna()
-    interval = interval_of_mean(differences)
-    return Effect(data, what, unit, *interval, len(differences), threshold, source, ratio, sampled)
+    """The mean of values per seed (or what ``sampled`` says), with its interval; missing values are left out."""
+    values = values.dropna()
+    return Effect(data, what, unit, *interval_of_mean(values), len(values), threshold, source, ratio, sampled)
 
 
 def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
@@ -111,13 +111,8 @@ def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source
         Effect(table, f"distance traveled by {akp} of {KINDS[symbol].name} in {row}", unit, *interval, n, None, source)
         for row, name, interval, n in _average_over_seeds(measurements)
         for symbol, akp in [name.split("/")]
-        for unit in [_get_display_unit(symbol, akp)]
+        for unit in [find_unit(symbol, akp).replace("rad", "degrees")]
     ]
-
-
-def _get_display_unit(symbol: str, akp_name: str) -> str:
-    akps = KINDS[symbol].akps("extended", amplitude=True)
-    return next(akp.unit for akp in akps if akp.name == akp_name).replace("rad", "degrees")
 
 
 def _summarize_shapley(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
@@ -152,7 +147,7 @@ def _compare_with_plain(
         scores.setdefault(line["row"], {})[line["seed"]] = score(line["values"])
     plain = scores.get(PLAIN_ROWS[table], {})
     return [
-        _make_paired_effect(
+        _make_effect(
             pd.Series(by_seed) - pd.Series(plain),
             table,
             f"{row}, {condition}, against {PLAIN_ROWS[table]}",
@@ -166,7 +161,6 @@ def _compare_with_plain(
 
 def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
     """Compares formulas that are moved with kernels that are resampled, and with a network that is left unchanged."""
-    columns = ["row", "seed", "transform", "amount", "way", "top1", "error"]
     frame = pd.DataFrame(
         [
             (line["row"], line["seed"], transform, float(amount), way, values["top1"], values["error"])
@@ -175,11 +169,14 @@ def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source
             for amount, ways in by_amount.items()
             for way, values in ways.items()
         ],
-        columns=columns,
+        columns=["row", "seed", "transform", "amount", "way", "top1", "error"],
     )
     effects = []
     for row, of_row in frame.groupby("row", sort=False):
-        groups = {"rotated by 15 to 75 degrees": (of_row["transform"] == "rotation") & (of_row["amount"] < 90)}
+        # All ways agree at 90 degrees, where kernels turn without interpolation.
+        is_oblique = (of_row["transform"] == "rotation") & (of_row["amount"] < 90)
+        angles = of_row["amount"][is_oblique]
+        groups = {f"rotated by {angles.min():g} to {angles.max():g} degrees": is_oblique}
         for factor in sorted(of_row["amount"][of_row["transform"] == "scale"].unique()):
             groups[f"scaled by {factor:g}"] = (of_row["transform"] == "scale") & (of_row["amount"] == factor)
         for title, is_member in groups.items():
@@ -187,10 +184,10 @@ def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source
             for way in ("resampled", "unchanged"):
                 difference = means["top1", "closed form"] - means["top1", way]
                 what = f"{row}, images {title}: formulas moved, against kernels {way}"
-                effects.append(_make_paired_effect(difference, table, what, 0.0, source))
+                effects.append(_make_effect(difference, table, what, 0.0, source))
             difference = means["error", "resampled"] - means["error", "closed form"]
             what = f"{row}, images {title}: error of outputs, kernels resampled, against formulas moved"
-            effects.append(_make_paired_effect(difference, table, what, 0.0, source, unit="%"))
+            effects.append(_make_effect(difference, table, what, 0.0, source, unit="%"))
     return effects
 
 
@@ -249,7 +246,7 @@ def summarize_approximations(file: Path) -> list[Effect]:
         errors = pd.Series(line["output_error_percent"])
         numbers = f"{line['numbers_per_kernel']:.1f} numbers per kernel"
         what = f"error of {line['layer']}'s outputs, {line['method']}, {numbers}"
-        effects.append(_make_paired_effect(errors, data, what, None, source, unit="%", sampled="images"))
+        effects.append(_make_effect(errors, data, what, None, source, unit="%", sampled="images"))
     for key, title in (("probe_correct", "linear probe"), ("refitted_probe_correct", "refitted linear probe")):
         correct = [(line, 100 * pd.Series(line[key]).astype(float)) for line in lines]
         fits = [(line, values) for line, values in correct if line["method"] == "Gabor fit"]
@@ -258,6 +255,6 @@ def summarize_approximations(file: Path) -> list[Effect]:
             for line, other_values, threshold in [(original, correct[0][1], COMPETITIVE), *peers]:
                 other = "the original" if line is original else line["method"]
                 what = f"{title}, Gabor fit with {fit['numbers']} numbers per kernel, against {other}"
-                effect = _make_paired_effect(values - other_values, data, what, threshold, source, sampled="images")
+                effect = _make_effect(values - other_values, data, what, threshold, source, sampled="images")
                 effects.append(effect)
     return effects

@@ -27,6 +27,11 @@ MAX_ATTACKED = 1000
 """Images to attack."""
 
 
+def find_unit(symbol: str, akp_name: str) -> str:
+    """The unit of an AKP: ``px``, ``rad``, or empty."""
+    return next(akp.unit for akp in KINDS[symbol].akps("extended", amplitude=True) if akp.name == akp_name)
+
+
 def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
     """The mean distance between the AKPs' values before training and at the best epoch.
 
@@ -37,8 +42,7 @@ def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
     distances: dict[str, list[Tensor]] = {}
     for name, history in load_akp_history(run).items():
         symbol, akp = name.split("/")[-2:]
-        unit = next(known.unit for known in KINDS[symbol].akps("extended", amplitude=True) if known.name == akp)
-        factor = 180 / math.pi if unit == "rad" else 1.0
+        factor = 180 / math.pi if find_unit(symbol, akp) == "rad" else 1.0
         distance = (history[run.record["best_epoch"]] - history[0]).abs() * factor
         distances.setdefault(f"{symbol}/{akp}", []).append(distance)
     return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
@@ -83,7 +87,8 @@ def measure_attacks(run: FinishedRun, data: Data) -> dict[str, Any]:
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
 
     Returns:
-        The largest change of a pixel, of 255 -> accuracy on ``MAX_ATTACKED`` random test images.
+        The largest change of a pixel, of 255 -> accuracy on ``MAX_ATTACKED`` random test images. Once it is 0, it is
+        taken to be 0 under larger changes too.
     """
     from art.attacks.evasion import ProjectedGradientDescentPyTorch  # imported here because it takes seconds
     from art.estimators.classification import PyTorchClassifier
@@ -97,7 +102,7 @@ def measure_attacks(run: FinishedRun, data: Data) -> dict[str, Any]:
     )
     accuracies = {"0": _compute_accuracy(classifier, images, labels)}
     for size in ATTACK_SIZES:
-        if 0.0 in accuracies.values():  # a larger attack contains the smaller one
+        if 0.0 in accuracies.values():
             accuracies[f"{size:g}"] = 0.0
             continue
         np.random.seed(run.settings.seed)  # the library draws the random starts from it

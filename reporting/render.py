@@ -131,7 +131,7 @@ def _describe_references(rows: Sequence[Row]) -> str:
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:
     """Lists epochs, time, machines, commits and versions of the runs behind a table, in one line."""
-    machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in records})
+    machines = sorted({_describe_machine(r["machine"]) for r in records})
     commits = sorted({_shorten_commit(r["commit"]) for r in records})
     versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
     epochs = sorted({r["config"]["trainer"]["epochs"] for r in records})
@@ -139,6 +139,10 @@ def describe_runs(records: Sequence[dict[str, Any]]) -> str:
         f"{' or '.join(map(str, epochs))} epochs per run; {sum(r['seconds'] for r in records) / 60:.0f} "
         f"minutes for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
     )
+
+
+def _describe_machine(machine: dict[str, Any]) -> str:
+    return f"{machine['device']}, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
 
 
 def _shorten_commit(commit: str | None) -> str:

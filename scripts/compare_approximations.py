@@ -114,7 +114,8 @@ def main(settings: CompareSettings) -> None:
         test_features, errors = extract_features(extractor, conv, original, data.eval_batches(data.test))
         refitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
         refitted.fit(train_features.numpy(), data.train.labels.numpy())
-        probe = probe or refitted
+        if probe is None:
+            probe = refitted
         is_correct = [
             (fitted.predict(test_features.numpy()) == data.test.labels.numpy()).tolist() for fitted in (probe, refitted)
         ]

@@ -204,14 +204,16 @@ def test_two_processes_give_result_of_one(
     two_processes = ["trainer=ddp", "trainer.devices=2", "trainer.checkpoint_minutes=1e-9"]
     for folder, options, start in (("one", [], call_script), ("two", two_processes, run_script)):
         if options:
-            killed = subprocess.Popen(
-                script_command("train.py", *options, *arguments, f"paths.runs={tmp_path / folder}"),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            errors = tmp_path / "errors.txt"
+            with errors.open("w") as stderr:
+                killed = subprocess.Popen(
+                    script_command("train.py", *options, *arguments, f"paths.runs={tmp_path / folder}"),
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
             while not list((tmp_path / folder).glob("*/checkpoint-before.pt")):
-                assert killed.poll() is None
+                assert killed.poll() is None, errors.read_text()
                 time.sleep(0.01)
             os.killpg(killed.pid, signal.SIGKILL)
             killed.wait()
