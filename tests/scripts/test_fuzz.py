@@ -5,16 +5,19 @@ line, before anything is written.
 """
 
 import io
+import os
 import random
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from torch import distributed
 
 from tests.scripts.conftest import ROOT
 from tests.training.configurations import compose_run
@@ -106,7 +109,18 @@ def call(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_process_group() -> Iterator[None]:
+    """Ends the process group that a script with ``trainer=ddp`` creates, and forgets its port."""
+    environment = dict(os.environ)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_process_group: None) -> Path:
     """The current folder of the scripts, with all the files that they need."""
     import numpy as np
 
