@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from torch import distributed
 
 from tests.scripts.conftest import ROOT
 from tests.training.configurations import compose_run
@@ -109,18 +108,16 @@ def call(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def no_process_group() -> Iterator[None]:
-    """Ends the process group that a script with ``trainer=ddp`` creates, and forgets its port."""
-    environment = dict(os.environ)
+def environment() -> Iterator[None]:
+    """Removes the variables that scripts add: with the port of ``trainer=ddp``, no other process could use ddp."""
+    names = set(os.environ)
     yield
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
+    for name in os.environ.keys() - names:
+        del os.environ[name]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_process_group: None) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None) -> Path:
     """The current folder of the scripts, with all the files that they need."""
     import numpy as np
 
