@@ -59,21 +59,16 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
     values: dict[str, Any] = {"rotation": {}, "scale": {}}
     for degrees in ROTATIONS:
         images = rotate(data.test.images, degrees, InterpolationMode.BILINEAR)
-        values["rotation"][f"{degrees:g}"] = _compare_ways(
-            run,
-            networks,
-            partial(acl.rotate, degrees=degrees),
-            replace(data, test=Split(images, data.test.labels)),
-            _compute_errors(networks, features, 1.0, degrees),
-        )
+        move = partial(acl.rotate, degrees=degrees)
+        errors = _compute_errors(networks, features, move, partial(_rotate_features, degrees=degrees))
+        rotated = replace(data, test=Split(images, data.test.labels))
+        values["rotation"][f"{degrees:g}"] = _compare_ways(run, networks, move, rotated, errors)
     for factor in SCALES:
-        values["scale"][f"{factor:g}"] = _compare_ways(
-            run,
-            networks,
-            partial(acl.rescale, factor=factor, multiply_stride=multiply_stride),
-            _resize_test_images(data, factor),
-            _compute_errors(networks, features, factor, 0.0),
-        )
+        move = partial(acl.rescale, factor=factor)
+        errors = _compute_errors(networks, features, move, partial(_resize_features, factor=factor))
+        move = partial(move, multiply_stride=multiply_stride)
+        resized = _resize_test_images(data, factor)
+        values["scale"][f"{factor:g}"] = _compare_ways(run, networks, move, resized, errors)
     return values
 
 
@@ -121,9 +116,12 @@ def _capture_input(model: nn.Module, layer: nn.Module, data: Data) -> Tensor:
 
 @torch.no_grad()
 def _compute_errors(
-    networks: Mapping[str, nn.Module], features: Tensor, factor: float, degrees: float
+    networks: Mapping[str, nn.Module],
+    features: Tensor,
+    move: Callable[[nn.Module], nn.Module],
+    move_features: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """Compares the first analytic layer's outputs on transformed features with its transformed outputs, per way.
+    """Compares the first analytic layer's outputs on moved features with its moved outputs, per way.
 
     The layer has stride 1 here, so that no position is lost, and the margin that its window or the corners of rotated
     features reach is left out.
@@ -133,16 +131,14 @@ def _compute_errors(
         layer.stride = (1, 1)
         layer.padding = tuple(k // 2 for k in layer.kernel_size)
     original = layers["closed form"]
-    moved_features, expected = _move(features, factor, degrees), _move(original(features), factor, degrees)
-    layers["unchanged"] = copy.deepcopy(original)
+    moved_features, expected = move_features(features), move_features(original(features))
+    growth = max(moved_features.shape[-1] / features.shape[-1], 1.0)
+    margin = math.ceil(max(original.kernel_size) * growth)
     errors = {}
-    for way, layer in layers.items():
-        if way == "unchanged":
-            output = layer(moved_features)
-        else:
-            output = (acl.rotate(layer, degrees) if degrees else acl.rescale(layer, factor))(moved_features)
+    moved = {way: move(copy.deepcopy(layer)) for way, layer in layers.items()}
+    for way, moved_layer in {**moved, "unchanged": original}.items():
+        output = moved_layer(moved_features)
         rows, columns = (min(a, b) for a, b in zip(output.shape[-2:], expected.shape[-2:], strict=True))
-        margin = math.ceil(max(original.kernel_size) * max(factor, 1.0))
         inside = _make_disk(rows, columns, min(rows, columns) / 2 - margin).to(output.device)
         kept, target = output[..., :rows, :columns][..., inside], expected[..., :rows, :columns][..., inside]
         errors[way] = 100 * float((kept - target).square().sum() / target.square().sum())
@@ -155,12 +151,15 @@ def _make_disk(height: int, width: int, radius: float) -> Tensor:
     return y[:, None] ** 2 + x**2 <= radius**2
 
 
-def _move(images: Tensor, factor: float, degrees: float) -> Tensor:
-    """Rescales images, or rotates them counterclockwise about their center, with bicubic interpolation."""
-    if not degrees:
-        size = [round(factor * length) for length in images.shape[-2:]]
-        return F.interpolate(images, size=size, mode="bicubic", antialias=factor < 1, align_corners=False)
+def _rotate_features(features: Tensor, degrees: float) -> Tensor:
+    """Rotates features counterclockwise about their center, with bicubic interpolation."""
     angle = math.radians(degrees)
-    matrix = images.new_tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
-    grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, "bicubic", align_corners=False)
+    matrix = features.new_tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    grid = F.affine_grid(matrix.expand(len(features), 2, 3), list(features.shape), align_corners=False)
+    return F.grid_sample(features, grid, "bicubic", align_corners=False)
+
+
+def _resize_features(features: Tensor, factor: float) -> Tensor:
+    """Resizes features with bicubic interpolation."""
+    size = [round(factor * length) for length in features.shape[-2:]]
+    return F.interpolate(features, size=size, mode="bicubic", antialias=factor < 1, align_corners=False)
