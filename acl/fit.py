@@ -47,8 +47,8 @@ def fit_kernels(
         progress: show a progress bar if stderr is a terminal.
 
     Raises:
-        ValueError: for a weight that is not 4-D or not finite, an unknown kind, family or profile, or a fixed AKP that
-            none of the kinds has or whose value is out of its range.
+        ValueError: for a weight that is not 4-D, has empty kernels or is not finite, an unknown kind, family or
+            profile, or a fixed AKP that none of the kinds has or whose value is out of its range.
 
     Example:
         >>> fit = fit_kernels(torch.randn(4, 1, 5, 5), kinds=["G"], progress=False)
@@ -69,6 +69,8 @@ def fit_kernels(
     fixed_akps = {name: _parse_fixed_akp(name, value, akps) for name, value in (fixed or {}).items()}
     if weight.ndim != 4:
         raise ValueError(f"the weight must have 4 dimensions (out, in / groups, kh, kw), got {tuple(weight.shape)}")
+    if 0 in weight.shape[2:]:
+        raise ValueError(f"the kernels of the weight must be at least 1 x 1, got the shape {tuple(weight.shape)}")
     target = weight.detach().flatten(0, 1).to("cpu", torch.float32).clone()  # a clone is no inference tensor
     if non_finite := (~target.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         out_channel, in_channel = divmod(non_finite[0], weight.shape[1])

@@ -287,6 +287,7 @@ def test_zero_and_constant_kernels_are_degenerate() -> None:
     ("weight", "options", "message"),
     [
         (torch.ones(3, 3), {}, r"4 dimensions \(out, in / groups, kh, kw\), got \(3, 3\)"),
+        (torch.ones(2, 1, 0, 3), {}, r"at least 1 x 1, got the shape \(2, 1, 0, 3\)"),
         (
             torch.full((2, 2, 3, 3), math.nan),
             {},
