@@ -14,7 +14,7 @@ from acl.arrangement import Arrangement
 from acl.fit import fit_kernels
 from acl.fit_result import KernelFit, apply_fits, check_tolerance
 from acl.kernels import AMPLITUDE
-from acl.layer import AnalyticConv2d
+from acl.layer import AnalyticConv2d, find_learned_akps
 
 Init = Literal["random", "fit"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -62,8 +62,9 @@ def convert(
         The model, or the new layer if the model is a single convolution.
 
     Raises:
-        ValueError: for a name that matches no convolution, a layer that cannot be converted, an AKP in ``learn`` that
-            none of the layers has, or arguments that AnalyticConv2d rejects. The model is then unchanged.
+        ValueError: for a name that matches no convolution, a layer that cannot be converted, constant kernels (as all
+            1 x 1 kernels are) that ``fit`` cannot fit, an AKP in ``learn`` that none of the layers has, or arguments
+            that AnalyticConv2d rejects. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -89,21 +90,23 @@ def convert(
     for pattern, value in arrangement_by_pattern.items():
         for name in _match_layers(pattern, convolutions, model):
             conv = convolutions[name]
-            check_convertible(conv, name)
+            check_convertible(conv, name or "the layer")
             parsed = Arrangement.parse(value) if isinstance(value, str) else value
             if parsed.auto:
                 check_tolerance(tolerance)
                 arrangements[name] = parsed
             else:
-                arrangements[name] = parsed.fill(conv.in_channels // conv.groups, conv.out_channels, name)
+                in_channels = conv.in_channels // conv.groups
+                arrangements[name] = parsed.fill(in_channels, conv.out_channels, name or "the layer")
+    learn = options.get("learn", "all")
+    if not isinstance(learn, str):
+        options["learn"] = learn = tuple(learn)  # every layer reads it
     replacements = {
-        convolutions[name]: _to_analytic(convolutions[name], parsed, init, tolerance, options)
+        convolutions[name]: _to_analytic(convolutions[name], name or "the layer", parsed, init, tolerance, options)
         for name, parsed in arrangements.items()
     }
-    learn = options.get("learn", "all")
-    learned = {learn} - {"all", "none"} if isinstance(learn, str) else set(learn)
     available = {key.split("_", 1)[1] for layer in replacements.values() for key in layer.raw}
-    if absent := learned - available:
+    if learn != "all" and (absent := find_learned_akps(learn) - available):
         raise ValueError(f"learn names '{min(absent)}', an AKP that no converted layer has; known: {sorted(available)}")
     return replace_convolutions(model, replacements)
 
@@ -225,6 +228,8 @@ def check_convertible(conv: nn.Conv2d, name: str) -> None:
         )
     if conv.bias is not None and conv._parameters.get("bias") is None:
         raise ValueError(f"cannot convert {name}: its bias is parametrized or pruned; make it permanent first")
+    if not conv.weight.is_floating_point():
+        raise ValueError(f"cannot convert {name}: its weight is {conv.weight.dtype}, not floating-point")
     if hasattr(conv, "weight_fake_quant"):
         raise ValueError(f"cannot convert {name}: it is prepared for quantization; convert the model before that")
 
@@ -274,7 +279,7 @@ def replace_convolutions(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticCo
 
 def _find_plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The convolutions of a model that are not analytic, by name, except the hosts inside analytic layers."""
-    inside_analytic = tuple(f"{name}." for name in analytic_layers(model))
+    inside_analytic = tuple(f"{name}." if name else "" for name in analytic_layers(model))
     return {
         name: module
         for name, module in model.named_modules()
@@ -293,7 +298,8 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
         order = [name for name, _ in model.named_modules()]
         if first_analytic is not None and (not names or order.index(first_analytic) < order.index(names[0])):
             raise ValueError(
-                f"the first convolution, {first_analytic}, is already analytic; acl.fold makes it plain again"
+                f"the first convolution, {first_analytic or 'the model itself'}, is already analytic; "
+                "acl.fold makes it plain again"
             )
     elif not names and pattern == "all":
         names = list(convolutions)
@@ -313,9 +319,14 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
 
 
 def _to_analytic(
-    conv: nn.Conv2d, arrangement: Arrangement, init: str | None, tolerance: float | None, options: dict[str, Any]
+    conv: nn.Conv2d,
+    name: str,
+    arrangement: Arrangement,
+    init: str | None,
+    tolerance: float | None,
+    options: dict[str, Any],
 ) -> AnalyticConv2d:
-    """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted."""
+    """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted; errors name it."""
     fit_options: dict[str, Any] = {
         "family": options.get("family", "paper"),
         "profile": options.get("profile", "exponential"),
@@ -335,6 +346,11 @@ def _to_analytic(
             slots = layer.slots_of(symbol)
             kind_fits = fit_kernels(kernels[slots, None], [symbol], **fit_options).kernels
             for slot, fit in zip(slots, kind_fits, strict=True):
+                if fit.r2 is None and kernels[slot].any():
+                    raise ValueError(
+                        f"cannot fit {name}: the kernel of slot {slot} is constant, as all 1 x 1 kernels are; "
+                        "leave the layer plain, or use arrangement='auto' or init='random'"
+                    )
                 fits[slot] = fit
     if fits is not None and init != "random":
         apply_fits(layer, fits)

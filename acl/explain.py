@@ -116,7 +116,7 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
             bar.update(len(labels))
         bar.close()
     if not images:
-        raise ValueError("there is no data to explain the network with")
+        raise ValueError("the data set is empty")
     return Attribution(kinds, correct, images, replace)
 
 
@@ -152,7 +152,7 @@ def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> 
                     bar.update()
             bar.close()
     if not images:
-        raise ValueError("there is no data to explain the network with")
+        raise ValueError("the data set is empty")
     return {name: 100 * values / images for name, values in correct_lost.items()}
 
 
@@ -184,6 +184,17 @@ def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tens
             del layer.forward
 
 
+@contextmanager
+def _forward_pre_hooks(layers: Iterable[AnalyticConv2d], hook: Callable[..., None]) -> Iterator[None]:
+    """Registers a forward pre-hook on layers temporarily."""
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Tensor]:
     """For each kind in the layer, the layer's weight with the kernels of all other kinds set to zero."""
     weight, slot_kinds = layer.weight.detach(), layer.slot_kinds
@@ -198,12 +209,10 @@ def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Ten
 def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches) -> AnalyticConv2d | None:
     """Finds the first analytic layer to run; None unless it runs once per forward pass and is linear in its kernels."""
     calls: list[AnalyticConv2d] = []
-    handles = [layer.register_forward_pre_hook(lambda layer, _: calls.append(layer)) for layer in layers]
-    inputs, _ = next(iter(batches()), (None, None))
-    if inputs is not None:
-        model(inputs[:1])
-    for handle in handles:
-        handle.remove()
+    with _forward_pre_hooks(layers, lambda layer, _: calls.append(layer)):
+        inputs, _ = next(iter(batches()), (None, None))
+        if inputs is not None:
+            model(inputs[:1])
     return calls[0] if calls and calls.count(calls[0]) == 1 and calls[0].host is None else None
 
 
@@ -274,11 +283,9 @@ def _compute_mean_outputs(
             sums[layer][symbol] += output.double().sum((0, -2, -1)).cpu()
         counts[layer] += output.numel() // layer.out_channels
 
-    handles = [layer.register_forward_pre_hook(accumulate) for layer in parts]
-    for inputs, _ in tqdm(batches(), desc="mean outputs", disable=None if progress else True):
-        model(inputs)
-    for handle in handles:
-        handle.remove()
+    with _forward_pre_hooks(parts, accumulate):
+        for inputs, _ in tqdm(batches(), desc="mean outputs", disable=None if progress else True):
+            model(inputs)
     return {
         layer: {symbol: (total / max(counts[layer], 1)).to(layer.weight) for symbol, total in by_kind.items()}
         for layer, by_kind in sums.items()

@@ -64,7 +64,8 @@ class Fit:
     def choose(self, tolerance: float, target: Tensor) -> "Fit":
         """Chooses for each slot the kind with the fewest AKPs that fits its kernel within ``tolerance``.
 
-        If no kind does, the slot stays plain. A larger tolerance never gives more parameters or a higher R^2.
+        A slot stays plain if no kind does, or none with fewer AKPs (plus a gain) than the kernel has weights. A larger
+        tolerance never gives more parameters or a higher R^2.
 
         Args:
             tolerance: 0 to 1; a kind qualifies if 1 - R^2 is at most this.
@@ -74,7 +75,11 @@ class Fit:
         kernels = []
         for slot, (best, kernel) in enumerate(zip(self.kernels, target.detach().flatten(0, 1), strict=True)):
             candidates = [fits[slot] for fits in self.by_kind.values()]
-            qualified = [fit for fit in candidates if fit.r2 is not None and 1 - fit.r2 <= tolerance]
+            qualified = [
+                fit
+                for fit in candidates
+                if fit.r2 is not None and 1 - fit.r2 <= tolerance and len(fit.akps) + 1 < kernel.numel()
+            ]
             if best.r2 is None:
                 kernels.append(best)
             elif qualified:

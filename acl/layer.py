@@ -17,6 +17,15 @@ Scale = Literal["unit", "raw"]
 SCALES: tuple[str, ...] = get_args(Scale)
 
 
+def find_learned_akps(learn: str | Iterable[str]) -> set[str]:
+    """The names of the AKPs that the option ``learn`` selects. Raises ValueError for an unknown one."""
+    known = {akp.name for kind in KINDS.values() for akp in kind.akps("extended", amplitude=True)}
+    learned = {"all": known, "none": set()}.get(learn, {learn}) if isinstance(learn, str) else set(learn)
+    if unknown := learned - known:
+        raise ValueError(f"unknown AKP '{min(unknown)}' in learn; known: all, none, {', '.join(sorted(known))}")
+    return learned
+
+
 class AnalyticConv2d(nn.Conv2d):
     """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
@@ -127,10 +136,7 @@ class AnalyticConv2d(nn.Conv2d):
 
     def _set_trainable_akps(self, learn: str | Iterable[str]) -> None:
         akp_names = {key: key.split("_", 1)[1] for key in self.raw}
-        known = {akp.name for kind in KINDS.values() for akp in kind.akps("extended", amplitude=True)}
-        learned = {"all": known, "none": set()}.get(learn, {learn}) if isinstance(learn, str) else set(learn)
-        if unknown := learned - known:
-            raise ValueError(f"unknown AKP '{min(unknown)}' in learn; known: all, none, {', '.join(sorted(known))}")
+        learned = find_learned_akps(learn)
         for key, parameter in self.raw.items():
             parameter.requires_grad_(akp_names[key] in learned)
 
@@ -169,13 +175,18 @@ class AnalyticConv2d(nn.Conv2d):
             index: which of the kind's kernels to set; all by default.
 
         Raises:
-            ValueError: for an AKP that the layer does not have, or a value at or below an AKP's floor. The layer is
-                then unchanged.
+            ValueError: for an AKP that the layer does not have, values of another shape, or a value that is not finite
+                or at or below an AKP's floor. The layer is then unchanged.
         """
         known = {f"{symbol}_{akp.name}": akp for akp in self._get_akps(symbol)} if symbol in self.akps() else {}
         if unknown := [name for name in akps if f"{symbol}_{name}" not in known]:
             raise ValueError(f"the layer has no AKP {symbol}_{unknown[0]}; it has: {', '.join(self.raw)}")
         raw = {key: akp.to_raw(akps[akp.name]) for key, akp in known.items() if akp.name in akps}
+        for key, values in raw.items():
+            if values.shape != (shape := self.raw[key][index].shape):
+                raise ValueError(f"{key} needs values of the shape {tuple(shape)}, got {tuple(values.shape)}")
+            if not values.isfinite().all():
+                raise ValueError(f"{key} needs finite values, got {values[~values.isfinite()][0].item()}")
         for key, values in raw.items():
             self.raw[key][index] = values.to(self.raw[key])
 
@@ -301,7 +312,10 @@ class AnalyticConv2d(nn.Conv2d):
         return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
 
     def fold(self) -> nn.Conv2d:
-        """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode."""
+        """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode.
+
+        Its weight is frozen if all of the layer's AKPs and plain kernels are.
+        """
         if self.host is not None:
             conv = copy.deepcopy(self.host)
         else:
@@ -317,9 +331,10 @@ class AnalyticConv2d(nn.Conv2d):
                 self.padding_mode,
                 "meta",
             )
-        conv.weight = nn.Parameter(self.weight.detach().clone())
+        is_weight_trained = any(parameter.requires_grad for parameter in self.weight_parameters())
+        conv.weight = nn.Parameter(self.weight.detach().clone(), is_weight_trained)
         if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone())
+            conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return conv.train(self.training)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acl.convert import replace_convolutions, require_analytic_layers
-from acl.kernels import KINDS
+from acl.kernels import AMPLITUDE, KINDS
 from acl.layer import AnalyticConv2d
 
 
@@ -28,13 +28,18 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: for a network without analytic layers, or an angle that is not finite.
+        ValueError: for a network without analytic layers, a layer whose dilation differs between height and width, so
+            that its kernels are distorted in the image, or an angle that is not finite.
     """
     if not math.isfinite(degrees):
         raise ValueError(f"degrees must be finite, got {degrees}")
+    layers = require_analytic_layers(model)
+    for name, layer in layers.items():
+        if layer.dilation[0] != layer.dilation[1]:
+            raise ValueError(f"cannot rotate {name or 'the layer'}: its dilation {layer.dilation} distorts its kernels")
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
-    for layer in require_analytic_layers(model).values():
+    for layer in layers.values():
         for symbol, akps in layer.akps().items():
             turned = {}
             if "theta" in akps:
@@ -122,7 +127,7 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
     )
     for symbol, akps in layer.akps().items():
         scaled = {
-            akp.name: akps[akp.name] if akp.unit != "px" else _scale_above_floor(akps[akp.name], factor, akp.floor)
+            akp.name: _scale_above_floor(akps[akp.name], factor if akp.unit == "px" else 1.0, akp.floor)
             for akp in KINDS[symbol].akps(layer.family)
         }
         new.set_akps(symbol, {**scaled, "amplitude": torch.ones_like(next(iter(scaled.values())))})
@@ -147,7 +152,10 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
         new.bias.copy_(layer.bias)
     trained = dict(layer.named_parameters())
     for key, parameter in new.named_parameters():
-        parameter.requires_grad_(key not in trained or trained[key].requires_grad)
+        # A gain that the layer did not have is trained if other AKPs of its kind are.
+        kind_prefix = key.removesuffix(AMPLITUDE.name)
+        sources = [trained[key]] if key in trained else [p for k, p in trained.items() if k.startswith(kind_prefix)]
+        parameter.requires_grad_(any(source.requires_grad for source in sources))
     if layer.weight.is_contiguous(memory_format=torch.channels_last):
         new.to(memory_format=torch.channels_last)
     return new.train(layer.training)

@@ -294,6 +294,33 @@ def test_rule_first_means_first_convolution_even_if_it_is_analytic() -> None:
     assert not isinstance(model[1], AnalyticConv2d)
 
 
+def test_learn_can_be_an_iterator() -> None:
+    model = convert(make_network(), "all", "G100%", learn=(name for name in ["theta"]))
+    for layer in analytic_layers(model).values():
+        assert [key for key, parameter in layer.raw.items() if parameter.requires_grad] == ["G_theta"]
+
+
+def test_error_about_model_that_is_a_convolution_names_no_layer() -> None:
+    analytic = convert(nn.Conv2d(1, 2, 3), "first", "G100%")
+    with pytest.raises(ValueError, match="the first convolution, the model itself, is already analytic"):
+        convert(analytic, "first", "G100%")
+    with pytest.raises(ValueError, match="fills 5 of 2 kernels of the layer"):
+        convert(nn.Conv2d(1, 2, 3), "first", "G5")
+
+
+def test_convert_rejects_complex_weights() -> None:
+    with pytest.raises(ValueError, match=r"cannot convert 0: its weight is torch.complex64, not floating-point"):
+        convert(nn.Sequential(nn.Conv2d(1, 2, 3, dtype=torch.complex64)), "first", "G100%")
+
+
+def test_rules_skip_host_of_model_that_is_a_layer() -> None:
+    class Padded(nn.Conv2d):
+        pass
+
+    with pytest.raises(ValueError, match="no convolution is named 'all'; the model has: none"):
+        convert(convert(Padded(1, 2, 3), "first", "G100%"), "all", "G100%")
+
+
 def test_convert_rejects_unknown_init() -> None:
     with pytest.raises(ValueError, match="unknown init 'xavier'; known: random"):
         convert(make_network(), "first", "G100%", init="xavier")

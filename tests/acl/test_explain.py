@@ -144,7 +144,7 @@ def iterate_no_batches() -> Iterator[tuple[Tensor, Tensor]]:
     ("arrangements", "batches", "options", "message"),
     [
         ((), iterate_batches, {}, "the network has no analytic layer"),
-        (("G100%",), iterate_no_batches, {}, "there is no data to explain the network with"),
+        (("G100%",), iterate_no_batches, {}, "the data set is empty"),
         (("G100%",), iterate_batches, {"replace": "noise"}, "unknown replace 'noise'; known: zero, mean"),
     ],
     ids=["no analytic layer", "no data", "unknown replace"],
@@ -159,7 +159,7 @@ def test_attribute_rejects_invalid_arguments(
 def test_leave_one_out_rejects_plain_network_and_missing_data() -> None:
     with pytest.raises(ValueError, match="the network has no analytic layer"):
         leave_one_out(make_network(), iterate_batches, progress=False)
-    with pytest.raises(ValueError, match="there is no data to explain the network with"):
+    with pytest.raises(ValueError, match="the data set is empty"):
         leave_one_out(make_network("G100%"), iterate_no_batches, progress=False)
 
 
@@ -168,3 +168,11 @@ def test_require_analytic_layers_returns_them_or_raises() -> None:
     assert require_analytic_layers(model) == acl.analytic_layers(model) != {}
     with pytest.raises(ValueError, match="the network has no analytic layer"):
         require_analytic_layers(acl.fold(model))
+
+
+@pytest.mark.parametrize("replace", ["zero", "mean"])
+def test_attribute_leaves_no_hooks_if_network_fails(replace: str) -> None:
+    layer = acl.AnalyticConv2d(1, 2, 3, arrangement="G100%")
+    with pytest.raises(RuntimeError, match="channels"):
+        attribute(nn.Sequential(layer), lambda: [(torch.zeros(1, 3, 8, 8), torch.zeros(1))], replace, progress=False)
+    assert not layer._forward_pre_hooks

@@ -371,6 +371,24 @@ def test_init_fit_with_amplitude_keeps_zero_kernel_zero() -> None:
     assert (model[0].weight[0] == 0).all() and (model[0].weight[1] != 0).any()
 
 
+@pytest.mark.parametrize("amplitude", [False, True])
+def test_init_fit_rejects_constant_kernels_and_leaves_model_unchanged(amplitude: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1))
+    message = "cannot fit 1: the kernel of slot 0 is constant, as all 1 x 1 kernels are"
+    with pytest.raises(ValueError, match=message):
+        convert(model, "all", "G100%", init="fit", amplitude=amplitude)
+    assert acl.analytic_layers(model) == {}
+    convert(model, "all", "auto", tolerance=1.0, amplitude=amplitude)
+    assert model[1].slot_kinds == ["P"] * 4
+
+
+def test_choose_never_takes_a_formula_with_as_many_parameters_as_weights() -> None:
+    weight = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    fit = fit_kernels(weight, progress=False)
+    sizes = [fit.choose(tolerance, weight).num_parameters for tolerance in (0.0, 0.1, 0.5, 1.0)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == weight.numel() > sizes[-1]
+
+
 def test_auto_saves_more_parameters_as_tolerance_grows() -> None:
     sizes, errors = [], []
     shape = make_convolution()[0].weight.shape

@@ -357,6 +357,26 @@ def test_set_akps_rejects_value_at_floor(symbol: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("akps", "message"),
+    [
+        ({"theta": torch.ones(2), "sigma": torch.ones(3)}, r"G_sigma needs values of the shape \(2,\), got \(3,\)"),
+        ({"sigma": torch.ones(2), "theta": torch.tensor([1.0, math.nan])}, "G_theta needs finite values, got nan"),
+    ],
+)
+def test_set_akps_rejects_values_and_leaves_layer_unchanged(akps: dict[str, torch.Tensor], message: str) -> None:
+    layer = make_layer("G2 P30")
+    weight = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        layer.set_akps("G", akps)
+    assert torch.equal(layer.weight, weight)
+
+
+def test_folded_frozen_layer_stays_frozen() -> None:
+    assert not any(p.requires_grad for p in make_layer("G8 P24").requires_grad_(False).fold().parameters())
+    assert all(p.requires_grad for p in make_layer("G8 P24", learn="none").fold().parameters())
+
+
+@pytest.mark.parametrize(
     ("learn", "learned"),
     [
         ("all", {"theta", "wavelength", "psi", "sigma", "s"}),

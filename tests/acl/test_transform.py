@@ -130,6 +130,27 @@ def test_rescaled_akps_stay_above_their_floors_and_keep_their_options() -> None:
         assert rescaled.raw[key].requires_grad == parameter.requires_grad
 
 
+def test_layer_with_akp_at_its_floor_is_rescaled() -> None:
+    layer = make_layer("G100%", family="extended")
+    layer.raw["G_gamma"].data.fill_(-200)  # as training can leave it
+    rescaled = acl.rescale(layer, 2.0)
+    assert isinstance(rescaled, AnalyticConv2d) and rescaled.weight.isfinite().all()
+
+
+def test_rescaled_frozen_layer_stays_frozen() -> None:
+    layer = make_layer("G50% P50%", learn="none").requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in acl.rescale(layer, 2.0).parameters())
+    assert all(parameter.requires_grad for parameter in acl.rescale(make_layer("G50% P50%"), 2.0).parameters())
+
+
+def test_rotate_refuses_unequal_dilation_and_leaves_network_unchanged() -> None:
+    model = nn.Sequential(make_layer("Tf100%"), make_layer("Tf100%", dilation=(1, 2)))
+    theta = model[0].akps()["Tf"]["theta"].clone()
+    with pytest.raises(ValueError, match=r"cannot rotate 1: its dilation \(1, 2\) distorts"):
+        acl.rotate(model, 30.0)
+    assert torch.equal(model[0].akps()["Tf"]["theta"], theta)
+
+
 @pytest.mark.parametrize("function", [acl.rotate, acl.rescale])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_invalid_angle_or_factor_is_refused(function, value: float) -> None:  # type: ignore[no-untyped-def]
