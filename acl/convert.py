@@ -14,7 +14,7 @@ from acl.arrangement import Arrangement
 from acl.fit import fit_kernels
 from acl.fit_result import KernelFit, apply_fits, check_tolerance
 from acl.kernels import AMPLITUDE
-from acl.layer import AnalyticConv2d, find_learned_akps
+from acl.layer import AnalyticConv2d, convolution_arguments, find_learned_akps
 
 Init = Literal["random", "fit"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -239,21 +239,9 @@ def create_analytic(
     conv: nn.Conv2d, arrangement: Arrangement | str, placement: torch.Tensor | None = None, **options: Any
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution; it has its plain kernels and bias, and random AKPs."""
+    factory: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
     layer = AnalyticConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-        (conv.dilation[0], conv.dilation[1]),
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        conv.weight.device,
-        conv.weight.dtype,
-        arrangement=arrangement,
-        placement=placement,
-        **options,
+        **convolution_arguments(conv), **factory, arrangement=arrangement, placement=placement, **options
     )
     if layer.plain is not None:
         layer.plain.copy_(conv.weight.flatten(0, 1)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)

@@ -147,7 +147,7 @@ class _KindSearch:
         with torch.no_grad():
             pool = self.synthesize(self.pool)
             cosines = unit @ (pool / pool.norm(dim=1, keepdim=True).clamp(min=1e-10)).T
-            nearest = (cosines if self.signed else cosines.abs()).topk(min(_STARTS, _POOL_SIZE), dim=1).indices.T
+            nearest = (cosines if self.signed else cosines.abs()).topk(_STARTS, dim=1).indices.T
         raw = self.pool[:, nearest].clone().requires_grad_()  # (akps, starts, targets)
         optimizer = torch.optim.Adam([raw], lr=_LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)

@@ -240,7 +240,7 @@ def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fi
     names_of_tensor: dict[int, list[str]] = {}
     for key, tensor in expected.items():
         if key not in state:
-            raise ValueError(f"{file} has no tensor '{key}', but the model has")
+            raise ValueError(f"{file} has no tensor '{key}', but the model does")
         if tensor.is_meta:
             raise ValueError(f"cannot load {file}: '{key}' is on the meta device; call to_empty on the model first")
         if not is_lazy(tensor) and state[key].shape != tensor.shape:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from acl.convert import replace_convolutions, require_analytic_layers
 from acl.kernels import AMPLITUDE, KINDS
-from acl.layer import AnalyticConv2d
+from acl.layer import AnalyticConv2d, convolution_arguments
 
 
 @torch.no_grad()
@@ -106,16 +106,9 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
             max(0, math.floor(extent / 2 - ratio * center + 0.5))
             for extent, center in zip(extents, centers, strict=True)
         )
+    geometry = {"kernel_size": size, "stride": tuple(map(round, strides)), "padding": padding}
     new = AnalyticConv2d(
-        layer.in_channels,
-        layer.out_channels,
-        (size[0], size[1]),
-        (round(strides[0]), round(strides[1])),
-        padding,
-        (layer.dilation[0], layer.dilation[1]),
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
+        **{**convolution_arguments(layer), **geometry},
         device=layer.weight.device,
         dtype=layer.weight.dtype,
         arrangement=layer.arrangement,

@@ -11,10 +11,10 @@ class FourLayer(nn.Module):
 
     Args:
         channels, classes: the numbers of image channels and classes.
-        kernel_size: the kernel size of all four convolutions; must be odd.
+        kernel_size: the kernel size of all four convolutions: an odd number between 1 and 99.
 
     Raises:
-        ValueError: if the kernel size is even or negative.
+        ValueError: for any other kernel size.
 
     Shape:
         Input (N, channels, H, W) with H, W >= 8, output (N, classes).
@@ -22,8 +22,10 @@ class FourLayer(nn.Module):
 
     def __init__(self, channels: int = 3, classes: int = 10, kernel_size: int = 5) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size={kernel_size} must be odd and positive, to preserve the image size")
+        if kernel_size not in range(1, 100, 2):
+            raise ValueError(
+                f"model.kernel_size={kernel_size} must be odd, to preserve the image size, and between 1 and 99"
+            )
 
         def make_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
             return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)

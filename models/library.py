@@ -114,6 +114,8 @@ def load_weights(model: nn.Module, file: Path, random_layers: Sequence[str] = ()
     """
     state = _read_weights(file)
     if isinstance(state, Tensor):
+        if random_layers:
+            raise ValueError(f"{file} holds one convolution's weight, so model.random_layers must be null")
         shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         name = next((n for n, shape in shapes.items() if shape == tuple(state.shape)), None)
         if name is None:
@@ -121,7 +123,7 @@ def load_weights(model: nn.Module, file: Path, random_layers: Sequence[str] = ()
             raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; the model has: {available}")
         with torch.no_grad():
             model.get_parameter(f"{name}.weight").copy_(state)
-        _set_random_layers(model, [n for n in _list_children(model) if n != name.split(".")[0]])
+        _set_random_layers(model, _list_layers_besides(model, name))
     else:
         _load_state(model, state, file, random_layers)
 
@@ -205,6 +207,18 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_l
 def _list_children(model: nn.Module) -> list[str]:
     """The names of a model's direct children that have parameters."""
     return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+
+
+def _list_layers_besides(model: nn.Module, layer: str) -> list[str]:
+    """The names of the outermost layers with parameters that do not contain ``layer``."""
+    first, _, rest = layer.partition(".")
+    names = []
+    for child in _list_children(model):
+        if child != first:
+            names.append(child)
+        elif rest:
+            names += [f"{child}.{name}" for name in _list_layers_besides(model.get_submodule(child), rest)]
+    return names
 
 
 def _set_random_layers(model: nn.Module, layers: list[str]) -> None:

@@ -37,7 +37,7 @@ class Checkpointer:
         fabric: the processes of the run; only the main process writes.
         directory: the folder of the run.
         minutes: the interval between checkpoints within an epoch.
-        parts: model, optimizer and schedule, by name.
+        parts: model, optimizer, schedule and precision, which holds the loss scale of ``16-mixed``, by name.
     """
 
     def __init__(self, fabric: Fabric, directory: RunDirectory, minutes: float, **parts: Any) -> None:
@@ -51,9 +51,11 @@ class Checkpointer:
         if checkpoint is None:
             return False
         for name in (f.name for f in fields(state) if f.name in checkpoint):
-            setattr(state, name, checkpoint[name] if name == "generator" else self.fabric.to_device(checkpoint[name]))
+            value = checkpoint[name]
+            setattr(state, name, self.fabric.to_device(value) if name in ("losses", "hits") else value)
         for name, part in self.parts.items():
-            part.load_state_dict(checkpoint[name])
+            if name in checkpoint:  # checkpoints of earlier versions lack the precision
+                part.load_state_dict(checkpoint[name])
         set_random_state(self.fabric, checkpoint["random"])
         if not self.fabric.is_global_zero:
             state.hits.zero_()  # only the main process resumes with the sum over all processes

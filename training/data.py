@@ -125,7 +125,7 @@ class Data:
             yield Split(self.normalize(self.augmentation.center_crop(batch.images)), batch.labels)
 
 
-@validate_call(config=STRICT | {"arbitrary_types_allowed": True})
+@validate_call(config=STRICT)
 def load_data(
     name: str,
     augmentation: Augmentation,
@@ -156,7 +156,9 @@ def load_data(
     if "cache" in options and max_images is not None:  # a reader of image files decodes no more than it returns
         options["max_images"] = max_images
     train, val, test = construct(DATASETS[name], options, "data")
-    channels = train.images.shape[1]
+    channels, *size = train.images.shape[1:]
+    if augmentation.crop is not None and augmentation.crop > min(size):
+        raise UsageError(f"data.crop={augmentation.crop} exceeds the size of the images, {size[0]} x {size[1]}")
     classes = int(train.labels.max()) + 1
     if train_share is not None:
         train = _keep_share(train, train_share, share_seed)

@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
+from torch import nn
 
 from training.errors import UsageError
 from training.validation import STRICT, Count
@@ -18,8 +19,8 @@ warnings.filterwarnings("ignore", message="The `srun` command is available")  # 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would log the precision of every run
 
 
-Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
-"""Those of Lightning Fabric that need no other library; the last four are short for 16-mixed, bf16-mixed and so on."""
+Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true"]
+"""Those of Lightning Fabric that need no other library."""
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -38,6 +39,10 @@ class TrainerSettings:
     compile: bool
     test: bool
     checkpoint_minutes: float = Field(gt=0)
+
+
+CUDA_STATE_BYTES = 16
+"""The size of the state of a random number generator on a CUDA device; that of a CPU is larger."""
 
 
 def build_fabric(settings: TrainerSettings) -> Fabric:
@@ -67,6 +72,22 @@ def build_fabric(settings: TrainerSettings) -> Fabric:
     return fabric
 
 
+def synchronize_batch_norm(model: nn.Module, fabric: Fabric) -> nn.Module:
+    """Lets batch normalization use the statistics of the whole batch instead of a process's share of it.
+
+    Raises:
+        UsageError: for a network with batch normalization on several processes that do not use CUDA.
+    """
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if fabric.world_size == 1 or not any(isinstance(module, batch_norms) for module in model.modules()):
+        return model
+    if fabric.device.type != "cuda":
+        raise UsageError(
+            f"trainer.devices: batch normalization over {fabric.world_size} processes needs GPUs; use one device"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def is_main_process() -> bool:
     """Whether this process writes files; also valid before Fabric launches the others."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -88,8 +109,14 @@ def gather_random_states(fabric: Fabric) -> torch.Tensor:
 
 
 def set_random_state(fabric: Fabric, states: torch.Tensor) -> None:
-    """Restores this process's random number generator from ``gather_random_states``."""
+    """Restores this process's random number generator from ``gather_random_states``.
+
+    Raises:
+        UsageError: if the states are those of another kind of device.
+    """
     state = states[fabric.global_rank % len(states)].clone()  # a run may be resumed with more processes
+    if (len(state) == CUDA_STATE_BYTES) != (fabric.device.type == "cuda"):
+        raise UsageError(f"the run was started on another kind of device than {fabric.device.type}; resume it there")
     if fabric.device.type == "cuda":
         torch.cuda.set_rng_state(state, fabric.device)
     else:

@@ -120,7 +120,7 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     for name in ("pretrained", "random_layers"):
         plain.pop(name, None)
     model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
-    if settings.trainer.precision in ("64-true", "64"):
+    if settings.trainer.precision == "64-true":
         model.double()
     try:
         acl.load(model, weights)
@@ -144,7 +144,7 @@ def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
     try:
         return load_file(file) if file.exists() else {}
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} is corrupt ({error}); move it away to go without the AKPs' history") from error
+        raise UsageError(f"{file} is corrupt ({error}); move it away to continue without the AKP history") from error
 
 
 def _read_info(weights: Path) -> dict[str, Any] | None:

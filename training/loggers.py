@@ -133,7 +133,8 @@ def log_recorded_run(
     """
     history_file = directory.path / "metrics.csv"
     try:
-        history = [{key: float(value) for key, value in line.items()} for line in csv.DictReader(history_file.open())]
+        lines = csv.DictReader(history_file.read_text("utf-8").splitlines())
+        history = [{key: float(value) for key, value in line.items()} for line in lines]
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"cannot read the metrics in {history_file}: {error}") from error
     no_layers = nn.Module()  # the network of each epoch is no longer available to be drawn

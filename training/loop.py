@@ -21,7 +21,7 @@ import models
 from acl import analytic_layers
 from training.checkpoint import Checkpointer, TrainState
 from training.data import Data
-from training.distributed import all_reduce, build_fabric, is_main_process
+from training.distributed import all_reduce, build_fabric, is_main_process, synchronize_batch_norm
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.finished_run import serialize_weights
@@ -58,7 +58,9 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
             f"and at most the number of training images ({len(data.train)})"
         )
     seed_everything(settings.seed, verbose=False)
-    model = build_model(settings, data)
+    if settings.trainer.precision == "16-mixed" and fabric.device.type == "cpu":
+        raise UsageError("trainer.precision=16-mixed needs a GPU; use bf16-mixed on a CPU")
+    model = synchronize_batch_norm(build_model(settings, data), fabric)
     # Only the main process writes, so only it takes the lock. Then it launches the other processes.
     with settings.directory.lock() if is_main_process() else nullcontext():
         # Another worker may have finished the run in the meantime.
@@ -80,6 +82,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
         data: the data set, on the device.
     """
     trainer, directory = settings.trainer, settings.directory
+    environment = describe_environment(fabric.device)  # first, because the sources can be edited during a long run
     num_conv_parameters, num_parameters = models.count_parameters(model)
     if trainer.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -90,7 +93,8 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
     optimizer = build_optimizer(model, settings.optim)
     schedule = build_schedule(optimizer, settings.optim, steps_per_epoch * trainer.epochs)
     parallel_model, optimizer = fabric.setup(model, optimizer)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    precision = fabric.strategy.precision
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
     checkpointer = Checkpointer(fabric, directory, trainer.checkpoint_minutes, **parts)
     hits = torch.zeros((), dtype=torch.long, device=fabric.device)
     state = TrainState(losses=torch.zeros(steps_per_epoch, device=fabric.device), hits=hits)
@@ -152,7 +156,7 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
             "parameters": {"conv": num_conv_parameters, "total": num_parameters},
             "random_layers": models.find_random_layers(model),
             "seconds": round(checkpointer.elapsed, 2),
-            **describe_environment(),
+            **environment,
         }
         if fabric.is_global_zero:
             directory.write_record(record)

@@ -15,14 +15,19 @@ SOURCES = ("acl", "models", "training")
 """The packages that determine the result of a run."""
 
 
-def describe_environment() -> dict[str, Any]:
-    """Describes the machine, versions, commit and sources that produce a result."""
+def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Describes the machine, versions, commit and sources that produce a result.
+
+    Args:
+        device: that computes the result; None: the GPU if there is one.
+    """
+    is_on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     packages = ("torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn")
     return {
         "commit": _find_commit(),
         "sources": digest_sources(),
         "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _describe_cpu(),
+            "device": torch.cuda.get_device_name(device) if is_on_gpu else _describe_cpu(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
         },

@@ -222,8 +222,9 @@ class RunDirectory:
 
     def set_aside(self) -> None:
         """Moves the files of an earlier run into a subfolder ``superseded-<n>``; needs the lock."""
-        number = 1 + len(list(self.path.glob("superseded-*")))
-        target = self.path / f"superseded-{number}"
+        suffixes = [path.name.removeprefix("superseded-") for path in self.path.glob("superseded-*")]
+        numbers = [int(suffix) for suffix in suffixes if suffix.isdecimal()]
+        target = self.path / f"superseded-{1 + max(numbers, default=0)}"
         target.mkdir()
         for file in self.path.iterdir():
             if file.name not in ("lock", "worker") and not file.name.startswith("superseded-"):
@@ -243,12 +244,14 @@ class RunDirectory:
         Raises:
             UsageError: if the checkpoint belongs to another configuration.
         """
+        last, _ = self.checkpoint_files
         for file in self.checkpoint_files:
             if not file.exists():
                 continue
             content = file.read_bytes()
             if hashlib.sha256(content[32:]).digest() != content[:32]:
-                print(f"{file} is damaged; resuming from the checkpoint before it", file=sys.stderr)
+                remedy = "trying the checkpoint before it" if file == last else "training starts again"
+                print(f"{file} is damaged; {remedy}", file=sys.stderr)
                 continue
             state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
             if state["config"] != self.identity:

@@ -124,7 +124,7 @@ def parse_run(cfg: DictConfig) -> RunSettings:
 
 def _shrink(settings: RunSettings) -> RunSettings:
     """Reduces a run to two steps on a handful of images, on one device, not compiled and not logged."""
-    data: dict[str, Any] = {**settings.data, "max_images": 2 * SMOKE_BATCH}
+    data: dict[str, Any] = {**settings.data, "max_images": 2 * SMOKE_BATCH, "train_share": None}
     if "cache" in data:
         data["cache"] = str(create_smoke_folder())
     trainer = replace(

@@ -226,6 +226,16 @@ def test_random_layers_of_other_networks(tmp_path: Path) -> None:
     assert models.find_random_layers(model) == ["bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
 
 
+def test_layers_beside_convolution_of_npy_file_are_random(tmp_path: Path) -> None:
+    np.save(tmp_path / "conv1.npy", np.zeros((64, 3, 11, 11), np.float32))
+    options: dict[str, Any] = {"pretrained": str(tmp_path / "conv1.npy")}
+    model = models.create_model("alexnet", 3, 7, {}, **options)
+    expected = ["features.3", "features.6", "features.8", "features.10", "classifier"]
+    assert models.find_random_layers(model) == expected
+    with pytest.raises(ValueError, match=r"conv1.npy holds one convolution's weight, so model.random_layers must be"):
+        models.create_model("alexnet", 3, 7, {}, random_layers=["classifier"], **options)
+
+
 def test_failed_download_error_names_file_and_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_offline(*_: Any, **__: Any) -> None:
         raise OSError("no network")

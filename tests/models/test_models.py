@@ -64,6 +64,7 @@ def test_four_layer_has_expected_parameter_counts() -> None:
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_four_layer_rejects_even_kernel_size() -> None:
-    with pytest.raises(ValueError, match=r"model.kernel_size=4 must be odd and positive"):
-        models.create_model("four_layer", 3, 10, {}, kernel_size=4)
+@pytest.mark.parametrize("kernel_size", [4, -1, 1_000_001])
+def test_four_layer_rejects_kernel_size(kernel_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"model.kernel_size={kernel_size} must be odd, .* and between 1 and 99"):
+        models.create_model("four_layer", 3, 10, {}, kernel_size=kernel_size)

@@ -239,6 +239,8 @@ def test_run_without_working_compiler_trains_eagerly_and_says_so(
         (["~optim.lr"], "optim.lr is missing"),
         (["seed=-1"], "seed=-1 is invalid: it should be greater than or equal to 0"),
         (["model.layer.profile=box"], "model.layer.profile=box is invalid"),
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed needs a GPU; use bf16-mixed on a CPU"),
+        (["+data.crop=29"], "data.crop=29 exceeds the size of the images, 28 x 28"),
         (["data.shift=0.5"], "data.shift=0.5 is invalid: it should be a valid integer"),
     ],
 )

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from training import provenance
 from training.provenance import SOURCES, describe_environment, digest_sources
@@ -71,3 +72,11 @@ def test_environment_contains_digest_and_versions() -> None:
 def test_commit_is_none_outside_checkout(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(root.parent))
     assert describe_environment()["commit"] is None
+
+
+def test_device_is_the_one_that_computes_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    assert describe_environment(torch.device("cpu"))["machine"]["device"] != "a GPU"
+    assert describe_environment(torch.device("cuda"))["machine"]["device"] == "a GPU"
+    assert describe_environment()["machine"]["device"] == "a GPU"

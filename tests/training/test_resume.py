@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from omegaconf import DictConfig
 
 from tests.training.configurations import compose_run
@@ -19,6 +20,7 @@ from tests.training.processes import run_in_child
 from training import loop
 from training.checkpoint import Checkpointer, TrainState
 from training.data import Augmentation, Data
+from training.distributed import CUDA_STATE_BYTES
 from training.errors import UsageError
 from training.loop import run
 from training.provenance import digest_sources
@@ -103,7 +105,7 @@ def run_killed_in_second_epoch(tmp_path_factory: pytest.TempPathFactory) -> Dict
 @pytest.fixture(scope="module")
 def run_killed_after_last_epoch(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
     cfg = compose_checkpointed_run(tmp_path_factory.mktemp("last_epoch"))
-    run_until_killed(cfg, loop, "describe_environment", 1)
+    run_until_killed(cfg, loop, "evaluate", 3)  # twice on validation images, then on test images
     return cfg
 
 
@@ -121,7 +123,7 @@ def test_damaged_checkpoint_falls_back_to_previous_one(
     content[len(content) // 2] ^= 1
     path.write_bytes({"truncated": bytes(content[:-1000]), "flipped bit": bytes(content), "empty": b""}[damage])
     assert run_in_child(lambda: run(cfg)) == 0
-    assert f"{path} is damaged; resuming from the checkpoint before it" in capfd.readouterr().err
+    assert f"{path} is damaged; trying the checkpoint before it" in capfd.readouterr().err
     assert read_outcome(cfg) == uninterrupted_outcome
 
 
@@ -186,6 +188,42 @@ def test_field_missing_from_checkpoint_keeps_its_default(tmp_path: Path, missing
             assert torch.equal(actual, expected)
         else:
             assert actual == expected
+
+
+def test_restored_akp_snapshots_stay_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots of later epochs are on the CPU too, and are stacked with them."""
+    fabric, directory = Fabric(accelerator="cpu", devices=1), RunDirectory(tmp_path, {"seed": 0})
+    state = TrainState(losses=torch.zeros(2), hits=torch.tensor(0), akps=[{"conv1/G/sigma": torch.ones(3)}])
+    Checkpointer(fabric, directory, minutes=5).save(state)
+    monkeypatch.setattr(fabric, "to_device", lambda tensor: tensor.to("meta"))
+    assert Checkpointer(fabric, directory, minutes=5).restore(state)
+    assert state.losses.is_meta and torch.equal(state.akps[0]["conv1/G/sigma"], torch.ones(3))
+
+
+def test_loss_scale_of_half_precision_is_restored(tmp_path: Path) -> None:
+    def make_checkpointer(initial_scale: float) -> Checkpointer:
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", initial_scale))
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+        return Checkpointer(fabric, RunDirectory(tmp_path, {"seed": 0}), 5, precision=fabric.strategy.precision)
+
+    state = TrainState(losses=torch.zeros(2), hits=torch.tensor(0))
+    make_checkpointer(8.0).save(state)
+    resumed = make_checkpointer(2.0)
+    assert resumed.restore(state)
+    assert resumed.parts["precision"].state_dict()["scale"] == 8.0
+
+
+def test_run_started_on_another_kind_of_device_is_one_line(
+    tmp_path: Path, run_killed_in_second_epoch: DictConfig
+) -> None:
+    cfg = copy_run(run_killed_in_second_epoch, tmp_path)
+    directory = open_run_directory(cfg)
+    checkpoint = directory.load_checkpoint()
+    assert checkpoint is not None
+    checkpoint["random"] = torch.zeros(1, CUDA_STATE_BYTES, dtype=torch.uint8)
+    directory.save_checkpoint(checkpoint)
+    with pytest.raises(UsageError, match="the run was started on another kind of device than cpu; resume it there"):
+        run(cfg)
 
 
 def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, uninterrupted_outcome: Outcome) -> None:

@@ -122,6 +122,15 @@ def test_invalid_record_is_rejected_and_kept(tmp_path: Path, content: str, messa
     assert record_file.read_text() == content
 
 
+def test_set_aside_overwrites_no_earlier_folder(directory: RunDirectory) -> None:
+    with directory.lock():
+        for name in ("superseded-3/record.json", "superseded-by-hand/record.json", "record.json"):
+            directory.write(name, name)
+        directory.set_aside()
+    assert (directory.path / "superseded-3/record.json").read_text() == "superseded-3/record.json"
+    assert (directory.path / "superseded-4/record.json").read_text() == "record.json"
+
+
 def test_set_aside_moves_files_into_numbered_folders(directory: RunDirectory) -> None:
     with directory.lock():
         for number in (1, 2):
@@ -235,11 +244,12 @@ def test_damaged_checkpoints_are_reported_and_skipped(
 ) -> None:
     for step in (1, 2):
         directory.save_checkpoint({"config": {"seed": 0}, "step": step})
-    for path, expected_step in zip(directory.checkpoint_files, (1, None), strict=True):
+    remedies = ("trying the checkpoint before it", "training starts again")
+    for path, expected_step, remedy in zip(directory.checkpoint_files, (1, None), remedies, strict=True):
         path.write_bytes(path.read_bytes()[:-1])
         loaded = directory.load_checkpoint()
         assert (loaded and loaded["step"]) == expected_step
-        assert f"{path} is damaged; resuming from the checkpoint before it" in capsys.readouterr().err
+        assert f"{path} is damaged; {remedy}" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_configuration_is_rejected_and_kept(tmp_path: Path) -> None:

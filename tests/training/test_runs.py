@@ -96,7 +96,7 @@ def test_smoke_run_takes_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
 def test_smoke_run_decodes_only_its_images(tmp_path: Path) -> None:
     root = write_imagefolder(tmp_path / "photos", train=20, val=20, test=20)
     options = [f"data.root={root}", "data.title=t", "data.size=32", "data.crop=28", f"data.cache={tmp_path / 'cache'}"]
-    cfg = compose(["data=imagefolder", "model=resnet18", *options, "debug=smoke"])
+    cfg = compose(["data=imagefolder", "model=resnet18", *options, "data.train_share=0.3", "debug=smoke"])
     data = load_run_data(parse_run(cfg))
     assert len(data.train) == len(data.val) == len(data.test) == 8 and data.classes == 3
     assert not (tmp_path / "cache").exists()
