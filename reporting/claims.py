@@ -1,8 +1,10 @@
 """A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,14 +12,17 @@ from matplotlib.figure import Figure
 from reporting.effects import (
     COMPETITIVE,
     PLAIN_ROWS,
-    Comparison,
     Effect,
+    PairedRows,
     compare_rows,
     summarize_approximations,
     summarize_fit,
     summarize_measurements,
 )
+from reporting.statistics import correct_p_values
 from reporting.table import read_results
+from training.config import format_error
+from training.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class Claim:
     text: str
     source: str
     rule: str
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[PairedRows, ...] = ()
     measurements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The name of a measurement -> the tables whose networks it was made on."""
     files: Mapping[str, tuple[Callable[[Path], list[Effect]], str]] = field(default_factory=dict)
     """Another file of records, relative to ``results/`` -> what summarizes it, and the script that writes it."""
+    min_ratio: float = 0.0
+    """Effects with a smaller ratio of parameters are counted separately: they bear on a part of the claim only."""
 
 
 _PLAIN, _SCRATCH, _ALEXNET = PLAIN_ROWS["flowers17"], "plain, from scratch", "AlexNet, plain, from scratch"
@@ -63,14 +70,16 @@ CLAIMS = (
         "C1",
         "Analytic networks are competitive in accuracy with far fewer parameters.",
         "the paper",
-        f"The accuracy is competitive if the whole interval of the paired difference is above {COMPETITIVE:g} points.",
+        f"The accuracy is competitive if the whole interval of the paired difference is above {COMPETITIVE:g} points. "
+        "*Reference / row* says how many times fewer convolution parameters the whole network has.",
         (
-            *(Comparison(table, row, PLAIN_ROWS[table]) for table in _LENET_TABLES for row in _LENET_ROWS),
-            *(Comparison("fashion_mnist_shares", f"{share}% plain", "100% plain") for share in (75, 50, 25, 0)),
-            *(Comparison("cifar10_jpeg", row, PLAIN_ROWS["cifar10_jpeg"]) for row in _FOUR_LAYER_ROWS),
-            *(Comparison("flowers17", row, against) for row, against in _PHOTOGRAPH_ROWS.items()),
-            *(Comparison("imagenette", row, _PLAIN) for row, against in _PHOTOGRAPH_ROWS.items() if against == _PLAIN),
+            *(PairedRows(table, row, PLAIN_ROWS[table]) for table in _LENET_TABLES for row in _LENET_ROWS),
+            *(PairedRows("fashion_mnist_shares", f"{share}% plain", "100% plain") for share in (75, 50, 25, 0)),
+            *(PairedRows("cifar10_jpeg", row, PLAIN_ROWS["cifar10_jpeg"]) for row in _FOUR_LAYER_ROWS),
+            *(PairedRows("flowers17", row, against) for row, against in _PHOTOGRAPH_ROWS.items()),
+            *(PairedRows("imagenette", row, _PLAIN) for row, against in _PHOTOGRAPH_ROWS.items() if against == _PLAIN),
         ),
+        min_ratio=2.0,
     ),
     Claim(
         "C2",
@@ -80,15 +89,15 @@ CLAIMS = (
         "interval is above 0. The distances that AKPs travel during training have no verdict.",
         (
             *(
-                Comparison(table, "all Gabor", "all Gabor, frozen at random", 0.0)
+                PairedRows(table, "all Gabor", "all Gabor, frozen at random", 0.0)
                 for table in (*_LENET_TABLES, "cifar10_jpeg")
             ),
             *(
-                Comparison(table, "mosaic, with amplitude", "mosaic, no plain kernel", 0.0)
+                PairedRows(table, "mosaic, with amplitude", "mosaic, no plain kernel", 0.0)
                 for table in (*_LENET_TABLES, "cifar10_jpeg")
             ),
-            Comparison("cifar10_jpeg", "all Gabor, with amplitude", "all Gabor", 0.0),
-            Comparison("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
+            PairedRows("cifar10_jpeg", "all Gabor, with amplitude", "all Gabor", 0.0),
+            PairedRows("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
         ),
         {"akp_travel": ("flowers17",)},
     ),
@@ -100,8 +109,9 @@ CLAIMS = (
         "networks that start from random AKPs (the interval is above 0); and without training, linear probes on layer3 "
         f"of a network whose conv1 is replaced by its fit are above {COMPETITIVE:g} points of the original, and better "
         "than with a truncated SVD or a codebook of at least as many numbers.",
-        tuple(Comparison(table, *rows, 0.0) for table in ("flowers17", "imagenette") for rows in _FITTED),
+        tuple(PairedRows(table, *rows, 0.0) for table in ("flowers17", "imagenette") for rows in _FITTED),
         files={
+            "approximation/resnet18_conv1_paper.json": (summarize_fit, "approximate.py"),
             "approximation/resnet18_conv1.json": (summarize_fit, "approximate.py"),
             "evidence/flowers17_approximations.jsonl": (summarize_approximations, "compare_approximations.py"),
         },
@@ -121,7 +131,7 @@ CLAIMS = (
         "five severities; under attacks (PGD), averaged over four sizes; and if it is trained on few images: the "
         "interval is above 0.",
         tuple(
-            Comparison("fashion_mnist_few", f"{row}, {share}%", f"plain, {share}%", 0.0)
+            PairedRows("fashion_mnist_few", f"{row}, {share}%", f"plain, {share}%", 0.0)
             for row in ("all Gabor", "mosaic", "half plain")
             for share in (1, 3, 10, 30)
         ),
@@ -166,15 +176,30 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
         for table in tables:
             file = results / "evidence" / f"{table}_{name}.jsonl"
             if file.exists():
-                effects += summarize_measurements(name, table, file)
+                effects += _summarize(partial(summarize_measurements, name, table), file)
             else:
                 missing[f"`scripts/measure.py table={table} measurement={name}`"] = None
     for path, (summarize, script) in claim.files.items():
         if (results / path).exists():
-            effects += summarize(results / path)
+            effects += _summarize(summarize, results / path)
         else:
             missing[f"`scripts/{script}`"] = None
-    return effects, list(missing)
+    return _correct_for_multiplicity(effects), list(missing)
+
+
+def _summarize(summarize: Callable[[Path], list[Effect]], file: Path) -> list[Effect]:
+    try:
+        return summarize(file)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UsageError(f"{file} is corrupt: {format_error(error) or type(error).__name__}") from error
+
+
+def _correct_for_multiplicity(effects: list[Effect]) -> list[Effect]:
+    tested = [(effect, effect.p_value) for effect in effects]
+    corrected = iter(correct_p_values([p_value for _, p_value in tested if p_value is not None]))
+    return [
+        effect if p_value is None else replace(effect, corrected_p_value=next(corrected)) for effect, p_value in tested
+    ]
 
 
 def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> str:
@@ -186,23 +211,27 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
         "above the claim's threshold, *does not hold* if the whole interval is below it, and is *undecided* otherwise. "
         "Intervals are t-intervals over paired seeds (or test images, if *n* says so), except that of the fit, which "
         "is a bootstrap over kernels. They are not adjusted for the number of comparisons, so about 1 in 20 misses its "
-        "true value. *To decide* is the number of seeds or images at which the same mean and spread would give a "
-        "verdict.",
+        "true value. **Bold** verdicts survive Holm's correction for all verdicts of the claim. *To decide* is the "
+        "number of seeds or images at which the same mean and spread would give a verdict.",
         "",
         "| claim | holds | does not hold | undecided |",
         "|---|---:|---:|---:|",
     ]
     for claim in CLAIMS:
-        verdicts = [effect.verdict for effect in effects_of[claim.name][0]]
-        counts = [str(verdicts.count(verdict)) for verdict in ("holds", "does not hold", "undecided")]
-        lines.append(f"| [{claim.name}](#{claim.name.lower()}): {claim.text} | {' | '.join(counts)} |")
+        effects = effects_of[claim.name][0]
+        partial_effects = [effect for effect in effects if (effect.ratio or math.inf) < claim.min_ratio]
+        full_effects = [effect for effect in effects if effect not in partial_effects]
+        lines.append(f"| [{claim.name}](#{claim.name.lower()}): {claim.text} | {_count_verdicts(full_effects)} |")
+        if partial_effects:
+            text = f"{claim.name}, networks with less than {claim.min_ratio:g} times fewer convolution parameters"
+            lines.append(f"| {text} | {_count_verdicts(partial_effects)} |")
     lines.append("")
     for claim in CLAIMS:
         effects, missing = effects_of[claim.name]
         lines += [f"## {claim.name}", "", f"**{claim.text}** Source: {claim.source}. {claim.rule}", ""]
         if effects:
             lines += [
-                "| data | effect | plain / row | estimate | n | verdict | to decide |",
+                "| data | effect | reference / row | estimate | n | verdict | to decide |",
                 "|---|---|---:|---:|---:|---|---|",
                 *map(_format_effect, effects),
                 "",
@@ -214,14 +243,25 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _count_verdicts(effects: Sequence[Effect]) -> str:
+    """The cells of the table of claims: verdicts, and in bold those that survive the correction."""
+    cells = []
+    for verdict in ("holds", "does not hold", "undecided"):
+        matching = [effect for effect in effects if effect.verdict == verdict]
+        num_surviving = sum(effect.survives_correction for effect in matching)
+        cells.append(f"{len(matching)} (**{num_surviving}**)" if verdict != "undecided" else str(len(matching)))
+    return " | ".join(cells)
+
+
 def _format_effect(effect: Effect) -> str:
     number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
     mean, low, high = (number.format(value) for value in (effect.mean, effect.low, effect.high))
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
+    verdict = f"**{effect.verdict}**" if effect.survives_correction else effect.verdict
     to_decide = "" if effect.num_to_decide is None else f"about {effect.num_to_decide:,} {effect.sampled}"
     return (
         f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean} [{low}, {high}] {effect.unit} "
-        f"| {effect.n} {effect.sampled} | {effect.verdict} | {to_decide} |"
+        f"| {effect.n} {effect.sampled} | {verdict} | {to_decide} |"
     )
 
 
@@ -236,7 +276,9 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     for position, effect in enumerate(drawn):
         assert effect.threshold is not None
         error = [[effect.mean - effect.low], [effect.high - effect.mean]]
-        axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=colors[effect.verdict])
+        color = colors[effect.verdict]
+        fill = color if effect.survives_correction else "white"
+        axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=color, markerfacecolor=fill)
         axes.plot([effect.threshold] * 2, [-position - 0.5, -position + 0.5], color="black", linewidth=0.8)
     labels = [textwrap.fill(f"{effect.data}: {effect.what}", 70) for effect in drawn]
     axes.set_yticks([-i for i in range(len(drawn))], labels, fontsize=7)
@@ -244,5 +286,6 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     axes.grid(axis="x", alpha=0.3)
     meanings = ", ".join(f"{color.removeprefix('tab:')}: {verdict}" for verdict, color in colors.items())
     figure.suptitle(f"{claim.name}: {claim.text}", fontsize=10)
-    figure.supxlabel(f"points of accuracy; black line: the claim's threshold; {meanings}", fontsize=8)
+    notes = "black line: the claim's threshold; filled: survives the correction for all verdicts of the claim"
+    figure.supxlabel(f"points of accuracy; {meanings}; {notes}", fontsize=8)
     return figure

@@ -1,17 +1,20 @@
 """Effects with intervals, computed from the records of tables and measurements."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.special import ndtri, stdtr
 
 from acl.fit_result import Fit
 from acl.kernels import KINDS
-from reporting.measurements import find_unit, read_json_lines, read_measurements
-from reporting.statistics import interval_of_mean, top1_by_seed
+from reporting.json_lines import read_json_lines
+from reporting.measurements import find_unit, read_measurements
+from reporting.statistics import interval_of_mean, t_quantile, top1_by_seed
 
 COMPETITIVE = -1.0
 """The largest loss of accuracy, in points, that counts as competitive."""
@@ -40,6 +43,7 @@ class Effect:
     source: str  # the file of its records, relative to results/
     ratio: float | None = None  # convolution parameters of the reference, divided by the row's
     sampled: str = "seeds"  # what n counts
+    corrected_p_value: float | None = None  # for all effects of the claim that have a verdict
 
     @property
     def verdict(self) -> str:
@@ -48,6 +52,10 @@ class Effect:
         if self.low > self.threshold:
             return "holds"
         return "does not hold" if self.high < self.threshold else "undecided"
+
+    @property
+    def survives_correction(self) -> bool:
+        return self.corrected_p_value is not None and self.corrected_p_value < 0.05
 
     @property
     def is_verdict_in_points(self) -> bool:
@@ -61,12 +69,28 @@ class Effect:
         """
         if self.verdict != "undecided" or self.threshold is None or self.mean == self.threshold or self.n < 2:
             return None
-        return math.ceil(self.n * ((self.high - self.mean) / (self.mean - self.threshold)) ** 2)
+        standard_deviation, distance = self._standard_error * math.sqrt(self.n), abs(self.mean - self.threshold)
+        n = max(self.n, math.ceil((float(ndtri(0.975)) * standard_deviation / distance) ** 2))
+        while t_quantile(n) * standard_deviation / math.sqrt(n) >= distance:
+            n += 1
+        return n
+
+    @property
+    def p_value(self) -> float | None:
+        """Of a two-sided t-test of the mean against the threshold; None without a threshold or an interval."""
+        if self.threshold is None or self.n < 2:
+            return None
+        distance = abs(self.mean - self.threshold)
+        return 2 * float(stdtr(self.n - 1, -distance / self._standard_error)) if self._standard_error else 0.0
+
+    @property
+    def _standard_error(self) -> float:
+        return (self.high - self.low) / 2 / t_quantile(self.n)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two rows of a table, whose accuracy is compared."""
+class PairedRows:
+    """Two rows of a table, whose accuracies are compared by seed."""
 
     table: str
     row: str
@@ -74,7 +98,7 @@ class Comparison:
     threshold: float = COMPETITIVE
 
 
-def compare_rows(comparison: Comparison, records: list[dict[str, Any]]) -> Effect | None:
+def compare_rows(comparison: PairedRows, records: list[dict[str, Any]]) -> Effect | None:
     """The paired difference of two rows in test accuracy; None if the table lacks one, or the test set was not used."""
     row, against = (
         [record for record in records if record["row"] == name] for name in (comparison.row, comparison.against)
@@ -123,11 +147,20 @@ def _summarize_shapley(measurements: list[dict[str, Any]], table: str, source: s
 
 
 def _summarize_corruptions(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
-    def average(values: dict[str, Any]) -> float:
-        by_corruption = [accuracies for name, accuracies in values.items() if name != "none"]
-        return sum(sum(accuracies) / len(accuracies) for accuracies in by_corruption) / len(by_corruption)
+    """The effect averaged over corruptions, which has the verdict, then of each corruption."""
 
-    return _compare_with_plain(measurements, average, "under corruptions", table, source)
+    def average(values: dict[str, Any], names: Sequence[str]) -> float:
+        return sum(sum(values[name]) / len(values[name]) for name in names) / len(names)
+
+    names = [name for name in measurements[0]["values"] if name != "none"]
+    conditions = {"corruptions": names, **{name: [name] for name in names}}
+    return [
+        effect if condition == "corruptions" else replace(effect, threshold=None)
+        for condition, members in conditions.items()
+        for effect in _compare_with_plain(
+            measurements, partial(average, names=members), f"under {condition}", table, source
+        )
+    ]
 
 
 def _summarize_attacks(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
@@ -173,7 +206,7 @@ def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source
     )
     effects = []
     for row, of_row in frame.groupby("row", sort=False):
-        # All ways agree at 90 degrees, where kernels turn without interpolation.
+        # At 90 degrees, moved and resampled kernels are the same: no pixel is interpolated.
         is_oblique = (of_row["transform"] == "rotation") & (of_row["amount"] < 90)
         angles = of_row["amount"][is_oblique]
         groups = {f"rotated by {angles.min():g} to {angles.max():g} degrees": is_oblique}
@@ -225,9 +258,10 @@ def summarize_fit(file: Path) -> list[Effect]:
         sample = explained.sample(frac=1, replace=True, random_state=seed).index
         resampled.append(100 * explained[sample].sum() / energy[sample].sum())
     low, high = pd.Series(resampled).quantile([0.025, 0.975])
-    what = f"energy of ResNet-18's conv1 explained at {fit.num_parameters / len(fit.kernels):.1f} numbers per kernel"
+    numbers = fit.num_parameters / len(fit.kernels)
+    what = f"energy of ResNet-18's conv1 explained, {fit.family} family, {numbers:.1f} numbers per kernel"
     mean = 100 * explained.sum() / energy.sum()
-    source = f"approximation/{file.stem}.md"
+    source = f"approximation/{file.name}"
     return [Effect("ImageNet", what, "%", mean, low, high, len(pairs), 90.0, source, sampled="kernels")]
 
 
@@ -239,7 +273,7 @@ def summarize_approximations(file: Path) -> list[Effect]:
     keys = {"method", "numbers", "numbers_per_kernel", "output_error_percent", "overrides", "layer"}
     lines = read_json_lines(file, keys | {"probe_correct", "refitted_probe_correct"}, "an approximation")
     original, *approximations = lines
-    data = next(word.removeprefix("data=") for word in original["overrides"] if word.startswith("data="))
+    data = next((word.removeprefix("data=") for word in original["overrides"] if word.startswith("data=")), "digits")
     source = f"evidence/{file.name}"
     effects = []
     for line in approximations:

@@ -1,6 +1,5 @@
 """What is measured on the trained networks of a table, beyond the accuracy in their records."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from acl.convert import analytic_layers
 from acl.explain import attribute
 from acl.kernels import KINDS
+from reporting.json_lines import read_json_lines
 from reporting.transforms import measure_transforms
 from training.corruptions import CORRUPTIONS, SEVERITIES
 from training.data import Data
 from training.datasets import Split
-from training.errors import UsageError
 from training.finished_run import FinishedRun, evaluate_run, load_akp_history
 
 ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)
@@ -29,7 +28,7 @@ MAX_ATTACKED = 1000
 
 def find_unit(symbol: str, akp_name: str) -> str:
     """The unit of an AKP: ``px``, ``rad``, or empty."""
-    return next(akp.unit for akp in KINDS[symbol].akps("extended", amplitude=True) if akp.name == akp_name)
+    return {akp.name: akp.unit for akp in KINDS[symbol].akps("extended", amplitude=True)}[akp_name]
 
 
 def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
@@ -135,25 +134,3 @@ def read_measurements(file: Path) -> list[dict[str, Any]]:
         UsageError: as ``read_json_lines`` does.
     """
     return read_json_lines(file, {"row", "id", "seed", "values"}, "a measurement")
-
-
-def read_json_lines(file: Path, keys: set[str], description: str) -> list[dict[str, Any]]:
-    """Reads a file with an object of JSON in each line, which ``description`` names in errors.
-
-    Raises:
-        UsageError: if the file cannot be read, or for the first line that is not JSON or lacks one of ``keys``.
-    """
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{file}, line {number}, is not JSON: {error}") from error
-        if not isinstance(value, dict) or not keys <= value.keys():
-            raise UsageError(f"{file}, line {number}, is not {description}: it needs {', '.join(sorted(keys))}")
-        values.append(value)
-    return values

@@ -36,8 +36,10 @@ def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
     headings = [
         f"points against {names[0] if len(set(names)) == 1 else 'the reference of the row'}" for names in references
     ]
-    accuracy = f"top-1 {SPLIT_NAMES[rows[0].split]} %"
-    return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", "plain / row", accuracy, *headings])
+    arrangements = dict(zip(comparisons[0]["row"], comparisons[0]["arrangement"], strict=True))
+    is_plain = all(arrangements[name] == "plain" for name in references[0])
+    ratio, accuracy = f"{'plain' if is_plain else 'reference'} / row", f"top-1 {SPLIT_NAMES[rows[0].split]} %"
+    return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", ratio, accuracy, *headings])
 
 
 def render_markdown(

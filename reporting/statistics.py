@@ -95,9 +95,27 @@ def paired_difference(
 def interval_of_mean(values: "pd.Series[Any]", confidence: float = 0.95) -> tuple[float, float, float]:
     """Mean and its t-interval; for a single value, the interval is NaN."""
     n = len(values)
-    half_width = float(stdtrit(n - 1, (1 + confidence) / 2)) * values.std() / math.sqrt(n) if n > 1 else math.nan
+    half_width = t_quantile(n, confidence) * values.std() / math.sqrt(n) if n > 1 else math.nan
     mean = values.mean()
     return mean, mean - half_width, mean + half_width
+
+
+def t_quantile(n: int, confidence: float = 0.95) -> float:
+    """The half width of the t-interval of a mean of ``n`` values, in standard errors."""
+    return float(stdtrit(n - 1, (1 + confidence) / 2))
+
+
+def correct_p_values(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction, so that the chance of any p-value below 0.05 is at most 5% if no effect exists.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def top1_by_seed(records: Sequence[dict[str, Any]], split: str = "test") -> "pd.Series[Any]":

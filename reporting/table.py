@@ -1,6 +1,5 @@
 """Turns the rows of a table into runs, which any number of workers share."""
 
-import json
 import re
 import time
 import traceback
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
+from reporting.json_lines import to_json_lines
 from reporting.render import draw_accuracy, render_latex, render_markdown
 from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
@@ -257,12 +257,18 @@ class Table:
         entries = read_results(file)
         for row in self.rows:
             row.records = [entry for entry in entries if entry["row"] == row.name]
-            ids = {entry["id"] for entry in row.records}
-            for row.chosen in self._candidates or [[]]:
-                if {planned.directory.id for planned in self._plan_seeds(row)} == ids:
-                    break
-            else:
+            row.chosen = self._find_recorded_candidate(row)
+            if row.chosen is None:
                 raise UsageError(f"{file} has no complete row '{row.name}' as configured in table {self.name}")
+
+    def _find_recorded_candidate(self, row: Row) -> list[str] | None:
+        """The candidate that the records of a row were made with; None if there is none."""
+        recorded_ids = {record["id"] for record in row.records}
+        for candidate in self._candidates or [[]]:
+            ids = {self._plan(row, "", *candidate, f"seed={seed}").directory.id for seed in self.settings.seeds}
+            if ids == recorded_ids:
+                return candidate
+        return None
 
     def write(self) -> pd.DataFrame:
         """Writes <name>.csv, .md, .tex, .png, .pdf and .jsonl (the records)."""
@@ -341,7 +347,3 @@ def read_results(file: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{file}: only one of the lines 1 and {number} has a test result")
         entries.append(entry)
     return entries
-
-
-def to_json_lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)

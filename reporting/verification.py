@@ -85,9 +85,11 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         befores, afters = [old[key] for key in common], [new[key] for key in common]
         verdict: Verdict = "reproduced"
         details = []
-        if any(b[split] != a[split] for b, a in zip(befores, afters, strict=True) for split in num_images):
+        # Without the same trainer.test, only one of the two has a test result.
+        splits = [split for split in num_images if all(record[split] is not None for record in (*befores, *afters))]
+        if any(b[split] != a[split] for b, a in zip(befores, afters, strict=True) for split in splits):
             verdict = "consistent"
-            for split, count in num_images.items():
+            for split in splits:
                 difference = paired_difference(top1_by_seed(afters, split), top1_by_seed(befores, split), confidence)
                 limit = seed_spread(committed, split, len(common), confidence)
                 details.append(
@@ -95,7 +97,7 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
                     + ("" if math.isnan(limit) else f" (chance alone: ±{limit:.2f})")
                 )
                 mean, low, high = difference
-                is_rounding = abs(mean) <= 100 / count * (1 + 1e-9)
+                is_rounding = abs(mean) <= 100 / num_images[split] * (1 + 1e-9)
                 if not is_rounding and not (low <= 0 <= high and abs(mean) <= limit):
                     verdict = "differs"
         for problem, missing in (("not rerun", old.keys() - new.keys()), ("not committed", new.keys() - old.keys())):

@@ -36,7 +36,7 @@ FITS: dict[str, dict[str, Any]] = {
     "all kinds, amplitude": {},
     "all kinds, extended and amplitude": {"family": "extended"},
 }
-BEST = "all kinds, extended and amplitude"
+PAPER, BEST = "all kinds, amplitude", "all kinds, extended and amplitude"
 SOURCE = "Source: "
 
 
@@ -72,26 +72,27 @@ def main(settings: ApproximateSettings) -> None:
             # Fixed AKPs do not count as parameters, nor do the gains if only the shape is fitted.
             num_uncounted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
             parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
-            lines.append(summarize_fit(title, fit, parameters, seconds))
-        for title in ("all kinds, amplitude", BEST):
+            lines.append(describe_fit(title, fit, parameters, seconds))
+        for title in (PAPER, BEST):
             for tolerance in settings.tolerances:
                 chosen = fits[title].choose(tolerance, weight)
                 auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"
-                lines.append(summarize_fit(auto_title, chosen, chosen.num_parameters, None))
+                lines.append(describe_fit(auto_title, chosen, chosen.num_parameters, None))
     except ValueError as error:
         raise UsageError(str(error)) from error
     frame = pd.DataFrame(lines)
     figure = approximation(weight, fits[BEST].weight(), f"{name}, {BEST}")
     text = render_markdown(name, source, weight, frame, len(fits[BEST].degenerate_slots))
     contents: dict[str, str | bytes] = {
-        "csv": frame.to_csv(index=False, float_format="%.6g"),
-        "json": fits[BEST].to_json() + "\n",
-        "png": to_png(figure),
-        "pdf": to_pdf(figure),
-        "md": text,
+        ".csv": frame.to_csv(index=False, float_format="%.6g"),
+        ".json": fits[BEST].to_json() + "\n",
+        "_paper.json": fits[PAPER].to_json() + "\n",
+        ".png": to_png(figure),
+        ".pdf": to_pdf(figure),
+        ".md": text,
     }
     for suffix, content in contents.items():
-        write_atomic(settings.folder / f"{name}.{suffix}", content)
+        write_atomic(settings.folder / f"{name}{suffix}", content)
     print(text)
 
 
@@ -118,7 +119,7 @@ def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, s
     return convolutions[name].weight.detach(), re.sub("[/.]", "-", f"{source}-{name}")
 
 
-def summarize_fit(title: str, fit: acl.Fit, parameters: int, seconds: float | None) -> dict[str, object]:
+def describe_fit(title: str, fit: acl.Fit, parameters: int, seconds: float | None) -> dict[str, object]:
     kinds = [kernel.kind for kernel in fit.kernels]
     return {
         "setting": title,

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
 import acl
-from reporting.table import to_json_lines
+from reporting.json_lines import to_json_lines
 from training.config import compose, run_script
 from training.datasets import Split
 from training.errors import UsageError
@@ -31,6 +32,7 @@ GABOR_OPTIONS: dict[int, dict[str, Any]] = {
     8: {"family": "extended"},
 }
 """Numbers per kernel, including the gain -> options of ``acl.fit_kernels``."""
+CODEBOOK_STARTS, CODEBOOK_STEPS = 10, 100
 PROBES = ("probe_correct", "refitted_probe_correct")
 """The probe is trained on the features of the original network, or again on those of each approximation."""
 
@@ -56,22 +58,34 @@ def truncate_svd(weight: Tensor, numbers: int) -> tuple[Tensor, float]:
 
 
 def quantize(weight: Tensor, numbers: int) -> tuple[Tensor, float]:
-    """Replaces each kernel by an entry of a codebook (k-means of the normalized kernels) times a gain.
+    """Replaces each kernel by an entry of a codebook times a gain of either sign, with the smallest squared error.
 
-    The index of the entry and the gain count as two numbers of the kernel.
+    This is k-means for lines through the origin instead of points, known as gain-shape vector quantization (Sabin and
+    Gray, 1984). The index of the entry and the gain count as two numbers of the kernel.
     """
-    from sklearn.cluster import KMeans  # imported here because it takes over a second
-
     rows = weight.flatten(0, 1).flatten(1)
     size = min(max(1, math.ceil((numbers - 2) * len(rows) / rows.shape[1])), len(rows))
-    normalized = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    codebook = torch.from_numpy(
-        KMeans(size, n_init=10, random_state=0).fit(normalized.numpy()).cluster_centers_
-    ).float()
-    codebook = codebook / codebook.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    codebook = max(
+        (_train_codebook(rows, size, seed) for seed in range(CODEBOOK_STARTS)),
+        key=lambda codebook: (rows @ codebook.T).square().amax(1).sum(),
+    )
     products = rows @ codebook.T
     index = products.abs().argmax(1, keepdim=True)
     return (products.gather(1, index) * codebook[index[:, 0]]).view_as(weight), 2 + codebook.numel() / len(rows)
+
+
+def _train_codebook(rows: Tensor, size: int, seed: int) -> Tensor:
+    """Finds ``size`` unit vectors, (size, pixels), starting from random kernels; those of more energy are likelier."""
+    generator = torch.Generator().manual_seed(seed)
+    codebook = F.normalize(rows[rows.square().sum(1).clamp(min=1e-12).multinomial(size, generator=generator)])
+    index = None
+    for _ in range(CODEBOOK_STEPS):
+        previous, index = index, (rows @ codebook.T).abs().argmax(1)
+        if previous is not None and torch.equal(index, previous):
+            break
+        for i in index.unique().tolist():
+            codebook[i] = torch.linalg.svd(rows[index == i], full_matrices=False).Vh[0]
+    return codebook
 
 
 METHODS: dict[str, Callable[[Tensor, int], tuple[Tensor, float]]] = {
@@ -94,12 +108,13 @@ def main(settings: CompareSettings) -> None:
     data = load_run_data(run)
     model = create_network(run, data.channels, data.classes).eval()
     conv = dict(model.named_modules()).get(settings.layer)
-    if not isinstance(conv, nn.Conv2d):
-        raise UsageError(f"layer={settings.layer} is invalid: it is not a convolution of the network")
+    if not isinstance(conv, nn.Conv2d) or isinstance(conv, acl.AnalyticConv2d):
+        raise UsageError(f"layer={settings.layer} is invalid: it is not a plain convolution of the network")
     try:
         extractor = create_feature_extractor(model, {settings.features: "features"})
     except ValueError as error:
         raise UsageError(f"features={settings.features} is invalid: it is not a layer of the network") from error
+    check_features(extractor, conv, settings, next(data.eval_batches(data.train[:1])).images)
     original = copy.deepcopy(conv)
     weight = original.weight.detach()
     tasks: list[tuple[str, int]] = [(method, numbers) for numbers in GABOR_OPTIONS for method in METHODS]
@@ -140,6 +155,24 @@ def main(settings: CompareSettings) -> None:
             f"probe {100 * means['probe_correct']:.2f}%, refitted {100 * means['refitted_probe_correct']:.2f}%"
         )
     print(settings.file)
+
+
+@torch.no_grad()
+def check_features(extractor: nn.Module, conv: nn.Conv2d, settings: CompareSettings, image: Tensor) -> None:
+    """Raises UsageError unless the features are maps that depend on the convolution."""
+    num_calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    handle = conv.register_forward_hook(count)
+    features = extractor(image)["features"]
+    handle.remove()
+    if features.ndim != 4:
+        raise UsageError(f"features={settings.features} is invalid: its output has no height and width")
+    if not num_calls:
+        raise UsageError(f"features={settings.features} is invalid: it should come after layer={settings.layer}")
 
 
 @torch.no_grad()

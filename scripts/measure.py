@@ -1,17 +1,17 @@
 """Measures the trained networks of a table: python scripts/measure.py table=digits measurement=shapley
 
-Adds a line per run to results/evidence/<table>_<measurement>.jsonl; runs that it has already are not measured again.
+Adds a line per run to results/evidence/<table>_<measurement>.jsonl. Runs that have a line are not measured again.
 """
 
 import json
-from typing import Literal
 
 from omegaconf import DictConfig
 from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
+from reporting.json_lines import to_json_lines
 from reporting.measurements import MEASUREMENTS, read_measurements
-from reporting.table import open_table, to_json_lines
+from reporting.table import open_table
 from training.config import resolve, run_script
 from training.errors import UsageError
 from training.finished_run import DataLocation, load_finished_run
@@ -25,12 +25,14 @@ from training.validation import STRICT, construct
 class MeasureOptions:
     """The options of configs/measure.yaml itself."""
 
-    measurement: Literal["akp_travel", "shapley", "corruptions", "attacks", "transforms"]
+    measurement: str
     only: list[str] | None
 
 
 def main(cfg: DictConfig) -> None:
     options = construct(MeasureOptions, {name: resolve(cfg)[name] for name in ("measurement", "only")})
+    if options.measurement not in MEASUREMENTS:
+        raise UsageError(f"measurement={options.measurement} is invalid; known: {', '.join(MEASUREMENTS)}")
     table = open_table(cfg, "worker", "measurement", "only")
     names = [row.name for row in table.rows]
     wanted = names if options.only is None else options.only

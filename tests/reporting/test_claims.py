@@ -1,11 +1,16 @@
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from scipy import stats
 
 from reporting.claims import CLAIMS, Claim, collect_effects, draw_effects, render_claims
-from reporting.effects import Comparison, Effect
-from reporting.table import to_json_lines
+from reporting.effects import Effect, PairedRows
+from reporting.json_lines import to_json_lines
+from reporting.statistics import interval_of_mean, t_quantile
 from tests.reporting.helpers import load_settings, make_record
 from training.errors import UsageError
 
@@ -37,7 +42,7 @@ def write_measurements(folder: Path, name: str, values: dict[str, list[dict[str,
     (folder / f"evidence/{table}_{name}.jsonl").write_text(to_json_lines(lines))
 
 
-def make_claim(*comparisons: Comparison, **options: Any) -> Claim:
+def make_claim(*comparisons: PairedRows, **options: Any) -> Claim:
     return Claim("C0", "A claim.", "a test", "A rule.", comparisons, **options)
 
 
@@ -49,22 +54,52 @@ def test_verdict_holds_only_if_whole_interval_is_beyond_threshold(low: float, hi
     assert make_effect(low, high).verdict == verdict
 
 
-def test_num_to_decide_grow_with_square_of_interval() -> None:
-    assert make_effect(-2.0, 2.0, threshold=-1.0, n=5).num_to_decide == 20
+def test_num_to_decide_is_first_number_at_which_interval_excludes_threshold() -> None:
+    values = pd.Series([0.0, 1.0, 3.5])
+    mean, low, high = interval_of_mean(values)
+    undecided = Effect("mnist", "a row", "points", mean, low, high, 3, 0.0, "tables/mnist.md")
+    half_widths = {n: t_quantile(n) * values.std() / math.sqrt(n) for n in range(2, 100)}
+    assert undecided.num_to_decide == min(n for n, half_width in half_widths.items() if half_width < mean)
     assert make_effect(-0.5, 2.0).num_to_decide is None
     assert make_effect(-1.0, 1.0, threshold=0.0).num_to_decide is None  # its mean is the threshold
     assert make_effect(-1.0, 1.0, threshold=None).num_to_decide is None
 
 
+def test_p_value_is_that_of_t_test_over_seeds() -> None:
+    values = [0.3, 1.0, 3.5]
+    mean, low, high = interval_of_mean(pd.Series(values))
+    effect = Effect("mnist", "a row", "points", mean, low, high, 3, -1.0, "tables/mnist.md")
+    assert effect.p_value == pytest.approx(stats.ttest_1samp(values, -1.0).pvalue)
+    assert make_effect(-1.0, 1.0, threshold=None).p_value is None
+    assert make_effect(0.5, 0.5).p_value == 0.0
+
+
+def test_verdicts_are_corrected_for_all_effects_of_a_claim(tmp_path: Path) -> None:
+    write_table(tmp_path, plain=[90.0, 80.0, 70.0], clear=[91.0, 81.1, 70.9], vague=[91.0, 83.0, 71.0])
+    pairs = [PairedRows("toy", row, "plain", 0.0) for row in ("clear", "vague")]
+    alone = [collect_effects(make_claim(pair), tmp_path)[0][0] for pair in pairs]
+    together, _ = collect_effects(make_claim(*pairs), tmp_path)
+    assert [effect.p_value for effect in together] == [effect.p_value for effect in alone]
+    assert together[0].corrected_p_value == pytest.approx(2 * alone[0].p_value)
+    assert [effect.survives_correction for effect in together] == [True, False]
+
+
+def test_effects_of_small_savings_are_counted_separately() -> None:
+    effects = [replace(make_effect(0.0, 1.0), ratio=ratio, corrected_p_value=0.01) for ratio in (1.5, 6.0, 8.0)]
+    page = render_claims({claim.name: (effects if claim.name == "C1" else [], []) for claim in CLAIMS})
+    assert "far fewer parameters. | 2 (**2**) | 0 (**0**) | 0 |" in page
+    assert "| C1, networks with less than 2 times fewer convolution parameters | 1 (**1**) | 0 (**0**) | 0 |" in page
+
+
 def test_single_seed_is_undecided(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0], analytic=[95.0])
-    (effect,), _ = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)
+    (effect,), _ = collect_effects(make_claim(PairedRows("toy", "analytic", "plain")), tmp_path)
     assert (effect.mean, effect.verdict, effect.num_to_decide) == (5.0, "undecided", None)
 
 
 def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0, 70.0], analytic=[91.0, 81.0, 71.5])
-    (effect,), missing = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)
+    (effect,), missing = collect_effects(make_claim(PairedRows("toy", "analytic", "plain")), tmp_path)
     assert effect.mean == pytest.approx(3.5 / 3)
     assert effect.high - effect.low < 2  # far less than the spread of a row
     assert (effect.n, effect.ratio, effect.verdict, missing) == (3, 5 / 8, "holds", [])
@@ -74,15 +109,15 @@ def test_table_without_test_results_gives_no_effect(tmp_path: Path) -> None:
     records = [{"row": row, **make_record(0, 90.0), "test": None} for row in ("plain", "analytic")]
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(records))
-    effects, missing = collect_effects(make_claim(Comparison("toy", "analytic", "plain")), tmp_path)
+    effects, missing = collect_effects(make_claim(PairedRows("toy", "analytic", "plain")), tmp_path)
     assert effects == [] and missing == ["'analytic' against 'plain' in table toy"]
 
 
 def test_missing_records_are_listed_with_their_command(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0])
     claim = make_claim(
-        Comparison("toy", "analytic", "plain"),
-        Comparison("other", "analytic", "plain"),
+        PairedRows("toy", "analytic", "plain"),
+        PairedRows("other", "analytic", "plain"),
         measurements={"shapley": ("toy",)},
     )
     effects, missing = collect_effects(claim, tmp_path)
@@ -121,9 +156,11 @@ def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -
     write_measurements(tmp_path, "corruptions", corrupted, "mnist")
     write_measurements(tmp_path, "attacks", attacked, "mnist")
     effects, _ = collect_effects(make_claim(measurements={"corruptions": ("mnist",), "attacks": ("mnist",)}), tmp_path)
-    assert [(e.what, e.mean, e.low, e.high) for e in effects] == [
-        (f"all Gabor, {condition}, against LeNet-5 plain", 3.0, 3.0, 3.0)
-        for condition in ("under corruptions", "under attacks")
+    assert [(e.what, e.mean, e.verdict) for e in effects] == [
+        ("all Gabor, under corruptions, against LeNet-5 plain", 3.0, "holds"),
+        ("all Gabor, under noise, against LeNet-5 plain", 1.5, ""),
+        ("all Gabor, under blur, against LeNet-5 plain", 4.5, ""),
+        ("all Gabor, under attacks, against LeNet-5 plain", 3.0, "holds"),
     ]
 
 
@@ -183,6 +220,23 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
         ("linear probe, Gabor fit with 5 numbers per kernel, against the original", -25.0, 4),
         ("linear probe, Gabor fit with 5 numbers per kernel, against codebook", 50.0, 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("shapley", []),
+        ("shapley", {"X": 1.0}),
+        ("akp_travel", {"G/x": 1.0}),
+        ("corruptions", {"none": 1.0}),
+        ("attacks", {"0": 1.0}),
+        ("transforms", {"scale": {"2": {"closed form": {"top1": 1.0}}}}),
+    ],
+)
+def test_corrupt_values_are_one_line(tmp_path: Path, name: str, values: Any) -> None:
+    write_measurements(tmp_path, name, {"LeNet-5 plain": [values], "all Gabor": [values]}, "mnist")
+    with pytest.raises(UsageError, match=rf"mnist_{name}.jsonl is corrupt: [^\n]+$"):
+        collect_effects(make_claim(measurements={name: ("mnist",)}), tmp_path)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"row": "plain"}'])

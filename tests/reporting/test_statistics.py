@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from reporting.statistics import COLUMNS, Row, paired_difference, summarize
+from reporting.statistics import COLUMNS, Row, correct_p_values, paired_difference, summarize
 from tests.reporting.helpers import make_record
 from training.errors import UsageError
 
@@ -46,3 +46,8 @@ def test_paired_difference_uses_common_seeds_only() -> None:
     mean, low, high = paired_difference(pd.Series({0: 2.0, 1: 5.0, 7: 90.0}), pd.Series({1: 4.0, 0: 2.0, 8: 10.0}))
     expected = stats.ttest_rel([2.0, 5.0], [2.0, 4.0]).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((0.5, *expected))
+
+
+def test_corrected_p_values_are_those_of_holm() -> None:
+    assert correct_p_values([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert correct_p_values([0.9, 0.8]) == [1.0, 1.0] and correct_p_values([]) == []

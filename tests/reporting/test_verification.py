@@ -72,6 +72,14 @@ def test_other_configuration_differs_whatever_its_results() -> None:
     )
 
 
+def test_other_use_of_test_set_differs() -> None:
+    committed = make_row(*TOP1, trainer={"test": False})
+    for record in committed:
+        record["test"] = None
+    verdict, details = compare(committed, make_row(*TOP1, trainer={"test": True}))
+    assert (verdict, details) == ("differs", "other configuration: trainer.test=True instead of False")
+
+
 def test_missing_rows_and_seeds_are_incomplete() -> None:
     committed = [*make_row(90.0, 91.0), *make_row(90.0, name="b")]
     rerun = [*make_row(91.0, 92.0, first_seed=1), *make_row(90.0, name="c")]

@@ -52,7 +52,7 @@ def approximate_file(source: Path, folder: Path, *overrides: str) -> None:
 @pytest.fixture
 def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits the kind with the fewest parameters only."""
-    titles = ("all kinds, amplitude", approximate.BEST)
+    titles = (approximate.PAPER, approximate.BEST)
     monkeypatch.setattr(approximate, "FITS", {title: {"kinds": ["Lg"]} for title in titles})
 
 
@@ -60,8 +60,9 @@ def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_with_dots_keep_their_own_outputs(tmp_path: Path) -> None:
     for name in ("conv.v1", "conv.v2"):
         approximate_file(save_kernels(tmp_path / f"{name}.npy"), tmp_path / "out", "tolerances=0.1")
+    suffixes = (".csv", ".json", ".md", ".pdf", ".png", "_paper.json")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"conv.v{i}.{suffix}" for i in (1, 2) for suffix in ("csv", "json", "md", "pdf", "png")
+        f"conv.v{i}{s}" for i in (1, 2) for s in suffixes
     ]
     text = (tmp_path / "out/conv.v2.md").read_text()
     assert "(conv.v2.png)" in text and text.count("tolerance 0.1 |") == 2  # one number is a list of one

@@ -23,6 +23,16 @@ def test_svd_of_full_rank_and_codebook_of_all_kernels_are_exact() -> None:
         torch.testing.assert_close(approximate(weight, 100)[0], weight, atol=1e-5, rtol=0)
 
 
+def test_codebook_finds_kernels_up_to_gain_and_sign() -> None:
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(2, 5, 5, generator=generator)
+    gains = torch.randn(40, 1, 1, generator=generator)
+    weight = (gains * entries.repeat(20, 1, 1)).view(8, 5, 5, 5)
+    approximation, used = quantize(weight, 3)  # two entries
+    assert used == 2 + 2 * 25 / 40
+    torch.testing.assert_close(approximation, weight)
+
+
 def test_compare_approximations_writes_values_per_image(tmp_path: Path, call_script: RunScript) -> None:
     file = tmp_path / "approximations.jsonl"
     options = ['overrides=["data=digits","model=lenet"]', "features=conv2", f"file={file}"]
@@ -39,10 +49,17 @@ def test_compare_approximations_writes_values_per_image(tmp_path: Path, call_scr
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["layer=fc1"], "error: layer=fc1 is invalid: it is not a convolution of the network"),
-        (["layer=conv2", "features=layer9"], "error: features=layer9 is invalid: it is not a layer of the network"),
+        (["layer=fc1"], "layer=fc1 is invalid: it is not a plain convolution of the network"),
+        (
+            ["layer=conv1", 'overrides=["data=digits","model=ana_lenet","arrangement.conv1=G6"]'],
+            "layer=conv1 is invalid: it is not a plain convolution of the network",
+        ),
+        (["layer=conv2", "features=layer9"], "features=layer9 is invalid: it is not a layer of the network"),
+        (["layer=conv2", "features=fc1"], "features=fc1 is invalid: its output has no height and width"),
+        (["layer=conv2", "features=conv1"], "features=conv1 is invalid: it should come after layer=conv2"),
     ],
 )
 def test_invalid_layer_is_named(options: list[str], message: str, call_script: RunScript) -> None:
-    done = call_script("compare_approximations.py", 'overrides=["data=digits","model=lenet"]', *options)
-    assert (done.returncode, done.stderr.splitlines()) == (2, [message])
+    defaults = [] if any("overrides" in option for option in options) else ['overrides=["data=digits","model=lenet"]']
+    done = call_script("compare_approximations.py", *defaults, *options)
+    assert (done.returncode, done.stderr.splitlines()) == (2, [f"error: {message}"])
