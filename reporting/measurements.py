@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def find_unit(symbol: str, akp_name: str) -> str:
     return {akp.name: akp.unit for akp in KINDS[symbol].akps("extended", amplitude=True)}[akp_name]
 
 
+def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the images and labels of a split for ``acl.explain``, which keeps up to 16 outputs per batch."""
+    for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
+        yield batch.images, batch.labels
+
+
 def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
     """The mean distance between the AKPs' values before training and at the best epoch.
 
@@ -54,12 +61,7 @@ def measure_shapley(run: FinishedRun, data: Data) -> dict[str, Any]:
     """
     if not analytic_layers(run.model):
         return {}
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in data.eval_batches(data.val, max_pixels=2**20, max_size=500):
-            yield batch.images, batch.labels
-
-    attribution = attribute(run.model, batches)
+    attribution = attribute(run.model, partial(iterate_pairs, data, data.val))
     values = attribution.shapley()
     return {symbol: values[symbol] for symbol in attribution.kinds}
 

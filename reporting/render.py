@@ -133,17 +133,19 @@ def _describe_references(rows: Sequence[Row]) -> str:
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:
     """Lists epochs, time, machines, commits and versions of the runs behind a table, in one line."""
-    machines = sorted({_describe_machine(r["machine"]) for r in records})
+    machines = sorted({describe_machine(r["machine"]) for r in records})
     commits = sorted({_shorten_commit(r["commit"]) for r in records})
     versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
     epochs = sorted({r["config"]["trainer"]["epochs"] for r in records})
+    minutes = round(sum(r["seconds"] for r in records) / 60)
     return (
-        f"{' or '.join(map(str, epochs))} epochs per run; {sum(r['seconds'] for r in records) / 60:.0f} "
-        f"minutes for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
+        f"{' or '.join(map(str, epochs))} epochs per run; {minutes} {'minute' if minutes == 1 else 'minutes'} "
+        f"for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
     )
 
 
-def _describe_machine(machine: dict[str, Any]) -> str:
+def describe_machine(machine: dict[str, Any]) -> str:
+    """Names a machine of ``describe_environment`` and its threads."""
     return f"{machine['device']}, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ import models
 from acl.kernels import Profile
 from acl.plot import approximation, to_pdf, to_png
 from models.library import read_kernels
+from reporting.render import describe_machine
 from training.config import run_script
 from training.errors import UsageError
 from training.provenance import describe_environment
@@ -155,8 +155,8 @@ def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame,
         lines += ["", f"Zero or constant kernels, which stay plain: {degenerate}."]
     lines += [
         "",
-        f"The slowest setting took {frame['seconds'].max():.1f} s on {environment['machine']['device']}, "
-        f"{torch.get_num_threads()} threads; commit {environment['commit']}; torch {environment['versions']['torch']}.",
+        f"The slowest setting took {frame['seconds'].max():.1f} s on {describe_machine(environment['machine'])}; "
+        f"commit {environment['commit']}; torch {environment['versions']['torch']}.",
         "",
         f"![Kernels, formulas and residuals]({name}.png)",
     ]

@@ -1,7 +1,7 @@
 """Explains the network of a finished run, in one HTML page: python scripts/explain.py run=runs/<id> data.root=/data"""
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 from lightning_fabric.utilities.seed import seed_everything
@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 
 from acl.explain import Attribution, attribute, leave_one_out
+from reporting.measurements import iterate_pairs
 from reporting.run_page import render_run_page
 from training.config import run_script
 from training.errors import UsageError
@@ -44,12 +45,7 @@ def main(settings: ExplainSettings) -> None:
         data = load_run_data(run.settings)
         split = getattr(data, settings.split)[: settings.images]
         images = f"{len(split):,} {settings.split}"
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            # An attribution keeps 16 outputs of a layer per batch, so batches are small.
-            for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
-                yield batch.images, batch.labels
-
+        batches = partial(iterate_pairs, data, split)
         try:
             attributions = {mode: attribute(run.model, batches, mode) for mode in settings.replace}
             lost = leave_one_out(run.model, batches) if settings.single else None
