@@ -13,12 +13,17 @@ from omegaconf import DictConfig
 from reporting.table import open_table
 from reporting.verification import verify_table
 from training.config import run_script
+from training.errors import UsageError
 
 FLAGS = {flag for flag in ("--status", "--render", "--verify") if flag in sys.argv}
 sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
 
 
 def main(cfg: DictConfig) -> None:
+    if len(FLAGS) > 1:
+        raise UsageError(f"{' and '.join(sorted(FLAGS))} exclude each other")
+    if FLAGS and cfg.debug is not None:
+        raise UsageError(f"debug={cfg.debug} records nothing, so {', '.join(FLAGS)} has nothing to work on")
     table = open_table(cfg, "worker")
     if "--verify" in FLAGS:
         comparisons = verify_table(table, Path(cfg.paths.runs) / "verify")
