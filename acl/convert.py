@@ -14,7 +14,7 @@ from acl.arrangement import Arrangement
 from acl.fit import fit_kernels
 from acl.fit_result import KernelFit, apply_fits, check_tolerance
 from acl.kernels import AMPLITUDE
-from acl.layer import AnalyticConv2d, convolution_arguments, find_learned_akps
+from acl.layer import AnalyticConv2d, find_learned_akps, get_convolution_arguments
 
 Init = Literal["random", "fit"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -241,7 +241,7 @@ def create_analytic(
     """Creates the analytic layer that replaces a convolution; it has its plain kernels and bias, and random AKPs."""
     factory: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
     layer = AnalyticConv2d(
-        **convolution_arguments(conv), **factory, arrangement=arrangement, placement=placement, **options
+        **get_convolution_arguments(conv), **factory, arrangement=arrangement, placement=placement, **options
     )
     if layer.plain is not None:
         layer.plain.copy_(conv.weight.flatten(0, 1)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)

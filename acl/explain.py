@@ -185,7 +185,7 @@ def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tens
 
 
 @contextmanager
-def _forward_pre_hooks(layers: Iterable[AnalyticConv2d], hook: Callable[..., None]) -> Iterator[None]:
+def _register_pre_hooks(layers: Iterable[AnalyticConv2d], hook: Callable[..., None]) -> Iterator[None]:
     """Registers a forward pre-hook on layers temporarily."""
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:
@@ -209,7 +209,7 @@ def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Ten
 def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches) -> AnalyticConv2d | None:
     """Finds the first analytic layer to run; None unless it runs once per forward pass and is linear in its kernels."""
     calls: list[AnalyticConv2d] = []
-    with _forward_pre_hooks(layers, lambda layer, _: calls.append(layer)):
+    with _register_pre_hooks(layers, lambda layer, _: calls.append(layer)):
         inputs, _ = next(iter(batches()), (None, None))
         if inputs is not None:
             model(inputs[:1])
@@ -283,7 +283,7 @@ def _compute_mean_outputs(
             sums[layer][symbol] += output.double().sum((0, -2, -1)).cpu()
         counts[layer] += output.numel() // layer.out_channels
 
-    with _forward_pre_hooks(parts, accumulate):
+    with _register_pre_hooks(parts, accumulate):
         for inputs, _ in tqdm(batches(), desc="mean outputs", disable=None if progress else True):
             model(inputs)
     return {

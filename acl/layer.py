@@ -26,7 +26,7 @@ def find_learned_akps(learn: str | Iterable[str]) -> set[str]:
     return learned
 
 
-def convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+def get_convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """The arguments of nn.Conv2d that create a convolution like this one, apart from device and dtype."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
@@ -325,7 +325,7 @@ class AnalyticConv2d(nn.Conv2d):
         if self.host is not None:
             conv = copy.deepcopy(self.host)
         else:
-            conv = nn.Conv2d(**convolution_arguments(self), device="meta")
+            conv = nn.Conv2d(**get_convolution_arguments(self), device="meta")
         is_weight_trained = any(parameter.requires_grad for parameter in self.weight_parameters())
         conv.weight = nn.Parameter(self.weight.detach().clone(), is_weight_trained)
         if self.bias is not None:

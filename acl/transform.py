@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from acl.convert import replace_convolutions, require_analytic_layers
 from acl.kernels import AMPLITUDE, KINDS
-from acl.layer import AnalyticConv2d, convolution_arguments
+from acl.layer import AnalyticConv2d, get_convolution_arguments
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
         )
     geometry = {"kernel_size": size, "stride": tuple(map(round, strides)), "padding": padding}
     new = AnalyticConv2d(
-        **{**convolution_arguments(layer), **geometry},
+        **get_convolution_arguments(layer) | geometry,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
         arrangement=layer.arrangement,

@@ -243,7 +243,7 @@ def count_operations() -> str:
 
 
 def render(ratios: list[Ratio], rounds: int, operations: str) -> str:
-    environment = describe_environment()
+    environment = describe_environment(torch.device("cpu"))
     lines = [
         "# Cost of analytic layers",
         "",

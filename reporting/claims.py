@@ -33,7 +33,7 @@ class Claim:
     text: str
     source: str
     rule: str
-    comparisons: tuple[PairedRows, ...] = ()
+    pairs: tuple[PairedRows, ...] = ()
     measurements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The name of a measurement -> the tables whose networks it was made on."""
     files: Mapping[str, tuple[Callable[[Path], list[Effect]], str]] = field(default_factory=dict)
@@ -164,14 +164,14 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
     """
     effects: list[Effect] = []
     missing: dict[str, None] = {}
-    for comparison in claim.comparisons:
-        file = results / "tables" / f"{comparison.table}.jsonl"
+    for pair in claim.pairs:
+        file = results / "tables" / f"{pair.table}.jsonl"
         if not file.exists():
-            missing[f"`make reproduce-table TABLE={comparison.table}`"] = None
-        elif effect := compare_rows(comparison, read_results(file)):
+            missing[f"`make reproduce-table TABLE={pair.table}`"] = None
+        elif effect := compare_rows(pair, read_results(file)):
             effects.append(effect)
         else:
-            missing[f"'{comparison.row}' against '{comparison.against}' in table {comparison.table}"] = None
+            missing[f"'{pair.row}' against '{pair.against}' in table {pair.table}"] = None
     for name, tables in claim.measurements.items():
         for table in tables:
             file = results / "evidence" / f"{table}_{name}.jsonl"
@@ -211,8 +211,8 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
         "above the claim's threshold, *does not hold* if the whole interval is below it, and is *undecided* otherwise. "
         "Intervals are t-intervals over paired seeds (or test images, if *n* says so), except that of the fit, which "
         "is a bootstrap over kernels. They are not adjusted for the number of comparisons, so about 1 in 20 misses its "
-        "true value. **Bold** verdicts survive Holm's correction for all verdicts of the claim. *To decide* is the "
-        "number of seeds or images at which the same mean and spread would give a verdict.",
+        "true value. **Bold** verdicts survive Holm's correction for all t-intervals of the claim that have a verdict. "
+        "*To decide* is the number of seeds or images at which the same mean and spread would give a verdict.",
         "",
         "| claim | holds | does not hold | undecided |",
         "|---|---:|---:|---:|",
@@ -223,7 +223,7 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
         full_effects = [effect for effect in effects if effect not in partial_effects]
         lines.append(f"| [{claim.name}](#{claim.name.lower()}): {claim.text} | {_count_verdicts(full_effects)} |")
         if partial_effects:
-            text = f"{claim.name}, networks with less than {claim.min_ratio:g} times fewer convolution parameters"
+            text = f"{claim.name}, ratios of parameters below {claim.min_ratio:g}"
             lines.append(f"| {text} | {_count_verdicts(partial_effects)} |")
     lines.append("")
     for claim in CLAIMS:

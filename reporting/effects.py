@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ class Effect:
     source: str  # the file of its records, relative to results/
     ratio: float | None = None  # convolution parameters of the reference, divided by the row's
     sampled: str = "seeds"  # what n counts
-    corrected_p_value: float | None = None  # for all effects of the claim that have a verdict
+    standard_error: float | None = None  # of the mean; None for an interval that is not a t-interval
+    corrected_p_value: float | None = None  # for all effects of the claim that have a p-value
 
     @property
     def verdict(self) -> str:
@@ -65,11 +66,12 @@ class Effect:
     def num_to_decide(self) -> int | None:
         """The number of seeds (or what ``sampled`` says) at which this mean and spread would give a verdict.
 
-        None unless the effect is undecided and has an interval.
+        None unless the effect is undecided, has a t-interval and differs from the threshold.
         """
-        if self.verdict != "undecided" or self.threshold is None or self.mean == self.threshold or self.n < 2:
+        distance = self._distance
+        if self.verdict != "undecided" or self.standard_error is None or not distance:
             return None
-        standard_deviation, distance = self._standard_error * math.sqrt(self.n), abs(self.mean - self.threshold)
+        standard_deviation = self.standard_error * math.sqrt(self.n)
         n = max(self.n, math.ceil((float(ndtri(0.975)) * standard_deviation / distance) ** 2))
         while t_quantile(n) * standard_deviation / math.sqrt(n) >= distance:
             n += 1
@@ -77,15 +79,18 @@ class Effect:
 
     @property
     def p_value(self) -> float | None:
-        """Of a two-sided t-test of the mean against the threshold; None without a threshold or an interval."""
-        if self.threshold is None or self.n < 2:
+        """Of a two-sided t-test of the mean against the threshold; None without a threshold or a t-interval."""
+        if self.threshold is None or self.standard_error is None:
             return None
-        distance = abs(self.mean - self.threshold)
-        return 2 * float(stdtr(self.n - 1, -distance / self._standard_error)) if self._standard_error else 0.0
+        if not self.standard_error:
+            return 0.0 if self._distance else 1.0
+        return 2 * float(stdtr(self.n - 1, -self._distance / self.standard_error))
 
     @property
-    def _standard_error(self) -> float:
-        return (self.high - self.low) / 2 / t_quantile(self.n)
+    def _distance(self) -> float:
+        """Between the mean and the threshold; rounding errors, as of differences that cancel, count as 0."""
+        distance = 0.0 if self.threshold is None else abs(self.mean - self.threshold)
+        return distance if distance > 1e-9 else 0.0
 
 
 @dataclass(frozen=True)
@@ -98,19 +103,17 @@ class PairedRows:
     threshold: float = COMPETITIVE
 
 
-def compare_rows(comparison: PairedRows, records: list[dict[str, Any]]) -> Effect | None:
+def compare_rows(pair: PairedRows, records: list[dict[str, Any]]) -> Effect | None:
     """The paired difference of two rows in test accuracy; None if the table lacks one, or the test set was not used."""
-    row, against = (
-        [record for record in records if record["row"] == name] for name in (comparison.row, comparison.against)
-    )
+    row, against = ([record for record in records if record["row"] == name] for name in (pair.row, pair.against))
     if not row or not against or row[0]["test"] is None:
         return None
     return _make_effect(
         top1_by_seed(row) - top1_by_seed(against),
-        comparison.table,
-        f"{comparison.row}, against {comparison.against}",
-        comparison.threshold,
-        f"tables/{comparison.table}.md",
+        pair.table,
+        f"{pair.row}, against {pair.against}",
+        pair.threshold,
+        f"tables/{pair.table}.md",
         ratio=against[0]["parameters"]["conv"] / row[0]["parameters"]["conv"],
     )
 
@@ -127,13 +130,15 @@ def _make_effect(
 ) -> Effect:
     """The mean of values per seed (or what ``sampled`` says), with its interval; missing values are left out."""
     values = values.dropna()
-    return Effect(data, what, unit, *interval_of_mean(values), len(values), threshold, source, ratio, sampled)
+    n = len(values)
+    standard_error = values.std() / math.sqrt(n) if n > 1 else None
+    return Effect(data, what, unit, *interval_of_mean(values), n, threshold, source, ratio, sampled, standard_error)
 
 
 def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
     return [
-        Effect(table, f"distance traveled by {akp} of {KINDS[symbol].name} in {row}", unit, *interval, n, None, source)
-        for row, name, interval, n in _average_over_seeds(measurements)
+        _make_effect(values, table, f"distance traveled by {akp} of {KINDS[symbol].name} in {row}", None, source, unit)
+        for row, name, values in _group_by_row_and_name(measurements)
         for symbol, akp in [name.split("/")]
         for unit in [find_unit(symbol, akp).replace("rad", "degrees")]
     ]
@@ -141,8 +146,8 @@ def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source
 
 def _summarize_shapley(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
     return [
-        Effect(table, f"{KINDS[symbol].name} in {row}", "points", *interval, n, 0.0, source)
-        for row, symbol, interval, n in _average_over_seeds(measurements)
+        _make_effect(values, table, f"{KINDS[symbol].name} in {row}", 0.0, source)
+        for row, symbol, values in _group_by_row_and_name(measurements)
     ]
 
 
@@ -155,10 +160,11 @@ def _summarize_corruptions(measurements: list[dict[str, Any]], table: str, sourc
     names = [name for name in measurements[0]["values"] if name != "none"]
     conditions = {"corruptions": names, **{name: [name] for name in names}}
     return [
-        effect if condition == "corruptions" else replace(effect, threshold=None)
+        effect
         for condition, members in conditions.items()
+        for threshold in [0.0 if condition == "corruptions" else None]
         for effect in _compare_with_plain(
-            measurements, partial(average, names=members), f"under {condition}", table, source
+            measurements, partial(average, names=members), f"under {condition}", threshold, table, source
         )
     ]
 
@@ -168,11 +174,16 @@ def _summarize_attacks(measurements: list[dict[str, Any]], table: str, source: s
         under_attack = [accuracy for size, accuracy in values.items() if size != "0"]
         return sum(under_attack) / len(under_attack)
 
-    return _compare_with_plain(measurements, average, "under attacks", table, source)
+    return _compare_with_plain(measurements, average, "under attacks", 0.0, table, source)
 
 
 def _compare_with_plain(
-    measurements: list[dict[str, Any]], score: Callable[[Any], float], condition: str, table: str, source: str
+    measurements: list[dict[str, Any]],
+    score: Callable[[Any], float],
+    condition: str,
+    threshold: float | None,
+    table: str,
+    source: str,
 ) -> list[Effect]:
     """The paired difference of each row from its table's plain row."""
     scores: dict[str, dict[int, float]] = {}
@@ -184,7 +195,7 @@ def _compare_with_plain(
             pd.Series(by_seed) - pd.Series(plain),
             table,
             f"{row}, {condition}, against {PLAIN_ROWS[table]}",
-            0.0,
+            threshold,
             source,
         )
         for row, by_seed in scores.items()
@@ -224,14 +235,12 @@ def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source
     return effects
 
 
-def _average_over_seeds(
-    measurements: list[dict[str, Any]],
-) -> Iterable[tuple[str, str, tuple[float, float, float], int]]:
-    """Yields each row and name of a value, with the mean over seeds, its interval and the number of seeds."""
+def _group_by_row_and_name(measurements: list[dict[str, Any]]) -> Iterable[tuple[str, str, "pd.Series[Any]"]]:
+    """Yields each row and name of a value, with the values of its seeds."""
     values = [(line["row"], name, value) for line in measurements for name, value in line["values"].items()]
     frame = pd.DataFrame(values, columns=["row", "name", "value"])
     for (row, name), group in frame.groupby(["row", "name"], sort=False):
-        yield row, name, interval_of_mean(group["value"]), len(group)
+        yield row, name, group["value"]
 
 
 _SUMMARIES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
+import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame,
             f"| {line.setting} | {line.numbers_per_kernel:.2f} | {line.numbers:,} | {line.r2:.4f} | "
             f"{line.worst_r2:.3f} | {line.kinds} |"
         )
-    environment = describe_environment()
+    environment = describe_environment(torch.device("cpu"))  # where fit_kernels computes
     if degenerate:
         lines += ["", f"Zero or constant kernels, which stay plain: {degenerate}."]
     lines += [

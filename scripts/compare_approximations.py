@@ -144,7 +144,7 @@ def main(settings: CompareSettings) -> None:
                 **dict(zip(PROBES, is_correct, strict=True)),
             }
         )
-    environment = describe_environment()
+    environment = describe_environment(torch.device("cpu"))
     setting = {"overrides": settings.overrides, "layer": settings.layer, "features": settings.features}
     write_atomic(settings.file, to_json_lines([{**setting, **line, **environment} for line in lines]))
     for line in lines:

@@ -14,7 +14,7 @@ from reporting.measurements import MEASUREMENTS, read_measurements
 from reporting.table import open_table
 from training.config import resolve, run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, load_finished_run
+from training.finished_run import DataLocation, build_run_fabric, load_finished_run
 from training.provenance import describe_environment
 from training.run_directory import write_atomic
 from training.runs import load_run_data
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
         run = load_finished_run(planned.directory.path, DataLocation(root=data.root, cache=data.get("cache")))
         values = MEASUREMENTS[options.measurement](run, load_run_data(run.settings))
         run_key = {"row": row, "id": planned.directory.id, "seed": run.settings.seed}
-        lines.append({**run_key, "values": values, **describe_environment()})
+        lines.append({**run_key, "values": values, **describe_environment(build_run_fabric(run).device)})
         write_atomic(file, to_json_lines(lines))
         tqdm.write(f"{row}, seed {run.settings.seed}: {json.dumps(values)}")
     print(file)

@@ -13,7 +13,7 @@ from training.run_directory import RunDirectory
 
 @dataclass
 class TrainState:
-    """The progress of a run, apart from the states of its model, optimizer and schedule.
+    """The progress of a run, apart from the states of its model, optimizer, schedule and precision.
 
     A checkpoint holds every field by name. A new field needs a default, so that old checkpoints still load.
     """
@@ -54,7 +54,7 @@ class Checkpointer:
             value = checkpoint[name]
             setattr(state, name, self.fabric.to_device(value) if name in ("losses", "hits") else value)
         for name, part in self.parts.items():
-            if name in checkpoint:  # checkpoints of earlier versions lack the precision
+            if name != "precision" or name in checkpoint:  # checkpoints of earlier versions lack it
                 part.load_state_dict(checkpoint[name])
         set_random_state(self.fabric, checkpoint["random"])
         if not self.fabric.is_global_zero:

@@ -19,8 +19,8 @@ warnings.filterwarnings("ignore", message="The `srun` command is available")  # 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would log the precision of every run
 
 
-Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true"]
-"""Those of Lightning Fabric that need no other library."""
+Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
+"""Those of Lightning Fabric that need no other library; the last four are short for 16-mixed, bf16-mixed and so on."""
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -116,7 +116,8 @@ def set_random_state(fabric: Fabric, states: torch.Tensor) -> None:
     """
     state = states[fabric.global_rank % len(states)].clone()  # a run may be resumed with more processes
     if (len(state) == CUDA_STATE_BYTES) != (fabric.device.type == "cuda"):
-        raise UsageError(f"the run was started on another kind of device than {fabric.device.type}; resume it there")
+        started_on = "a GPU" if len(state) == CUDA_STATE_BYTES else "a CPU"
+        raise UsageError(f"the checkpoint was written on {started_on}; resume the run on {started_on}")
     if fabric.device.type == "cuda":
         torch.cuda.set_rng_state(state, fabric.device)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -120,7 +121,7 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     for name in ("pretrained", "random_layers"):
         plain.pop(name, None)
     model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
-    if settings.trainer.precision == "64-true":
+    if settings.trainer.precision in ("64-true", "64"):
         model.double()
     try:
         acl.load(model, weights)
@@ -129,9 +130,14 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     return FinishedRun(path, settings, record, input_format, model.eval())
 
 
+def build_run_fabric(run: FinishedRun) -> Fabric:
+    """Builds Fabric for one device, with the precision of a run."""
+    return build_fabric(replace(run.settings.trainer, strategy="auto", devices=1, nodes=1))
+
+
 def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
     """Evaluates a run's network with the precision and memory format that it was trained with."""
-    fabric = build_fabric(replace(run.settings.trainer, strategy="auto", devices=1, nodes=1))
+    fabric = build_run_fabric(run)
     if run.settings.trainer.channels_last:
         run.model.to(memory_format=torch.channels_last)
     model, data = fabric.setup_module(run.model), data.to(fabric.device)

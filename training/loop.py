@@ -50,6 +50,9 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
     if (record := settings.directory.load_record(settings.fresh)) is not None:
         return record, False
     fabric = build_fabric(settings.trainer)
+    if settings.trainer.precision in ("16-mixed", "16") and fabric.device.type == "cpu":
+        raise UsageError(f"trainer.precision={settings.trainer.precision} needs a GPU; use bf16-mixed on a CPU")
+    environment = describe_environment(fabric.device)
     data = load_run_data(settings)
     batch_size = settings.trainer.batch_size
     if not fabric.world_size <= batch_size <= len(data.train):
@@ -58,8 +61,6 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
             f"and at most the number of training images ({len(data.train)})"
         )
     seed_everything(settings.seed, verbose=False)
-    if settings.trainer.precision == "16-mixed" and fabric.device.type == "cpu":
-        raise UsageError("trainer.precision=16-mixed needs a GPU; use bf16-mixed on a CPU")
     model = synchronize_batch_norm(build_model(settings, data), fabric)
     # Only the main process writes, so only it takes the lock. Then it launches the other processes.
     with settings.directory.lock() if is_main_process() else nullcontext():
@@ -69,10 +70,12 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
         if is_main_process() and settings.directory.record_file.exists():
             settings.directory.set_aside()
         fabric.launch()
-        return train(settings, fabric, model, data.to(fabric.device)), True
+        return train(settings, fabric, model, data.to(fabric.device), environment), True
 
 
-def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -> dict[str, Any]:
+def train(
+    settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, environment: dict[str, Any]
+) -> dict[str, Any]:
     """Trains a model from the start or from the last checkpoint, tests it, and writes the record.
 
     Args:
@@ -80,9 +83,9 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -
         fabric: the launched processes of the run.
         model: the network with its initial weights, on the CPU.
         data: the data set, on the device.
+        environment: the output of ``describe_environment``, for the record.
     """
     trainer, directory = settings.trainer, settings.directory
-    environment = describe_environment(fabric.device)  # first, because the sources can be edited during a long run
     num_conv_parameters, num_parameters = models.count_parameters(model)
     if trainer.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -15,19 +15,20 @@ SOURCES = ("acl", "models", "training")
 """The packages that determine the result of a run."""
 
 
-def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """Describes the machine, versions, commit and sources that produce a result.
 
+    Commit and sources are those at the first call of the process, since they can be edited while it runs.
+
     Args:
-        device: that computes the result; None: the GPU if there is one.
+        device: the device that computes the result.
     """
-    is_on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     packages = ("torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn")
     return {
         "commit": _find_commit(),
         "sources": digest_sources(),
         "machine": {
-            "device": torch.cuda.get_device_name(device) if is_on_gpu else _describe_cpu(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
         },
@@ -54,6 +55,7 @@ def _describe_cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _find_commit() -> str | None:
     """The checkout's commit, with -dirty if there are uncommitted changes; None outside a checkout."""
 

@@ -244,13 +244,14 @@ class RunDirectory:
         Raises:
             UsageError: if the checkpoint belongs to another configuration.
         """
-        last, _ = self.checkpoint_files
+        last, previous = self.checkpoint_files
         for file in self.checkpoint_files:
             if not file.exists():
                 continue
             content = file.read_bytes()
             if hashlib.sha256(content[32:]).digest() != content[:32]:
-                remedy = "trying the checkpoint before it" if file == last else "training starts again"
+                has_previous = file == last and previous.exists()
+                remedy = "trying the checkpoint before it" if has_previous else "training starts again"
                 print(f"{file} is damaged; {remedy}", file=sys.stderr)
                 continue
             state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)

@@ -170,9 +170,11 @@ def test_require_analytic_layers_returns_them_or_raises() -> None:
         require_analytic_layers(acl.fold(model))
 
 
+@pytest.mark.parametrize("num_passes", [0, 1])  # the first pass only finds the first analytic layer
 @pytest.mark.parametrize("replace", ["zero", "mean"])
-def test_attribute_leaves_no_hooks_if_network_fails(replace: str) -> None:
+def test_attribute_leaves_no_hooks_if_network_fails(replace: str, num_passes: int) -> None:
     layer = acl.AnalyticConv2d(1, 2, 3, arrangement="G100%")
+    inputs = iter([torch.zeros(1, 1, 8, 8)] * num_passes + [torch.zeros(1, 3, 8, 8)])
     with pytest.raises(RuntimeError, match="channels"):
-        attribute(nn.Sequential(layer), lambda: [(torch.zeros(1, 3, 8, 8), torch.zeros(1))], replace, progress=False)
+        attribute(nn.Sequential(layer), lambda: [(next(inputs), torch.zeros(1))], replace, progress=False)
     assert not layer._forward_pre_hooks

@@ -18,8 +18,8 @@ from training.evaluate import evaluate
 from training.finished_run import load_finished_run
 from training.loop import run, snapshot_akps
 from training.optim import build_optimizer
-from training.provenance import digest_sources
-from training.run_directory import compute_run_id
+from training.provenance import describe_environment, digest_sources
+from training.run_directory import RunDirectory, compute_run_id
 from training.runs import build_model, load_run_data, open_run_directory, parse_run
 
 
@@ -250,3 +250,29 @@ def test_invalid_option_is_rejected_before_anything_is_written(
     with pytest.raises(UsageError, match=message):
         run(compose_run(tmp_path / "runs", *overrides))
     assert not (tmp_path / "runs").exists()
+
+
+def test_environment_is_described_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device] = []
+
+    def describe(device: torch.device) -> dict[str, Any]:
+        assert not (tmp_path / "runs").exists(), "training has begun"
+        devices.append(device)
+        return describe_environment(device)
+
+    monkeypatch.setattr(loop, "describe_environment", describe)
+    record, _ = run(compose_run(tmp_path / "runs", "trainer.epochs=1"))
+    assert devices == [torch.device("cpu")] and record["sources"] == digest_sources()
+
+
+def test_batch_norm_over_processes_without_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="batch normalization over 2 processes needs GPUs"):
+        run(compose_run(tmp_path / "runs", "model=four_layer", "arrangement=plain", "trainer=ddp"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoint_holds_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints: list[set[str]] = []
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", lambda _, state: checkpoints.append(set(state)))
+    run(compose_run(tmp_path / "runs", "trainer.epochs=1"))
+    assert all({"model", "optimizer", "schedule", "precision"} <= keys for keys in checkpoints) and checkpoints

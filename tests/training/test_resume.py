@@ -222,7 +222,7 @@ def test_run_started_on_another_kind_of_device_is_one_line(
     assert checkpoint is not None
     checkpoint["random"] = torch.zeros(1, CUDA_STATE_BYTES, dtype=torch.uint8)
     directory.save_checkpoint(checkpoint)
-    with pytest.raises(UsageError, match="the run was started on another kind of device than cpu; resume it there"):
+    with pytest.raises(UsageError, match="the checkpoint was written on a GPU; resume the run on a GPU"):
         run(cfg)
 
 
