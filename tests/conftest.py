@@ -4,6 +4,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run in parallel processes; set befo
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("tests", derandomize=True, deadline=None)  # the same examples in every run, on any machine
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

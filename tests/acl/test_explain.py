@@ -74,6 +74,29 @@ def test_accuracy_of_every_subset_matches_brute_force(
     assert model.training and not any("forward" in vars(module) for module in model.modules())
 
 
+class Padded(nn.Conv2d):
+    """A subclass whose output is not linear in its kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).abs()
+
+
+@pytest.mark.parametrize("kind_of_layer", ["shared", "subclass"])
+def test_accuracy_of_subsets_matches_brute_force_for_unusual_layers(kind_of_layer: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 3, padding=1) if kind_of_layer == "shared" else Padded(3, 3, 3, padding=1)
+    layers = [conv, nn.ReLU(), conv] if kind_of_layer == "shared" else [conv, nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    acl.convert(model, "all", "G5 P4")
+    result = attribute(model, iterate_batches, progress=False)
+    weight, slot_kinds = model[0].weight.detach(), model[0].slot_kinds
+    acl.fold(model.eval())
+    for kept, correct in result.correct.items():
+        is_kept = torch.tensor([kind in kept for kind in slot_kinds]).view(3, 3, 1, 1)
+        model[0].weight.data.copy_(weight * is_kept)
+        assert correct == count_correct(model), kept
+
+
 def test_shapley_values_are_means_over_all_orders_and_sum_to_drop() -> None:
     result = attribute(make_network(arrange_all_kinds(), "G8 Lg8 P8"), iterate_batches, progress=False)
     values = result.shapley()
@@ -98,7 +121,8 @@ def test_mean_replacement_keeps_accuracy_on_constant_images() -> None:
     model = make_network(arrange_all_kinds())
 
     def iterate_constant_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        yield torch.ones(30, 3, 16, 16), torch.arange(30) % 4
+        for n in BATCH_SIZES:
+            yield torch.ones(n, 3, 16, 16), torch.arange(n) % 4
 
     constant = attribute(model, iterate_constant_batches, replace="mean", progress=False)
     assert len(set(constant.correct.values())) == 1

@@ -21,6 +21,12 @@ PER_KIND = 6
 PIXELS = 7 * 7
 
 
+@pytest.fixture
+def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortens the search, for tests that do not depend on the quality of the fit."""
+    monkeypatch.setattr("acl.fit._STEPS", 5)
+
+
 def sample_kernels(symbol: str, count: int, seed: int, family: str = "paper") -> Tensor:
     """(count, 1, 7, 7): kernels with random AKPs and gains."""
     torch.manual_seed(seed)
@@ -71,6 +77,7 @@ def test_more_kinds_or_akps_fit_at_least_as_well() -> None:
     assert set(best.by_kind) == set(analytic_kinds()) and best.by_kind["G"] == gabor.kernels
 
 
+@pytest.mark.usefixtures("quick_search")
 @pytest.mark.parametrize("family", acl.kernels.FAMILIES)
 def test_r2_matches_fitted_weight(family: str) -> None:
     torch.manual_seed(1)
@@ -82,6 +89,7 @@ def test_r2_matches_fitted_weight(family: str) -> None:
     assert fit.r2 == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_fit_is_deterministic_and_keeps_global_random_state() -> None:
     weight = sample_kernels("Ts", 4, 3)
     torch.manual_seed(7)
@@ -90,12 +98,6 @@ def test_fit_is_deterministic_and_keeps_global_random_state() -> None:
     first = fit_kernels(weight, progress=False)
     assert torch.equal(torch.rand(1), expected)
     assert fit_kernels(weight, progress=False) == first
-
-
-@pytest.fixture
-def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortens the search, for tests that do not depend on the quality of the fit."""
-    monkeypatch.setattr("acl.fit._STEPS", 5)
 
 
 @pytest.mark.usefixtures("quick_search")
@@ -158,6 +160,7 @@ def test_akp_is_fixed_in_the_kinds_that_have_it() -> None:
         assert fixed[symbol] == ({0.1} if "theta" in [akp.name for akp in kind.akps()] else {None})
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_json_round_trip_restores_fit() -> None:
     weight = torch.cat([sample_kernels("G", 3, 4), torch.zeros(1, 1, 7, 7)])
     fit = fit_kernels(weight, progress=False)
@@ -325,6 +328,7 @@ def test_fit_lists_analytic_kinds_if_kind_is_unknown() -> None:
         fit_kernels(torch.randn(1, 1, 3, 3), ["G", "X1"])
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_to_layer_accepts_convolution_options_and_trains() -> None:
     fit = fit_kernels(sample_kernels("Tf", 6, 6), progress=False)
     layer = fit.to_layer(groups=2, stride=2, bias=True)
@@ -371,6 +375,7 @@ def test_init_fit_with_amplitude_keeps_zero_kernel_zero() -> None:
     assert (model[0].weight[0] == 0).all() and (model[0].weight[1] != 0).any()
 
 
+@pytest.mark.usefixtures("quick_search")
 @pytest.mark.parametrize("amplitude", [False, True])
 def test_init_fit_rejects_constant_kernels_and_leaves_model_unchanged(amplitude: bool) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1))
@@ -382,6 +387,7 @@ def test_init_fit_rejects_constant_kernels_and_leaves_model_unchanged(amplitude:
     assert model[1].slot_kinds == ["P"] * 4
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_choose_never_takes_a_formula_with_as_many_parameters_as_weights() -> None:
     weight = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     fit = fit_kernels(weight, progress=False)
@@ -389,6 +395,7 @@ def test_choose_never_takes_a_formula_with_as_many_parameters_as_weights() -> No
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == weight.numel() > sizes[-1]
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_auto_saves_more_parameters_as_tolerance_grows() -> None:
     sizes, errors = [], []
     shape = make_convolution()[0].weight.shape

@@ -6,12 +6,12 @@ from torch.nn import functional as F
 import acl
 from acl import AnalyticConv2d
 from acl.kernels import KINDS, analytic_kinds
+from tests.arrangements import arrange_all_kinds
 
-ALL_KINDS = " ".join(f"{symbol}{24 // len(KINDS)}" for symbol in analytic_kinds())
-ALL_KINDS += f" P{24 - 24 // len(KINDS) * len(analytic_kinds())}"
+ALL_KINDS = arrange_all_kinds()
 
 
-def make_layer(arrangement: str, size: int = 7, **options: object) -> AnalyticConv2d:
+def make_layer(arrangement: acl.Arrangement | str, size: int = 7, **options: object) -> AnalyticConv2d:
     torch.manual_seed(0)
     return AnalyticConv2d(2, 12, size, arrangement=arrangement, dtype=torch.float64, **options)  # type: ignore[arg-type]
 
@@ -50,7 +50,7 @@ def turn(images: Tensor, degrees: float) -> Tensor:
 
 
 @pytest.mark.parametrize("degrees", [-60.0, 30.0, 45.0])
-@pytest.mark.parametrize("symbol", ["G", "Tf", "Ts", "P"])
+@pytest.mark.parametrize("symbol", [*(symbol for symbol, kind in KINDS.items() if "theta" in str(kind.akps())), "P"])
 def test_rotation_by_any_angle_rotates_outputs(symbol: str, degrees: float) -> None:
     layer = make_layer(f"{symbol}100%", 9, padding=4)
     if layer.plain is not None:  # white noise cannot be resampled
@@ -119,11 +119,17 @@ def test_multiplied_stride_keeps_outputs(factor: float, limit: float) -> None:
 
 
 def test_rescaled_akps_stay_above_their_floors_and_keep_their_options() -> None:
-    layer = make_layer(ALL_KINDS, learn=("theta",), placement=torch.randperm(24)).eval()
+    options = {"scale": "raw", "family": "extended", "profile": "linear", "dilation": 2, "padding_mode": "reflect"}
+    layer = make_layer(ALL_KINDS, learn=("theta",), placement=torch.randperm(24), **options).eval()
     layer.to(memory_format=torch.channels_last)
     rescaled = acl.rescale(layer, 0.25)
     assert isinstance(rescaled, AnalyticConv2d)
     assert rescaled.kernel_size == (3, 3) and not rescaled.training and rescaled.slot_kinds == layer.slot_kinds
+    for name in (*options, "groups", "in_channels", "out_channels", "stride"):
+        assert getattr(rescaled, name) == getattr(layer, name)
+    for symbol, akps in rescaled.akps().items():
+        floors = {akp.name: akp.floor for akp in KINDS[symbol].akps("extended") if akp.floor is not None}
+        assert all((akps[name] > floor).all() for name, floor in floors.items())
     assert rescaled.weight.isfinite().all()
     assert rescaled.weight.is_contiguous(memory_format=torch.channels_last)
     for key, parameter in layer.raw.items():
@@ -158,6 +164,15 @@ def test_invalid_angle_or_factor_is_refused(function, value: float) -> None:  # 
         function(make_layer("G100%"), value)
     with pytest.raises(ValueError, match="no analytic layer"):
         function(nn.Conv2d(1, 1, 3), 1.0)
+
+
+def test_rescale_refuses_layer_of_unknown_padding() -> None:
+    class Padded(nn.Conv2d):
+        pass
+
+    model = acl.convert(nn.Sequential(Padded(1, 2, 3)), "first", "G100%")
+    with pytest.raises(ValueError, match="0 was converted from a Padded, whose padding is not known"):
+        acl.rescale(model, 2.0)
 
 
 def test_stride_that_would_not_be_whole_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Forked processes, for tests of killed runs and of workers that share files."""
 
 import os
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ def start_process(task: Callable[[], object]) -> int:
             task()
             os._exit(0)
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
     return child
 
