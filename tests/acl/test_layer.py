@@ -371,6 +371,13 @@ def test_set_akps_rejects_values_and_leaves_layer_unchanged(akps: dict[str, torc
     assert torch.equal(layer.weight, weight)
 
 
+def test_set_akps_rejects_unknown_name() -> None:
+    with pytest.raises(ValueError, match="the layer has no AKP G_gamma; it has: G_psi, G_sigma, G_theta, "):
+        make_layer("G2 P30").set_akps("G", {"gamma": torch.ones(2)})
+    with pytest.raises(ValueError, match="the layer has no AKP Tf_theta"):
+        make_layer("G2 P30").set_akps("Tf", {"theta": torch.ones(2)})
+
+
 def test_folded_frozen_layer_stays_frozen() -> None:
     assert not any(p.requires_grad for p in make_layer("G8 P24").requires_grad_(False).fold().parameters())
     assert all(p.requires_grad for p in make_layer("G8 P24", learn="none").fold().parameters())

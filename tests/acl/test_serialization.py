@@ -304,7 +304,7 @@ def test_load_refuses_model_that_does_not_match_and_leaves_it_unchanged(
     assert all(tensor.is_meta or torch.equal(tensor, values[key]) for key, tensor in after.items())
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     file, model = tmp_path / "layer.safetensors", nn.Conv2d(1, 2, 3)
     content = acl.serialize(AnalyticConv2d(1, 2, 3, arrangement="G2"))
     for length in [*range(0, len(content), 37), len(content) - 1]:

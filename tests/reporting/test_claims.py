@@ -244,14 +244,14 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
         ("transforms", {"scale": {"2": {"closed form": {"top1": 1.0}}}}),
     ],
 )
-def test_corrupt_values_are_one_line(tmp_path: Path, name: str, values: Any) -> None:
+def test_corrupt_values_raise_one_line_error(tmp_path: Path, name: str, values: Any) -> None:
     write_measurements(tmp_path, name, {"LeNet-5 plain": [values], "all Gabor": [values]}, "mnist")
     with pytest.raises(UsageError, match=rf"mnist_{name}.jsonl is corrupt: [^\n]+$"):
         collect_effects(make_claim(measurements={name: ("mnist",)}), tmp_path)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"row": "plain"}'])
-def test_corrupt_measurement_is_one_line(tmp_path: Path, line: str) -> None:
+def test_corrupt_measurement_raises_one_line_error(tmp_path: Path, line: str) -> None:
     write_measurements(tmp_path, "shapley", {})
     (tmp_path / "evidence/toy_shapley.jsonl").write_text(line)
     with pytest.raises(UsageError, match=r"toy_shapley.jsonl, line 1, is not [^\n]*$"):

@@ -1,12 +1,27 @@
+import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from reporting.measurements import ATTACK_SIZES, measure_attacks
+from acl.explain import attribute
+from reporting.measurements import (
+    ATTACK_SIZES,
+    iterate_pairs,
+    measure_akp_travel,
+    measure_attacks,
+    measure_corruptions,
+    measure_shapley,
+)
 from reporting.transforms import ROTATIONS, SCALES, measure_transforms
 from training.config import compose
+from training.corruptions import CORRUPTIONS
+from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, load_finished_run
+from training.finished_run import FinishedRun, evaluate_run, load_finished_run
 from training.loop import run as perform_run
 from training.runs import load_run_data, open_run_directory
 
@@ -29,8 +44,40 @@ def test_transforms_compare_three_ways(run: FinishedRun) -> None:
     right_angle = values["rotation"]["90"]
     assert right_angle["closed form"]["top1"] == right_angle["resampled"]["top1"]
     assert right_angle["closed form"]["error"] < 1e-3 < right_angle["unchanged"]["error"]
-    for ways in values["rotation"].values():
+    for degrees, ways in values["rotation"].items():
         assert ways["closed form"]["error"] < ways["unchanged"]["error"]
+        assert (degrees == "90") == (
+            ways["closed form"]["error"] == pytest.approx(ways["resampled"]["error"], abs=1e-3)
+        )
+    for factor, ways in values["scale"].items():
+        assert ways["closed form"]["error"] != ways["resampled"]["error"]
+        assert float(factor) < 1 or ways["closed form"]["error"] < ways["unchanged"]["error"]
+
+
+def test_akp_travel_is_mean_distance_from_initial_value_to_best_epoch(tmp_path: Path, run: FinishedRun) -> None:
+    theta, wavelength = torch.tensor([[0.0, 1.0], [0.5, 0.0], [9.0, 9.0]]), torch.tensor([[3.0], [2.0], [9.0]])
+    save_file({"conv1/G/theta": theta, "conv2/G/wavelength": wavelength}, tmp_path / "akps.safetensors")
+    made_up = replace(run, path=tmp_path, record={"best_epoch": 1})
+    expected = {"G/theta": math.degrees((0.5 + 1.0) / 2), "G/wavelength": 1.0}
+    assert measure_akp_travel(made_up, load_run_data(run.settings)) == pytest.approx(expected)
+
+
+def test_shapley_values_are_of_validation_images(run: FinishedRun) -> None:
+    data = load_run_data(run.settings)
+    attribution = attribute(run.model, partial(iterate_pairs, data, data.val), progress=False)
+    assert attribution.images == len(data.val)
+    assert measure_shapley(run, data) == {symbol: attribution.shapley()[symbol] for symbol in ("G", "P")}
+
+
+def test_corruptions_are_measured_at_each_severity(run: FinishedRun) -> None:
+    data = load_run_data(run.settings)
+    values = measure_corruptions(run, data)
+    assert run.record is not None and values["none"] == run.record["test"]["top1"]
+    assert list(values) == ["none", *CORRUPTIONS]
+    for severity in (1, 5):
+        images = CORRUPTIONS["noise"](data.test.images, severity)
+        corrupted = replace(data, test=Split(images, data.test.labels))
+        assert values["noise"][severity - 1] == evaluate_run(run, corrupted, "test")["top1"]
 
 
 def test_transforms_reject_network_of_one_image_size(tmp_path: Path) -> None:
@@ -44,7 +91,8 @@ def test_transforms_of_plain_network_are_empty(tmp_path: Path) -> None:
     assert measure_transforms(run, load_run_data(run.settings)) == {}
 
 
-def test_larger_attack_is_at_least_as_harmful(run: FinishedRun) -> None:
+def test_larger_attack_is_at_least_as_harmful(tmp_path: Path) -> None:
+    run = load_trained(tmp_path, "arrangement=gabor", "trainer.epochs=2")
     assert run.record is not None
     accuracies = measure_attacks(run, load_run_data(run.settings))
     assert list(accuracies) == ["0", *(f"{size:g}" for size in ATTACK_SIZES)]

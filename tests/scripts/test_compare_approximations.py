@@ -10,7 +10,7 @@ from tests.scripts.conftest import RunScript
 
 @pytest.mark.parametrize("numbers", [5, 7, 8])
 @pytest.mark.parametrize("method", METHODS)
-def test_approximation_has_at_least_as_many_numbers_and_less_error_than_none(method: str, numbers: int) -> None:
+def test_approximation_has_at_least_as_many_numbers_and_less_error_than_zero_kernels(method: str, numbers: int) -> None:
     weight = torch.randn(16, 6, 7, 7, generator=torch.Generator().manual_seed(0))
     approximation, used = METHODS[method](weight, numbers)
     assert numbers <= used < numbers + 2 and approximation.shape == weight.shape
@@ -44,6 +44,7 @@ def test_compare_approximations_writes_values_per_image(tmp_path: Path, call_scr
     assert len(others) == 3 * len(METHODS)
     assert all(len(line["probe_correct"]) == len(line["output_error_percent"]) == 360 for line in others)
     assert all(sum(line["output_error_percent"]) > 0 for line in others)
+    assert any(line["probe_correct"] != line["refitted_probe_correct"] for line in others)
 
 
 @pytest.mark.parametrize(

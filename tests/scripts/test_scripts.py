@@ -274,6 +274,29 @@ def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, c
         assert values[row]["none"] == record["test"]["top1"]
 
 
+def test_claims_writes_page_and_figures(tmp_path: Path, call_script: RunScript) -> None:
+    for name in ("tables", "evidence", "approximation"):
+        shutil.copytree(ROOT / "results" / name, tmp_path / name)
+    done = call_script("claims.py", f"results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "CLAIMS.md").read_text("utf-8") == (ROOT / "results/CLAIMS.md").read_text("utf-8")
+    figures = {path.name for path in (tmp_path / "claims").iterdir()}
+    assert figures == {path.name for path in (ROOT / "results/claims").iterdir()} != set()
+
+
+def test_verify_exits_with_status_of_comparison(tmp_path: Path, call_script: RunScript) -> None:
+    table = ["table=digits", "table.seeds=[0]", "trainer.epochs=1", f"paths.runs={tmp_path}/runs"]
+    table += [f"paths.results={tmp_path}", """table.rows=[{name: plain, overrides: ["model=lenet"]}]"""]
+    assert call_script("reproduce_table.py", *table).returncode == 0
+    assert call_script("reproduce_table.py", *table, "--verify").returncode == 0
+    file = tmp_path / "tables/digits.jsonl"
+    record = json.loads(file.read_text())
+    record["test"]["top1"] -= 50
+    file.write_text(json.dumps(record) + "\n")
+    done = call_script("reproduce_table.py", *table, "--verify")
+    assert done.returncode == 1 and "plain: differs, test +50.00 points" in done.stdout
+
+
 def test_claims_refuses_folder_without_records(tmp_path: Path, call_script: RunScript) -> None:
     done = call_script("claims.py", f"results={tmp_path}")
     assert done.returncode == 2 and "has no records" in done.stderr and not list(tmp_path.iterdir())

@@ -276,3 +276,27 @@ def test_checkpoint_holds_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(RunDirectory, "save_checkpoint", lambda _, state: checkpoints.append(set(state)))
     run(compose_run(tmp_path / "runs", "trainer.epochs=1"))
     assert all({"model", "optimizer", "schedule", "precision"} <= keys for keys in checkpoints) and checkpoints
+
+
+def test_every_epoch_trains_on_each_image_at_most_once_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose_run(tmp_path, "trainer.batch_size=32")
+    images = load_run_data(parse_run(cfg)).train.images
+    index_of = {image.numpy().tobytes(): i for i, image in enumerate(images)}
+    seen: list[int] = []
+
+    def record_batch(_: Augmentation, batch: torch.Tensor, __: torch.Generator) -> torch.Tensor:
+        seen.extend(index_of[image.numpy().tobytes()] for image in batch)
+        return batch
+
+    monkeypatch.setattr(Augmentation, "__call__", record_batch)
+    run(cfg)
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == len(images) // 32 * 32 and len(set(first)) >= 0.99 * len(first)  # a few images are duplicates
+    assert first != sorted(first) and first != second
+
+
+def test_best_epoch_has_lower_loss_if_accuracies_are_equal() -> None:
+    epochs = [{"val_top1": top1, "val_loss": loss} for top1, loss in ((90.0, 0.2), (91.0, 0.5), (91.0, 0.4))]
+    assert max(epochs, key=loop._score) == epochs[2]

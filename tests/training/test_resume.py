@@ -213,7 +213,7 @@ def test_loss_scale_of_half_precision_is_restored(tmp_path: Path) -> None:
     assert resumed.parts["precision"].state_dict()["scale"] == 8.0
 
 
-def test_run_started_on_another_kind_of_device_is_one_line(
+def test_run_started_on_another_kind_of_device_raises_one_line_error(
     tmp_path: Path, run_killed_in_second_epoch: DictConfig
 ) -> None:
     cfg = copy_run(run_killed_in_second_epoch, tmp_path)
