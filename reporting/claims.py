@@ -45,7 +45,13 @@ class Claim:
 _PLAIN, _SCRATCH, _ALEXNET = PLAIN_ROWS["flowers17"], "plain, from scratch", "AlexNet, plain, from scratch"
 _LENET_TABLES = ("mnist", "fashion_mnist")
 _LENET_ROWS = ("all Gabor", "mosaic, no plain kernel", "mosaic, with amplitude", "half plain")
-_FOUR_LAYER_ROWS = ("all Gabor", "all Gabor, with amplitude", "mosaic, no plain kernel", "half plain")
+_FOUR_LAYER_ROWS = (
+    "all Gabor",
+    "all Gabor, with amplitude",
+    "mosaic, no plain kernel",
+    "mosaic, with amplitude",
+    "half plain",
+)
 _PHOTOGRAPH_ROWS = {
     "exp1: Gabor, pretrained": _PLAIN,
     "exp1 fitted, with amplitude, pretrained": _PLAIN,
@@ -76,6 +82,7 @@ CLAIMS = (
             *(PairedRows(table, row, PLAIN_ROWS[table]) for table in _LENET_TABLES for row in _LENET_ROWS),
             *(PairedRows("fashion_mnist_shares", f"{share}% plain", "100% plain") for share in (75, 50, 25, 0)),
             *(PairedRows("cifar10_jpeg", row, PLAIN_ROWS["cifar10_jpeg"]) for row in _FOUR_LAYER_ROWS),
+            PairedRows("cifar10_jpeg", "mosaic, with amplitude", "all Gabor, with amplitude"),
             *(PairedRows("flowers17", row, against) for row, against in _PHOTOGRAPH_ROWS.items()),
             *(PairedRows("imagenette", row, _PLAIN) for row, against in _PHOTOGRAPH_ROWS.items() if against == _PLAIN),
         ),
