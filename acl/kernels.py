@@ -443,6 +443,10 @@ class Kind:
         extended = self.extended_akps if family == "extended" else ()
         return self.paper_akps + extended + ((AMPLITUDE,) if amplitude else ())
 
+    def get_unit(self, akp_name: str) -> str:
+        """The unit of one of the kind's AKPs: ``px``, ``rad``, or empty. Raises KeyError for an unknown AKP."""
+        return {akp.name: akp.unit for akp in self.akps("extended", amplitude=True)}[akp_name]
+
     def synthesize(self, akps: Mapping[str, Tensor], size: tuple[int, int], profile: str = "exponential") -> Tensor:
         """Computes kernels (..., kh, kw) from AKPs (...) in natural units, before scaling and gain.
 

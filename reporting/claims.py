@@ -1,6 +1,5 @@
 """A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -226,12 +225,12 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
     ]
     for claim in CLAIMS:
         effects = effects_of[claim.name][0]
-        partial_effects = [effect for effect in effects if (effect.ratio or math.inf) < claim.min_ratio]
-        full_effects = [effect for effect in effects if effect not in partial_effects]
-        lines.append(f"| [{claim.name}](#{claim.name.lower()}): {claim.text} | {_count_verdicts(full_effects)} |")
-        if partial_effects:
+        below = [effect for effect in effects if effect.ratio is not None and effect.ratio < claim.min_ratio]
+        others = [effect for effect in effects if effect not in below]
+        lines.append(f"| [{claim.name}](#{claim.name.lower()}): {claim.text} | {_count_verdicts(others)} |")
+        if below:
             text = f"{claim.name}, ratios of parameters below {claim.min_ratio:g}"
-            lines.append(f"| {text} | {_count_verdicts(partial_effects)} |")
+            lines.append(f"| {text} | {_count_verdicts(below)} |")
     lines.append("")
     for claim in CLAIMS:
         effects, missing = effects_of[claim.name]

@@ -13,7 +13,7 @@ from scipy.special import ndtri, stdtr
 from acl.fit_result import Fit
 from acl.kernels import KINDS
 from reporting.json_lines import read_json_lines
-from reporting.measurements import find_unit, read_measurements
+from reporting.measurements import read_measurements
 from reporting.statistics import interval_of_mean, t_quantile, top1_by_seed
 
 COMPETITIVE = -1.0
@@ -140,7 +140,7 @@ def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source
         _make_effect(values, table, f"distance traveled by {akp} of {KINDS[symbol].name} in {row}", None, source, unit)
         for row, name, values in _group_by_row_and_name(measurements)
         for symbol, akp in [name.split("/")]
-        for unit in [find_unit(symbol, akp).replace("rad", "degrees")]
+        for unit in [KINDS[symbol].get_unit(akp).replace("rad", "degrees")]
     ]
 
 
@@ -158,13 +158,13 @@ def _summarize_corruptions(measurements: list[dict[str, Any]], table: str, sourc
         return sum(sum(values[name]) / len(values[name]) for name in names) / len(names)
 
     names = [name for name in measurements[0]["values"] if name != "none"]
-    conditions = {"corruptions": names, **{name: [name] for name in names}}
+    groups: list[tuple[str, list[str], float | None]] = [("corruptions", names, 0.0)]
+    groups += [(name, [name], None) for name in names]
     return [
         effect
-        for condition, members in conditions.items()
-        for threshold in [0.0 if condition == "corruptions" else None]
+        for title, members, threshold in groups
         for effect in _compare_with_plain(
-            measurements, partial(average, names=members), f"under {condition}", threshold, table, source
+            measurements, partial(average, names=members), f"under {title}", threshold, table, source
         )
     ]
 

@@ -27,11 +27,6 @@ MAX_ATTACKED = 1000
 """Images to attack."""
 
 
-def find_unit(symbol: str, akp_name: str) -> str:
-    """The unit of an AKP: ``px``, ``rad``, or empty."""
-    return {akp.name: akp.unit for akp in KINDS[symbol].akps("extended", amplitude=True)}[akp_name]
-
-
 def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the images and labels of a split for ``acl.explain``, which keeps up to 16 outputs per batch."""
     for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
@@ -48,7 +43,7 @@ def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
     distances: dict[str, list[Tensor]] = {}
     for name, history in load_akp_history(run).items():
         symbol, akp = name.split("/")[-2:]
-        factor = 180 / math.pi if find_unit(symbol, akp) == "rad" else 1.0
+        factor = 180 / math.pi if KINDS[symbol].get_unit(akp) == "rad" else 1.0
         distance = (history[run.record["best_epoch"]] - history[0]).abs() * factor
         distances.setdefault(f"{symbol}/{akp}", []).append(distance)
     return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}

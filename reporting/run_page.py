@@ -16,7 +16,6 @@ from tqdm import tqdm
 from acl import AnalyticConv2d, analytic_layers, plot
 from acl.explain import Attribution
 from acl.kernels import KINDS
-from reporting.measurements import find_unit
 
 MAX_KERNELS = 600
 """The most kernels of a layer that the page shows one by one; of larger layers, those with the most energy."""
@@ -86,9 +85,7 @@ def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[di
         if kind.is_analytic:
             kind_slots, akps = slots_and_akps[kind.symbol]
             i = kind_slots.index(slot)
-            values = [
-                f"{name} {akp[i].item():.3f} {find_unit(kind.symbol, name)}".strip() for name, akp in akps.items()
-            ]
+            values = [f"{name} {akp[i].item():.3f} {kind.get_unit(name)}".strip() for name, akp in akps.items()]
         yield {
             "out": slot // in_channels,
             "in": slot % in_channels,

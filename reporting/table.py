@@ -265,8 +265,8 @@ class Table:
         """The candidate that the records of a row were made with; None if there is none."""
         recorded_ids = {record["id"] for record in row.records}
         for candidate in self._candidates or [[]]:
-            ids = {self._plan(row, "", *candidate, f"seed={seed}").directory.id for seed in self.settings.seeds}
-            if ids == recorded_ids:
+            planned_runs = self._plan_seeds(replace(row, chosen=candidate))
+            if {planned.directory.id for planned in planned_runs} == recorded_ids:
                 return candidate
         return None
 

@@ -160,18 +160,13 @@ def main(settings: CompareSettings) -> None:
 @torch.no_grad()
 def check_features(extractor: nn.Module, conv: nn.Conv2d, settings: CompareSettings, image: Tensor) -> None:
     """Raises UsageError unless the features are maps that depend on the convolution."""
-    num_calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal num_calls
-        num_calls += 1
-
-    handle = conv.register_forward_hook(count)
+    outputs: list[Tensor] = []
+    handle = conv.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
     features = extractor(image)["features"]
     handle.remove()
     if features.ndim != 4:
         raise UsageError(f"features={settings.features} is invalid: its output has no height and width")
-    if not num_calls:
+    if not outputs:
         raise UsageError(f"features={settings.features} is invalid: it should come after layer={settings.layer}")
 
 

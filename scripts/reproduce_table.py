@@ -21,7 +21,7 @@ sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
 
 def main(cfg: DictConfig) -> None:
     if len(FLAGS) > 1:
-        raise UsageError(f"{' and '.join(sorted(FLAGS))} exclude each other")
+        raise UsageError(f"{' and '.join(sorted(FLAGS))} cannot be combined")
     if FLAGS and cfg.debug is not None:
         raise UsageError(f"debug={cfg.debug} records nothing, so {', '.join(FLAGS)} has nothing to work on")
     table = open_table(cfg, "worker")

@@ -35,12 +35,12 @@ def test_fill_rounds_up_shares_of_largest_remainders(
     slots = in_channels * out_channels
     counts = Arrangement.parse(text).fill(in_channels, out_channels).counts
     assert sum(counts.values()) == slots
-    floors = {symbol: value * slots // 1000 for symbol, value in per_mille.items()}
-    remainders = {True: [0], False: [999]}  # of kinds that are rounded up, and of those that are not
+    rounded_up, rounded_down = [], []  # remainders of the shares
     for symbol, value in per_mille.items():
-        assert counts[symbol] - floors[symbol] in (0, 1)
-        remainders[counts[symbol] > floors[symbol]].append(value * slots % 1000)
-    assert min(remainders[True][1:], default=999) >= max(remainders[False][1:], default=0)
+        floor, remainder = divmod(value * slots, 1000)
+        assert counts[symbol] - floor in (0, 1)
+        (rounded_up if counts[symbol] > floor else rounded_down).append(remainder)
+    assert min(rounded_up, default=999) >= max(rounded_down, default=0)
     assert Arrangement.parse(str(Arrangement.parse(text))) == Arrangement.parse(text)
 
 

@@ -74,7 +74,7 @@ def test_accuracy_of_every_subset_matches_brute_force(
     assert model.training and not any("forward" in vars(module) for module in model.modules())
 
 
-class Padded(nn.Conv2d):
+class Rectified(nn.Conv2d):
     """A subclass whose output is not linear in its kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Padded(nn.Conv2d):
 @pytest.mark.parametrize("kind_of_layer", ["shared", "subclass"])
 def test_accuracy_of_subsets_matches_brute_force_for_unusual_layers(kind_of_layer: str) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(3, 3, 3, padding=1) if kind_of_layer == "shared" else Padded(3, 3, 3, padding=1)
+    conv = nn.Conv2d(3, 3, 3, padding=1) if kind_of_layer == "shared" else Rectified(3, 3, 3, padding=1)
     layers = [conv, nn.ReLU(), conv] if kind_of_layer == "shared" else [conv, nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
     acl.convert(model, "all", "G5 P4")

@@ -120,7 +120,7 @@ def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
             "error: trainer.devices=4096 exceeds the",
         ),
         ("reproduce_table.py", ["trainer=ddp"], "error: a run of a table uses one device; start more workers"),
-        ("reproduce_table.py", ["--verify", "--render"], "error: --render and --verify exclude each other"),
+        ("reproduce_table.py", ["--verify", "--render"], "error: --render and --verify cannot be combined"),
         ("reproduce_table.py", ["--verify", "debug=smoke"], "error: debug=smoke records nothing, so --verify has"),
         ("wandb_workspace.py", [], "error: entity is missing"),
         ("approximate.py", [], "error: source is missing"),
