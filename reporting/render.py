@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from reporting.statistics import DIFFERENCE, Row, summarize
 
@@ -156,34 +156,33 @@ def _shorten_commit(commit: str | None) -> str:
     return f"{digest[:12]}-{suffix}" if suffix else digest[:12]
 
 
-def draw_accuracy(frame: pd.DataFrame, title: str, split: str) -> Figure:
-    """Plots accuracy (mean and standard deviation over seeds) against convolution parameters.
+def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
+    """Draws a table: differences from references, and accuracy against convolution parameters, one marker per row.
 
     Args:
         frame: the result of ``summarize``.
         title: the table's title.
         split: the split that the accuracy is of, ``test`` or ``val``.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 0.3 * len(frame) + 1.6), layout="constrained")
+    differences, accuracies = figure.subplots(1, 2, width_ratios=(6, 5))
+    half_widths = (frame["diff_ci95_high"] - frame["diff_mean"]).fillna(0.0)  # NaN for a single seed
+    deviations = frame["top1_std"].fillna(0.0)
     for i, line in enumerate(frame.itertuples()):
-        num_drawn_at_same_x = int((frame["conv_params"][:i] == line.conv_params).sum())
-        axes.errorbar(
-            line.conv_params * 1.04**num_drawn_at_same_x,  # so that rows with the same count do not overlap
-            line.top1_mean,
-            yerr=0.0 if math.isnan(line.top1_std) else line.top1_std,
-            fmt="osD^vP*X"[i % 8],
-            color=f"C{i}",
-            capsize=3,
-            label=line.row,
-        )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("convolution parameters")
-    axes.set_ylabel(f"top-1 accuracy on the {SPLIT_NAMES[split]} split (%)")
-    figure.suptitle(f"{title}: mean ± standard deviation, {frame['seeds'].max()} seeds")
-    axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+        style = {"marker": "osD^vP*X"[i % 8], "color": f"C{i}", "markersize": 5, "capsize": 3}
+        differences.errorbar(line.diff_mean, -i, xerr=half_widths[i], **style)
+        accuracies.errorbar(line.conv_params, line.top1_mean, yerr=deviations[i], **style)
+    differences.set_yticks([-i for i in range(len(frame))], frame["row"], fontsize=8)
+    differences.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
+    differences.axvline(0.0, color="black", linewidth=0.8)
+    differences.set_xlabel("points against the reference of the row (95% interval)")
+    accuracies.set_xscale("log")
+    accuracies.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    accuracies.xaxis.set_major_formatter(EngFormatter())
+    accuracies.xaxis.set_minor_formatter(NullFormatter())
+    accuracies.set_xlabel("convolution parameters")
+    accuracies.set_ylabel(f"top-1 {SPLIT_NAMES[split]} % (mean ± std)")
+    for axes in (differences, accuracies):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{title}, {frame['seeds'].max()} seeds", fontsize=11)
     return figure

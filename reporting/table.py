@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
 from reporting.json_lines import to_json_lines
-from reporting.render import draw_accuracy, render_latex, render_markdown
+from reporting.render import draw_table, render_latex, render_markdown
 from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
 from training.config import compose, is_in_identity, resolve
@@ -289,7 +289,7 @@ class Table:
         }
         records = [{"row": row.name, **record} for row in self.rows for record in row.records]
         title, also_against = self.settings.title, self.settings.also_against
-        figure = draw_accuracy(frame, title, self.rows[0].split)
+        figure = draw_table(frame, title, self.rows[0].split)
         contents: dict[str, str | bytes] = {
             ".csv": frame.to_csv(index=False, float_format="%.6g"),
             ".jsonl": to_json_lines(records),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting.render import describe_runs, draw_accuracy, format_difference, render_latex, render_markdown
+from reporting.render import describe_runs, draw_table, format_difference, render_latex, render_markdown
 from reporting.statistics import Row, summarize
 from reporting.table import Table
 from tests.reporting.helpers import forbid_calls, load_settings, make_record
@@ -105,14 +105,24 @@ def test_describe_runs_lists_machines_and_short_commits_once() -> None:
     )
 
 
-def test_figure_shows_rows_with_equal_parameters_side_by_side() -> None:
+def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
     frame = summarize([make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)])
-    figure = draw_accuracy(frame, "Title", "test")
-    axes = figure.axes[0]
-    (first, _, _), (second, _, _) = axes.containers
-    assert first.get_xdata()[0] == 100 < second.get_xdata()[0] < 110
-    assert (first.get_ydata()[0], second.get_ydata()[0]) == (91.0, 92.5)
-    assert figure.get_suptitle() == "Title: mean ± standard deviation, 2 seeds"
+    figure = draw_table(frame, "Title", "test")
+    differences, accuracies = figure.axes
+    assert [label.get_text() for label in differences.get_yticklabels()] == ["plain", "Gabor"]
+    points, bars = zip(*[(point, bar) for point, _, (bar,) in differences.containers], strict=True)
+    assert [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points] == [(0.0, 0.0), (1.5, -1.0)]
+    (low, high) = bars[1].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx(tuple(frame.loc[1, ["diff_ci95_low", "diff_ci95_high"]]))
+    assert [float(point.get_ydata()[0]) for point, _, _ in accuracies.containers] == [91.0, 92.5]
+    assert figure.get_suptitle() == "Title, 2 seeds"
+
+
+def test_figure_of_single_seed_has_no_intervals() -> None:
+    figure = draw_table(summarize([make_row("plain", 90.0), make_row("Gabor", 91.0)]), "Title", "val")
+    for axes in figure.axes:
+        for _, _, (bar,) in axes.containers:
+            assert bar.get_segments()[0][0].tolist() == bar.get_segments()[0][1].tolist()
 
 
 @pytest.fixture(scope="module", params=sorted(path.stem for path in COMMITTED_TABLES.glob("*.csv")))
