@@ -151,14 +151,19 @@ class AnalyticConv2d(nn.Conv2d):
         """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does."""
         if "raw" not in self._modules:
             return  # nn.Conv2d's constructor calls this before the AKPs exist
-        for symbol, count in self.arrangement.counts.items():
-            for akp in self._get_akps(symbol):
-                self.raw[f"{symbol}_{akp.name}"].copy_(akp.to_raw(akp.sample(count, self.kernel_size)))
+        self.sample_akps()
         fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         for parameter in (self.plain, self.bias):
             if parameter is not None:
                 parameter.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def sample_akps(self) -> None:
+        """Samples the AKPs from their initial ranges."""
+        for symbol, count in self.arrangement.counts.items():
+            for akp in self._get_akps(symbol):
+                self.raw[f"{symbol}_{akp.name}"].copy_(akp.to_raw(akp.sample(count, self.kernel_size)))
 
     def akps(self) -> dict[str, dict[str, Tensor]]:
         """The AKPs in natural units (px, rad), by kind and name, each (count,) in slot order; differentiable."""

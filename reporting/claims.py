@@ -91,8 +91,9 @@ CLAIMS = (
         "C2",
         "AKPs that learn adapt to the data.",
         "the paper",
-        "Learned AKPs are better than random AKPs that are not trained, and more AKPs are better than fewer: the "
-        "interval is above 0. The distances that AKPs travel during training have no verdict.",
+        "Learned AKPs are better than random AKPs that are not trained; trained networks are less accurate if all AKPs "
+        "are set back to their initial values or redrawn at random, and nothing else changes; and more AKPs are better "
+        "than fewer: the interval is above 0. The distances that AKPs travel during training have no verdict.",
         (
             *(
                 PairedRows(table, "all Gabor", "all Gabor, frozen at random", 0.0)
@@ -105,7 +106,7 @@ CLAIMS = (
             PairedRows("cifar10_jpeg", "all Gabor, with amplitude", "all Gabor", 0.0),
             PairedRows("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
         ),
-        {"akp_travel": ("flowers17",)},
+        {"replaced_akps": ("fashion_mnist", "imagenette"), "akp_travel": ("flowers17",)},
     ),
     Claim(
         "C3",

@@ -144,6 +144,15 @@ def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source
     ]
 
 
+def _summarize_replaced_akps(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    accuracies = {(row, akps): values for row, akps, values in _group_by_row_and_name(measurements)}
+    return [
+        _make_effect(accuracies[row, "trained"] - values, table, f"{row}: AKPs trained, against {akps}", 0.0, source)
+        for (row, akps), values in accuracies.items()
+        if akps != "trained"
+    ]
+
+
 def _summarize_shapley(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
     return [
         _make_effect(values, table, f"{KINDS[symbol].name} in {row}", 0.0, source)
@@ -236,15 +245,18 @@ def _summarize_transforms(measurements: list[dict[str, Any]], table: str, source
 
 
 def _group_by_row_and_name(measurements: list[dict[str, Any]]) -> Iterable[tuple[str, str, "pd.Series[Any]"]]:
-    """Yields each row and name of a value, with the values of its seeds."""
-    values = [(line["row"], name, value) for line in measurements for name, value in line["values"].items()]
-    frame = pd.DataFrame(values, columns=["row", "name", "value"])
+    """Yields each row and name of a value, with the values by seed."""
+    values = [
+        (line["row"], line["seed"], name, value) for line in measurements for name, value in line["values"].items()
+    ]
+    frame = pd.DataFrame(values, columns=["row", "seed", "name", "value"]).set_index("seed")
     for (row, name), group in frame.groupby(["row", "name"], sort=False):
         yield row, name, group["value"]
 
 
 _SUMMARIES = {
     "akp_travel": _summarize_akp_travel,
+    "replaced_akps": _summarize_replaced_akps,
     "shapley": _summarize_shapley,
     "corruptions": _summarize_corruptions,
     "attacks": _summarize_attacks,

@@ -1,5 +1,6 @@
 """What is measured on the trained networks of a table, beyond the accuracy in their records."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -47,6 +48,29 @@ def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
         distance = (history[run.record["best_epoch"]] - history[0]).abs() * factor
         distances.setdefault(f"{symbol}/{akp}", []).append(distance)
     return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
+
+
+def measure_replaced_akps(run: FinishedRun, data: Data) -> dict[str, Any]:
+    """Validation accuracy (percent) with all AKPs of the network replaced, and everything else as trained.
+
+    Source: Zhang, Bengio and Singer, Are All Layers Created Equal?, JMLR 2022.
+
+    Returns:
+        ``trained``, ``initial`` (the AKPs before training) and ``redrawn`` (new random AKPs) -> accuracy. Empty for a
+        network without analytic layers.
+    """
+    history = load_akp_history(run)
+    if not history:
+        return {}
+    initial, redrawn = copy.deepcopy(run.model), copy.deepcopy(run.model)
+    for name, layer in analytic_layers(initial).items():
+        for symbol, akps in layer.akps().items():
+            layer.set_akps(symbol, {akp: history[f"{name}/{symbol}/{akp}"][0] for akp in akps})
+    torch.manual_seed(int(run.settings.directory.id, 16))  # not the seed that the initial AKPs were drawn with
+    for layer in analytic_layers(redrawn).values():
+        layer.sample_akps()
+    models = {"trained": run.model, "initial": initial, "redrawn": redrawn}
+    return {akps: evaluate_run(replace(run, model=model), data, "val")["top1"] for akps, model in models.items()}
 
 
 def measure_shapley(run: FinishedRun, data: Data) -> dict[str, Any]:
@@ -116,6 +140,7 @@ def _compute_accuracy(classifier: Any, images: np.ndarray, labels: np.ndarray) -
 
 MEASUREMENTS: dict[str, Callable[[FinishedRun, Data], dict[str, Any]]] = {
     "akp_travel": measure_akp_travel,
+    "replaced_akps": measure_replaced_akps,
     "shapley": measure_shapley,
     "corruptions": measure_corruptions,
     "attacks": measure_attacks,

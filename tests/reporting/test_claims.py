@@ -154,6 +154,16 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     assert effects[2].verdict == "" and effects[1].low == effects[1].high == 4.0
 
 
+def test_replaced_akps_are_compared_with_trained_ones_by_seed(tmp_path: Path) -> None:
+    trained = [{"trained": 90.0, "initial": 80.0, "redrawn": 10.0}, {"trained": 92.0, "initial": 92.0, "redrawn": 14.0}]
+    write_measurements(tmp_path, "replaced_akps", {"plain": [{}], "mosaic": trained})
+    effects, _ = collect_effects(make_claim(measurements={"replaced_akps": ("toy",)}), tmp_path)
+    assert [(e.what, e.mean, e.n, e.threshold) for e in effects] == [
+        ("mosaic: AKPs trained, against initial", 5.0, 2, 0.0),
+        ("mosaic: AKPs trained, against redrawn", 79.0, 2, 0.0),
+    ]
+
+
 def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -> None:
     plain, gabor = "LeNet-5 plain", "all Gabor"
     lowered = {plain: [(80.0, 60.0), (70.0, 50.0)], gabor: [(82.0, 64.0), (71.0, 55.0)]}
@@ -239,6 +249,7 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
         ("shapley", []),
         ("shapley", {"X": 1.0}),
         ("akp_travel", {"G/x": 1.0}),
+        ("replaced_akps", {"initial": 1.0}),
         ("corruptions", {"none": 1.0}),
         ("attacks", {"0": 1.0}),
         ("transforms", {"scale": {"2": {"closed form": {"top1": 1.0}}}}),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from acl.explain import attribute
 from reporting.measurements import (
@@ -14,15 +15,18 @@ from reporting.measurements import (
     measure_akp_travel,
     measure_attacks,
     measure_corruptions,
+    measure_replaced_akps,
     measure_shapley,
 )
 from reporting.transforms import ROTATIONS, SCALES, measure_transforms
 from training.config import compose
 from training.corruptions import CORRUPTIONS
+from training.data import Data
 from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, evaluate_run, load_finished_run
+from training.finished_run import FinishedRun, evaluate_run, load_akp_history, load_finished_run
 from training.loop import run as perform_run
+from training.loop import snapshot_akps
 from training.runs import load_run_data, open_run_directory
 
 
@@ -60,6 +64,38 @@ def test_akp_travel_is_mean_distance_from_initial_value_to_best_epoch(tmp_path: 
     made_up = replace(run, path=tmp_path, record={"best_epoch": 1})
     expected = {"G/theta": math.degrees((0.5 + 1.0) / 2), "G/wavelength": 1.0}
     assert measure_akp_travel(made_up, load_run_data(run.settings)) == pytest.approx(expected)
+
+
+def test_replaced_akps_change_nothing_but_akps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_trained(tmp_path, "arrangement=half_plain", "trainer.epochs=2")
+    networks: list[nn.Module] = []
+
+    def evaluate_and_keep(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
+        networks.append(run.model)
+        return evaluate_run(run, data, split)
+
+    monkeypatch.setattr("reporting.measurements.evaluate_run", evaluate_and_keep)
+    accuracies = measure_replaced_akps(run, load_run_data(run.settings))
+    assert run.record is not None and accuracies["trained"] == run.record["val"]["top1"]
+    assert list(accuracies) == ["trained", "initial", "redrawn"]
+
+    history = load_akp_history(run)
+    trained, initial, redrawn = (snapshot_akps(network) for network in networks)
+    assert history
+    for name, values in history.items():
+        torch.testing.assert_close(initial[name], values[0])
+        assert not torch.equal(trained[name], values[0])
+        assert (
+            not torch.isclose(redrawn[name], values[0]).any() and not torch.isclose(redrawn[name], trained[name]).any()
+        )
+    for network in networks[1:]:
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, run.model.get_parameter(name)) == (".raw." not in name)
+
+
+def test_replaced_akps_of_plain_network_are_empty(tmp_path: Path) -> None:
+    run = load_trained(tmp_path, "model=lenet", "arrangement=plain", "trainer.epochs=1")
+    assert measure_replaced_akps(run, load_run_data(run.settings)) == {}
 
 
 def test_shapley_values_are_of_validation_images(run: FinishedRun) -> None:

@@ -258,7 +258,7 @@ def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, c
     done = call_script("measure.py", *table, "measurement=shapley")
     assert done.returncode == 2 and "has no finished run" in done.stderr
     assert call_script("reproduce_table.py", *table).returncode == 0
-    for measurement in ("akp_travel", "shapley", "attacks", "corruptions"):
+    for measurement in ("akp_travel", "replaced_akps", "shapley", "attacks", "corruptions"):
         file = tmp_path / f"results/evidence/digits_{measurement}.jsonl"
         one_row = call_script("measure.py", *table, f"measurement={measurement}", "only=[conv1 Gabor]")
         assert one_row.returncode == 0, one_row.stderr
