@@ -177,6 +177,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     differences.axvline(0.0, color="black", linewidth=0.8)
     differences.set_xlabel("points against the reference of the row (95% interval)")
     accuracies.set_xscale("log")
+    accuracies.set_xlim(frame["conv_params"].min() / 1.5, frame["conv_params"].max() * 1.5)
     accuracies.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     accuracies.xaxis.set_major_formatter(EngFormatter())
     accuracies.xaxis.set_minor_formatter(NullFormatter())
