@@ -92,8 +92,9 @@ CLAIMS = (
         "AKPs that learn adapt to the data.",
         "the paper",
         "Learned AKPs are better than random AKPs that are not trained; trained networks are less accurate if all AKPs "
-        "are set back to their initial values or redrawn at random, and nothing else changes; and more AKPs are better "
-        "than fewer: the interval is above 0. The distances that AKPs travel during training have no verdict.",
+        "are set back to their initial values, and nothing else changes; and more AKPs are better than fewer: the "
+        "interval is above 0. There is no verdict on the distances that AKPs travel during training, nor on redrawn "
+        "AKPs, which fail even where training hardly changed the AKPs: the other layers are fitted to the old ones.",
         (
             *(
                 PairedRows(table, "all Gabor", "all Gabor, frozen at random", 0.0)

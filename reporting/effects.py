@@ -145,11 +145,15 @@ def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source
 
 
 def _summarize_replaced_akps(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
+    """The effect of training the AKPs; that of redrawn ones has no verdict: the other layers fit the lost kernels."""
     accuracies = {(row, akps): values for row, akps, values in _group_by_row_and_name(measurements)}
     return [
-        _make_effect(accuracies[row, "trained"] - values, table, f"{row}: AKPs trained, against {akps}", 0.0, source)
+        _make_effect(
+            accuracies[row, "trained"] - values, table, f"{row}: AKPs trained, against {akps} ones", threshold, source
+        )
         for (row, akps), values in accuracies.items()
         if akps != "trained"
+        for threshold in [0.0 if akps == "initial" else None]
     ]
 
 

@@ -159,8 +159,8 @@ def test_replaced_akps_are_compared_with_trained_ones_by_seed(tmp_path: Path) ->
     write_measurements(tmp_path, "replaced_akps", {"plain": [{}], "mosaic": trained})
     effects, _ = collect_effects(make_claim(measurements={"replaced_akps": ("toy",)}), tmp_path)
     assert [(e.what, e.mean, e.n, e.threshold) for e in effects] == [
-        ("mosaic: AKPs trained, against initial", 5.0, 2, 0.0),
-        ("mosaic: AKPs trained, against redrawn", 79.0, 2, 0.0),
+        ("mosaic: AKPs trained, against initial ones", 5.0, 2, 0.0),
+        ("mosaic: AKPs trained, against redrawn ones", 79.0, 2, None),
     ]
 
 
