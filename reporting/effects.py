@@ -149,11 +149,14 @@ def _summarize_replaced_akps(measurements: list[dict[str, Any]], table: str, sou
     accuracies = {(row, akps): values for row, akps, values in _group_by_row_and_name(measurements)}
     return [
         _make_effect(
-            accuracies[row, "trained"] - values, table, f"{row}: AKPs trained, against {akps} ones", threshold, source
+            accuracies[row, "trained"] - accuracies[row, akps],
+            table,
+            f"{row}: AKPs trained, against {akps} ones",
+            threshold,
+            source,
         )
-        for (row, akps), values in accuracies.items()
-        if akps != "trained"
-        for threshold in [0.0 if akps == "initial" else None]
+        for row in dict.fromkeys(row for row, _ in accuracies)
+        for akps, threshold in (("initial", 0.0), ("redrawn", None))
     ]
 
 

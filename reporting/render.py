@@ -106,16 +106,19 @@ def format_difference(mean: float, low: float, high: float) -> str:
 
 def describe_statistics(rows: Sequence[Row]) -> str:
     """Says what the numbers of a table mean."""
-    num_seeds = len(rows[0].records)
     test_use = {
         "test": "the test set is evaluated once, at the end of a run",
         "val": "the accuracy is of that epoch, on the same split; the test set is not used",
     }
     return (
-        f"Mean ± standard deviation over {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}; differences are paired "
+        f"Mean ± standard deviation over {_count_seeds(len(rows[0].records))}; differences are paired "
         f"by seed, with their 95% t-interval. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
         f"Convolution parameters include biases and frozen AKPs.{_describe_references(rows)}"
     )
+
+
+def _count_seeds(n: int) -> str:
+    return f"{n} {'seed' if n == 1 else 'seeds'}"
 
 
 def _describe_references(rows: Sequence[Row]) -> str:
@@ -185,5 +188,5 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     accuracies.set_ylabel(f"top-1 {SPLIT_NAMES[split]} % (mean ± std)")
     for axes in (differences, accuracies):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{title}, {frame['seeds'].max()} seeds", fontsize=11)
+    figure.suptitle(f"{title}, {_count_seeds(frame['seeds'].max())}", fontsize=11)
     return figure

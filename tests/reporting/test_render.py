@@ -120,6 +120,7 @@ def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
 
 def test_figure_of_single_seed_has_no_intervals() -> None:
     figure = draw_table(summarize([make_row("plain", 90.0), make_row("Gabor", 91.0)]), "Title", "val")
+    assert figure.get_suptitle() == "Title, 1 seed"
     for axes in figure.axes:
         for _, _, (bar,) in axes.containers:
             assert bar.get_segments()[0][0].tolist() == bar.get_segments()[0][1].tolist()
