@@ -107,7 +107,10 @@ CLAIMS = (
             PairedRows("cifar10_jpeg", "all Gabor, with amplitude", "all Gabor", 0.0),
             PairedRows("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
         ),
-        {"replaced_akps": ("fashion_mnist", "imagenette"), "akp_travel": ("flowers17",)},
+        {
+            "replaced_akps": ("fashion_mnist", "flowers17_choices", "imagenette"),
+            "akp_travel": ("flowers17", "flowers17_choices"),
+        },
     ),
     Claim(
         "C3",

@@ -167,7 +167,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
         title: the table's title.
         split: the split that the accuracy is of, ``test`` or ``val``.
     """
-    figure = Figure(figsize=(10, 0.3 * len(frame) + 1.6), layout="constrained")
+    figure = Figure(figsize=(10, max(3.2, 0.3 * len(frame) + 1.6)), layout="constrained")
     differences, accuracies = figure.subplots(1, 2, width_ratios=(6, 5))
     half_widths = (frame["diff_ci95_high"] - frame["diff_mean"]).fillna(0.0)  # NaN for a single seed
     deviations = frame["top1_std"].fillna(0.0)
@@ -185,7 +185,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     accuracies.xaxis.set_major_formatter(EngFormatter())
     accuracies.xaxis.set_minor_formatter(NullFormatter())
     accuracies.set_xlabel("convolution parameters")
-    accuracies.set_ylabel(f"top-1 {SPLIT_NAMES[split]} % (mean ± std)")
+    accuracies.set_ylabel(f"top-1 {SPLIT_NAMES[split]} % (mean ± std)", fontsize=9)
     for axes in (differences, accuracies):
         axes.grid(alpha=0.3)
     figure.suptitle(f"{title}, {_count_seeds(frame['seeds'].max())}", fontsize=11)
