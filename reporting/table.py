@@ -87,8 +87,9 @@ class Table:
             self._composed[key] = compose(list(key))
         return self._composed[key]
 
-    def _plan(self, row: Row, title: str, *overrides: str) -> PlannedRun:
+    def _plan(self, row: Row, title: str, seed: int, *overrides: str) -> PlannedRun:
         cfg = self._compose(row, *overrides).copy()
+        cfg.seed = seed  # after composing, which is slow, so that the seeds of a row share one composition
         if cfg.logger.name == "wandb":
             cfg.logger.update(group=self.name, row=row.name, title=f"{row.name}, {title}")
         return PlannedRun(f"{row.name}, {title}", cfg, open_run_directory(cfg))
@@ -96,14 +97,14 @@ class Table:
     def _plan_trials(self, row: Row) -> list[PlannedRun]:
         if self.settings.search is None:
             return []
-        fixed = [f"seed={self.settings.search['seed']}", "trainer.test=false"]
-        n = len(self._candidates)
+        seed, n = self.settings.search["seed"], len(self._candidates)
         return [
-            self._plan(row, f"search {i}/{n}", *candidate, *fixed) for i, candidate in enumerate(self._candidates, 1)
+            self._plan(row, f"search {i}/{n}", seed, *candidate, "trainer.test=false")
+            for i, candidate in enumerate(self._candidates, 1)
         ]
 
     def _plan_seeds(self, row: Row) -> list[PlannedRun]:
-        return [self._plan(row, f"seed {seed}", *(row.chosen or []), f"seed={seed}") for seed in self.settings.seeds]
+        return [self._plan(row, f"seed {seed}", seed, *(row.chosen or [])) for seed in self.settings.seeds]
 
     def plan_runs(self) -> list[PlannedRun]:
         """Lists the runs known so far: seed runs are listed once the row's search has chosen a candidate."""
