@@ -145,7 +145,7 @@ def _summarize_akp_travel(measurements: list[dict[str, Any]], table: str, source
 
 
 def _summarize_replaced_akps(measurements: list[dict[str, Any]], table: str, source: str) -> list[Effect]:
-    """The effect of training the AKPs; that of redrawn ones has no verdict: the other layers fit the lost kernels."""
+    """Trained AKPs against initial ones, and, without a verdict, against redrawn ones."""
     accuracies = {(row, akps): values for row, akps, values in _group_by_row_and_name(measurements)}
     return [
         _make_effect(
