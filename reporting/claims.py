@@ -93,9 +93,9 @@ CLAIMS = (
         "the paper",
         "Learned AKPs are better than random AKPs that are not trained; trained networks are less accurate on "
         "the validation split, which also chose their epoch, if all AKPs are set back to their initial values, and "
-        "nothing else changes; and more AKPs are better than fewer: the interval is above 0. There is no verdict on the "
-        "distances that AKPs travel during training, nor on redrawn AKPs: what is lost with them shows how far the other "
-        "layers depend on the kernels, even on kernels that training hardly changed.",
+        "nothing else changes; and more AKPs are better than fewer: the interval is above 0. There is no verdict on "
+        "the distances that AKPs travel during training, nor on redrawn AKPs: what is lost with them shows how far the "
+        "other layers depend on the kernels, even on kernels that training hardly changed.",
         (
             *(
                 PairedRows(table, "all Gabor", "all Gabor, frozen at random", 0.0)
