@@ -167,7 +167,7 @@ def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         [6, 6, 6, 6]
     """
     for layer in analytic_layers(model).values():
-        yield from layer.raw.values()
+        yield from layer.raw.parameters()  # including those of parametrizations
 
 
 def param_groups(
@@ -206,8 +206,8 @@ def param_groups(
             raise ValueError(f"{name} must be at least 0, got {value}")
     gain_ids: set[int] = set()
     if gain_lr_scale is not None:
-        raw = [item for layer in analytic_layers(model).values() for item in layer.raw.items()]
-        gain_ids = {id(parameter) for key, parameter in raw if key.endswith(f"_{AMPLITUDE.name}")}
+        raw = [item for layer in analytic_layers(model).values() for item in layer.raw.named_parameters()]
+        gain_ids = {id(parameter) for key, parameter in raw if f"_{AMPLITUDE.name}" in key}
     akps = {id(p): p for p in akp_parameters(model) if p.requires_grad}  # by id, because layers can share AKPs
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in akps]
     groups = [

@@ -2,19 +2,23 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from acl.arrangement import Arrangement
-from acl.kernels import AKP, FAMILIES, KINDS, PROFILES
+from acl.kernels import AKP, AMPLITUDE, FAMILIES, KINDS, PROFILES
 
 Scale = Literal["unit", "raw"]
 SCALES: tuple[str, ...] = get_args(Scale)
+_COMPUTED_WEIGHT = (
+    "the weight of an AnalyticConv2d is computed from its AKPs and plain kernels, not stored as a parameter; "
+    "acl.fold(model) makes its analytic layers plain convolutions, whose weight can be set, pruned or parametrized"
+)
 
 
 def find_learned_akps(learn: str | Iterable[str]) -> set[str]:
@@ -30,6 +34,17 @@ def get_convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """The arguments of nn.Conv2d that create a convolution like this one, apart from device and dtype."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
+
+
+class _Parameters(dict[str, Any]):
+    """The parameters of a layer, for tools that look for ``weight`` among them and would fail with a bare KeyError."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(_COMPUTED_WEIGHT if key == "weight" else key)
+
+    def __delitem__(self, key: str) -> None:
+        self[key]  # raises the error of __missing__
+        super().__delitem__(key)
 
 
 class AnalyticConv2d(nn.Conv2d):
@@ -51,7 +66,7 @@ class AnalyticConv2d(nn.Conv2d):
         family: ``paper``, or ``extended``, which adds a center offset to every ACK and an aspect ratio to Gabor.
         profile: the TGD kernel function: ``exponential``, ``gaussian`` or ``linear``.
         learn: which AKPs are trained: ``"all"``, ``"none"``, or their names, such as ``("theta", "sigma")``.
-        placement: (slots,), for each slot the index of its kernel in the arrangement's order; in order if None.
+        placement: (slots,) int64, for each slot the index of its kernel in the arrangement's order; in order if None.
 
     Shape:
         Input (N, in_channels, H, W) or (in_channels, H, W); output as for nn.Conv2d.
@@ -59,9 +74,17 @@ class AnalyticConv2d(nn.Conv2d):
     Raises:
         ValueError: for an arrangement that cannot be parsed or does not fill the layer, an unknown option, or
             arguments that nn.Conv2d rejects.
+        TypeError: without an arrangement.
 
     In training mode, each forward pass synthesizes the weight. In eval mode, the weight is cached until a parameter
     changes. AKPs are evaluated in at least float32; the result is cast to the layer's dtype.
+
+    ``weight`` is computed, so an in-place edit of it (``nn.init.zeros_(layer.weight)``, ``layer.weight.data.clamp_()``)
+    edits a temporary tensor and has no effect on the layer. Use ``set_akps``, ``plain``, ``sample_akps`` or
+    ``reset_parameters`` instead.
+
+    ``placement`` is structure, like the arrangement: averages, casts and ``load_state_dict`` do not change it. The
+    state dict holds it as ``placement_bits``, (slots, bits) bool, to refuse the state of another placement.
 
     Example:
         >>> layer = AnalyticConv2d(3, 64, 7, stride=2, padding=3, arrangement="G30 Lg15 Lt15 Tf30 Ts6 P96", bias=False)
@@ -85,7 +108,7 @@ class AnalyticConv2d(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        arrangement: Arrangement | str,
+        arrangement: Arrangement | str | None = None,
         scale: str = "unit",
         amplitude: bool = False,
         family: str = "paper",
@@ -93,11 +116,14 @@ class AnalyticConv2d(nn.Conv2d):
         learn: str | Iterable[str] = "all",
         placement: Tensor | None = None,
     ) -> None:
+        if arrangement is None:  # as for PEFT's LoRA, which creates convolutions of the type of a layer
+            raise TypeError(f"AnalyticConv2d needs an arrangement, such as 'G50% P50%'; {_COMPUTED_WEIGHT}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
         )
         del self.weight  # replaced by the property below, which computes it
+        self._parameters = _Parameters(self._parameters)
         for option, value, known in (
             ("scale", scale, SCALES),
             ("family", family, FAMILIES),
@@ -115,8 +141,8 @@ class AnalyticConv2d(nn.Conv2d):
         slots = in_channels // groups * out_channels
         if placement is not None and sorted(placement.tolist()) != list(range(slots)):
             raise ValueError(f"placement must be a permutation of the layer's {slots} slots")
-        self.placement: Tensor | None
-        self.register_buffer("placement", None if placement is None else placement.to(device))
+        self.placement = None if placement is None else placement.detach().to("cpu", torch.long, copy=True)
+        """The index of each slot's kernel in the arrangement's order; not a buffer, which averages would change."""
         self.raw = nn.ParameterDict(
             {
                 f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
@@ -131,11 +157,52 @@ class AnalyticConv2d(nn.Conv2d):
         # Module.to() applies a memory format to every 4-D tensor, so this buffer records the one the weight should use.
         self._format: Tensor
         self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **factory), persistent=False)
+        self._move_placement()
         self.host: nn.Conv2d | None = None
         """The replaced convolution if its class is a subclass of nn.Conv2d; it then performs the convolution."""
         self._cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None = None
         self._set_trainable_akps(learn)
         self.reset_parameters()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith("weight") and "raw" in self._modules:
+            raise TypeError(_COMPUTED_WEIGHT)
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalyticConv2d":
+        super()._apply(fn, recurse)
+        self._move_placement()
+        return self
+
+    def _move_placement(self) -> None:
+        if self.placement is not None and not self._format.is_meta:
+            self.placement = self.placement.to(self._format.device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.placement is not None:
+            destination[f"{prefix}placement_bits"] = encode_placement(self.placement)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}placement_bits"
+        bits = state_dict.pop(key, None)  # of a copy
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if bits is None or self.placement is None:
+            keys = missing_keys if bits is None else unexpected_keys
+            keys += [key] if strict and (bits is None) != (self.placement is None) else []
+        elif not torch.equal((bits > 0.5).cpu(), encode_placement(self.placement).cpu()):
+            error_msgs.append(f"{key}: the state dict places its kernels in other slots than the layer does")
 
     def _get_akps(self, symbol: str) -> tuple[AKP, ...]:
         return KINDS[symbol].akps(self.family, self.amplitude)
@@ -163,7 +230,14 @@ class AnalyticConv2d(nn.Conv2d):
         """Samples the AKPs from their initial ranges."""
         for symbol, count in self.arrangement.counts.items():
             for akp in self._get_akps(symbol):
-                self.raw[f"{symbol}_{akp.name}"].copy_(akp.to_raw(akp.sample(count, self.kernel_size)))
+                values = akp.to_raw(akp.sample(count, self.kernel_size))
+                self._get_stored(f"{symbol}_{akp.name}").copy_(values)
+
+    def _get_stored(self, key: str) -> nn.Parameter:
+        """The parameter of a stored AKP. Raises ValueError if it is parametrized, since it is then computed."""
+        if (parameter := self.raw._parameters.get(key)) is None:
+            raise ValueError(f"{key} is parametrized and cannot be set; remove its parametrization first")
+        return parameter
 
     def akps(self) -> dict[str, dict[str, Tensor]]:
         """The AKPs in natural units (px, rad), by kind and name, each (count,) in slot order; differentiable."""
@@ -186,20 +260,38 @@ class AnalyticConv2d(nn.Conv2d):
             index: which of the kind's kernels to set; all by default.
 
         Raises:
-            ValueError: for an AKP that the layer does not have, values of another shape, or a value that is not finite
-                or at or below an AKP's floor. The layer is then unchanged.
+            ValueError: for an AKP that the layer does not have or that is parametrized, values of another shape, or a
+                value that is not finite or at or below an AKP's floor. The layer is then unchanged.
         """
         known = {f"{symbol}_{akp.name}": akp for akp in self._get_akps(symbol)} if symbol in self.akps() else {}
         if unknown := [name for name in akps if f"{symbol}_{name}" not in known]:
             raise ValueError(f"the layer has no AKP {symbol}_{unknown[0]}; it has: {', '.join(self.raw)}")
         raw = {key: akp.to_raw(akps[akp.name]) for key, akp in known.items() if akp.name in akps}
         for key, values in raw.items():
-            if values.shape != (shape := self.raw[key][index].shape):
+            if values.shape != (shape := self._get_stored(key)[index].shape):
                 raise ValueError(f"{key} needs values of the shape {tuple(shape)}, got {tuple(values.shape)}")
             if not values.isfinite().all():
                 raise ValueError(f"{key} needs finite values, got {values[~values.isfinite()][0].item()}")
         for key, values in raw.items():
             self.raw[key][index] = values.to(self.raw[key])
+
+    @torch.no_grad()
+    def add_amplitude(self) -> None:
+        """Gives each ACK a gain of 1 as an additional AKP, unless the layer has ``amplitude``.
+
+        The gains of a kind are trained if any of its AKPs are.
+        """
+        if self.amplitude:
+            return
+        stored = {key: self._get_stored(key) for key in self.raw}
+        self.amplitude = True
+        for symbol in self.arrangement.counts:
+            akps = [parameter for key, parameter in stored.items() if key.startswith(f"{symbol}_")]
+            if akps:
+                is_trained = any(parameter.requires_grad for parameter in akps)
+                stored[f"{symbol}_{AMPLITUDE.name}"] = nn.Parameter(torch.ones_like(akps[0]), is_trained)
+        keys = [f"{symbol}_{akp.name}" for symbol in self.arrangement.counts for akp in self._get_akps(symbol)]
+        self.raw = nn.ParameterDict({key: stored[key] for key in keys})
 
     @property
     def slot_kinds(self) -> list[str]:
@@ -252,7 +344,7 @@ class AnalyticConv2d(nn.Conv2d):
             weight = self.plain.permute(1, 2, 0)
         if self.placement is not None:
             # Much faster than weight[..., self.placement], above all in the backward pass.
-            weight = weight.flatten(0, 1).index_select(1, self.placement)
+            weight = weight.flatten(0, 1).index_select(1, self.placement.to(weight.device))
         weight = weight.view(*self.kernel_size, self.out_channels, -1).permute(2, 3, 0, 1)
         # torch.func.vmap supports no query of the memory format itself
         is_channels_last = self._format.stride(1) == 1
@@ -268,14 +360,14 @@ class AnalyticConv2d(nn.Conv2d):
     def _find_weight(self) -> Tensor:
         """The synthesized weight, or the cached one, which must not be edited."""
         # raw.values() is several times slower.
-        raw: list[Tensor] = [p for p in self.raw._parameters.values() if p is not None]
+        raw: list[Any] = list(self.raw._parameters.values())
         parameters = raw if self.plain is None else [*raw, self.plain]
+        # What computes or replaces parameters (parametrizations, replicas, functional_call, fake tensors) cannot be
+        # compared. Parametrized and replicated AKPs are not among the parameters of raw.
+        is_comparable = len(raw) == len(self.raw) and all(type(p) is nn.Parameter for p in parameters)
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.training or needs_grad or is_traced:
-            return self._synthesize()
-        # Tensors that stand in for parameters (functional_call, torch.func, fake tensors) cannot be compared.
-        if not all(type(p) is nn.Parameter for p in parameters) or parameters[0].is_meta:
+        if self.training or not is_comparable or needs_grad or is_traced or parameters[0].is_meta:
             return self._synthesize()
         # Compare by value: edits through .data and fused optimizers leave no other trace, and a stale weight is wrong.
         sources = [t for t in (torch.cat(raw) if raw else None, self.plain, self.placement) if t is not None]
@@ -288,7 +380,13 @@ class AnalyticConv2d(nn.Conv2d):
         return cache[2]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
-        return _forward(self, input)
+        if isinstance(input, torch.fx.Proxy):  # a leaf of the graph: fx cannot trace the synthesis
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        # A host's code could edit its weight.
+        return self.convolve(input, self._find_weight() if self.host is None else self.weight, self.bias)
+
+    def __prepare_scriptable__(self) -> NoReturn:  # called by torch.jit.script
+        raise TypeError(f"torch.jit.script cannot compile an AnalyticConv2d: {_COMPUTED_WEIGHT}")
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Performs the layer's convolution with the given weight and bias in place of its own."""
@@ -348,8 +446,14 @@ class AnalyticConv2d(nn.Conv2d):
         return {**super().__getstate__(), "_cache": None}
 
 
-@torch.fx.wrap
-def _forward(layer: AnalyticConv2d, x: Tensor) -> Tensor:
-    """The forward pass as a single node of a torch.fx graph; fx cannot trace the synthesis itself."""
-    # A host's code could edit its weight.
-    return layer.convolve(x, layer._find_weight() if layer.host is None else layer.weight, layer.bias)
+def encode_placement(placement: Tensor) -> Tensor:
+    """The bits of a placement, (slots, bits) bool, which averages and casts of equal state dicts keep."""
+    num_bits = max(1, (len(placement) - 1).bit_length())
+    return (placement[:, None] >> torch.arange(num_bits, device=placement.device)) % 2 == 1
+
+
+def decode_placement(bits: Tensor) -> Tensor:
+    """The placement (slots,) of ``encode_placement``. Raises ValueError for a tensor that cannot be one."""
+    if bits.ndim != 2 or bits.shape[1] > 62:
+        raise ValueError(f"the bits of a placement must be (slots, bits), got {tuple(bits.shape)}")
+    return ((bits > 0.5).long() << torch.arange(bits.shape[1], device=bits.device)).sum(1)

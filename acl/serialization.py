@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from acl.convert import check_convertible, create_analytic, replace_convolutions
-from acl.layer import AnalyticConv2d
+from acl.layer import AnalyticConv2d, decode_placement
 
 FORMAT = 1
 _METADATA_KEY = "acl"  # the only one: safetensors writes several keys in random order
@@ -124,7 +124,9 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
                 check_convertible(conv, name)
             else:
                 _check_agreement(specification, _describe_options(analytic))
-            layer = _create_layer(conv, specification, state.get(_join(name, "placement")))
+            layer = _create_layer(conv, specification, state.get(_join(name, "placement_bits")))
+            if isinstance(conv, AnalyticConv2d) and conv.slot_kinds != layer.slot_kinds:
+                raise ValueError("its kernels are in other slots in the file than in the model")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: layer '{name}': {error}") from error
         if analytic is None:
@@ -196,10 +198,11 @@ def _list_trained_akps(layer: AnalyticConv2d) -> list[str]:
     return [key for key, parameter in layer.raw.items() if parameter.requires_grad]
 
 
-def _create_layer(conv: nn.Conv2d, specification: Mapping[str, Any], placement: Tensor | None) -> AnalyticConv2d:
+def _create_layer(conv: nn.Conv2d, specification: Mapping[str, Any], bits: Tensor | None) -> AnalyticConv2d:
     """Creates the analytic layer of a specification, with the shape of ``conv``. Raises if it has invalid content."""
-    if specification["has_placement"] != (placement is not None and placement.dtype == torch.long):
+    if specification["has_placement"] != (bits is not None):
         raise ValueError("the placement of its kernels is missing or invalid")
+    placement = None if bits is None else decode_placement(bits)
     options = {name: specification[name] for name in _OPTIONS}
     layer = create_analytic(conv, specification["arrangement"], placement, **options)
     for key, parameter in layer.raw.items():

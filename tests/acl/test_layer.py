@@ -1,21 +1,29 @@
 import copy
+import importlib
 import io
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import timm.utils
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
+import acl
 from acl import AnalyticConv2d, Arrangement, akp_parameters, convert, kernels
 from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
 from acl.layer import SCALES
 from tests.arrangements import PAPER, arrange_all_kinds
 
+replication = importlib.import_module("torch.nn.parallel.replicate")  # its package has a function of the same name
 MOSAIC = "G25% Lg10% Lt10% Tf20% Ts10% P25%"
 
 
@@ -89,7 +97,7 @@ def test_layer_is_conv2d_without_weight_parameter() -> None:
     assert isinstance(layer, nn.Conv2d)
     assert "weight" not in dict(layer.named_parameters()) and "weight" not in layer.state_dict()
     assert layer.weight.shape == nn.Conv2d(4, 8, 5).weight.shape
-    with pytest.raises(KeyError, match="weight"):
+    with pytest.raises(TypeError, match=r"acl.fold\(model\)"):
         layer.weight = nn.Parameter(torch.zeros(8, 4, 5, 5))
 
 
@@ -495,7 +503,7 @@ def test_placement_permutes_weight_and_gradients(memory_format: torch.memory_for
     placement = torch.randperm(32)
     placed = make_layer(amplitude=True, placement=placement).to(memory_format=memory_format)
     ordered = make_layer(amplitude=True).to(memory_format=memory_format)
-    ordered.load_state_dict({k: v for k, v in placed.state_dict().items() if k != "placement"})
+    ordered.load_state_dict({k: v for k, v in placed.state_dict().items() if k != "placement_bits"})
     assert torch.equal(placed.weight.flatten(0, 1), ordered.weight.flatten(0, 1)[placement])
     grad = torch.randn(32, 5, 5)
     (placed.weight.flatten(0, 1) * grad[placement]).sum().backward()
@@ -504,11 +512,156 @@ def test_placement_permutes_weight_and_gradients(memory_format: torch.memory_for
         torch.testing.assert_close(parameter.grad, expected.grad)
 
 
-def test_loaded_placement_reorders_cached_weight() -> None:
+class Shift(nn.Module):
+    """A parametrization that computes an AKP from a parameter of its own."""
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw + 0.5
+
+
+@pytest.mark.parametrize("keys", [["G_theta"], ["plain"], ["G_theta", "G_wavelength", "G_psi", "G_sigma"]], ids=str)
+@pytest.mark.parametrize("arrangement", ["G32", "G16 P16"])
+def test_parametrized_parameters_determine_weight_in_eval_mode(arrangement: str, keys: list[str]) -> None:
+    if "plain" in keys and "P" not in arrangement:
+        return
+    layer, expected = make_layer(arrangement), make_layer(arrangement)
+    expected.load_state_dict(layer.state_dict())
+    for key in keys:
+        parametrize.register_parametrization(layer if key == "plain" else layer.raw, key, Shift())
+        expected.get_parameter(key if key == "plain" else f"raw.{key}").data.add_(0.5)
+    with torch.no_grad():
+        for module in (layer, expected):
+            module.eval()(torch.randn(1, 4, 8, 8))
+        assert torch.equal(layer.weight, expected.weight)
+        layer.load_state_dict({key: value + 1 for key, value in layer.state_dict().items()})
+        expected.load_state_dict({key: value + 1 for key, value in expected.state_dict().items()})
+        torch.testing.assert_close(layer.weight, expected.weight)
+
+
+def test_parametrized_akps_keep_their_learning_rate_and_cannot_be_set() -> None:
+    layer = make_layer("G16 P16", amplitude=True)
+    for key in ("G_theta", "G_amplitude"):
+        parametrize.register_parametrization(layer.raw, key, Shift())
+    groups = acl.param_groups(layer, 1.0, akp_lr_scale=5.0, gain_lr_scale=7.0)
+    assert {group["lr"]: len(group["params"]) for group in groups} == {1.0: 1, 5.0: 4, 7.0: 1}
+    for change in (lambda: layer.set_akps("G", {"theta": torch.zeros(16)}), layer.reset_parameters):
+        with pytest.raises(ValueError, match="G_theta is parametrized and cannot be set"):
+            change()
+
+
+def replicate_on_cpu(model: nn.Module) -> nn.Module:
+    """A replica as DataParallel makes them, which has tensors in place of parameters."""
+    with mock.patch.multiple(
+        replication,
+        _get_device_index=lambda device, optional: device,
+        _broadcast_coalesced_reshape=lambda tensors, devices, detach: [[tensor.detach() for tensor in tensors]],
+    ):
+        return replication.replicate(model, [torch.device("cpu")], detach=True)[0]
+
+
+@pytest.mark.parametrize("arrangement", ["G32", MOSAIC])
+def test_replicas_in_eval_mode_give_equal_outputs(arrangement: str) -> None:
+    layer = make_layer(arrangement, bias=False).eval()
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(replicate_on_cpu(layer)(x), layer(x))
+
+
+# Structure is not state
+
+
+def make_network(variant: str) -> nn.Sequential:
+    options: dict[str, Any] = {
+        "amplitude": {"amplitude": True},
+        "extended": {"family": "extended"},
+        "placed": {"placement": torch.randperm(4096)},
+    }.get(variant, {})
+    first = AnalyticConv2d(64, 64, 3, padding=1, arrangement=MOSAIC, **options)
+    second = first if variant == "shared" else AnalyticConv2d(64, 64, 3, arrangement="G50% P50%", padding=1)
+    return nn.Sequential(first, nn.BatchNorm2d(64), second).eval()
+
+
+def update_ema(ema: nn.Module, model: nn.Module) -> nn.Module:
+    ema.update(model)  # type: ignore[operator]
+    return ema.ema if hasattr(ema, "ema") else ema.module
+
+
+def average_in_torch(model: nn.Module, **options: Any) -> nn.Module:
+    averaged = AveragedModel(model, use_buffers=True, **options)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    return averaged.module
+
+
+def load_changed_state(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict({key: change(value) for key, value in model.state_dict().items()})
+    return loaded
+
+
+CONSERVED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "timm ModelEma": lambda model: update_ema(timm.utils.ModelEma(model, 0.9), model),
+    "timm ModelEmaV2": lambda model: update_ema(timm.utils.ModelEmaV2(model, 0.9), model),
+    "timm ModelEmaV3": lambda model: update_ema(timm.utils.ModelEmaV3(model, 0.9), model),
+    **{
+        f"EMA {decay}": lambda model, decay=decay: average_in_torch(model, avg_fn=get_ema_avg_fn(decay))
+        for decay in (0.9, 0.99, 0.999, 0.9999)
+    },
+    "multi EMA": lambda model: average_in_torch(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    "SWA": average_in_torch,
+    "interpolated state dict": lambda model: load_changed_state(model, lambda t: 0.9 * t + 0.1 * t),
+    "double state dict": lambda model: load_changed_state(model, Tensor.double),
+    "double and back": lambda model: copy.deepcopy(model).double().float(),
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "replica": replicate_on_cpu,
+}
+
+
+@pytest.mark.parametrize("variant", ["plain", "amplitude", "extended", "placed", "shared"])
+@pytest.mark.parametrize("conserve", CONSERVED)
+def test_averages_casts_and_replicas_of_equal_networks_keep_outputs(
+    variant: str, conserve: str, tmp_path: Path
+) -> None:
+    model = make_network(variant)
+    x = torch.randn(1, 64, 6, 6)
+    with torch.no_grad():
+        expected = model(x)
+        result = CONSERVED[conserve](model)
+        torch.testing.assert_close(result.eval()(x), expected, rtol=1e-4, atol=1e-5)
+    assert result[0].slot_kinds == model[0].slot_kinds
+    if conserve != "replica":
+        acl.save(result, tmp_path / "net.safetensors")
+        loaded = acl.load(copy.deepcopy(model), tmp_path / "net.safetensors")
+        assert loaded[0].slot_kinds == model[0].slot_kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+@pytest.mark.parametrize("of_state_dict", [True, False])
+def test_half_precision_keeps_placement(dtype: torch.dtype, of_state_dict: bool) -> None:
+    model = make_network("placed")
+    if of_state_dict:
+        result = load_changed_state(model, lambda tensor: tensor.to(dtype))
+    else:
+        result = copy.deepcopy(model).to(dtype)
+    assert torch.equal(result[0].placement, model[0].placement)
+
+
+def test_state_dict_of_other_placement_is_refused() -> None:
     layer = AnalyticConv2d(2, 3, 5, arrangement="G3 P3", placement=torch.arange(6)).eval()
+    other = AnalyticConv2d(2, 3, 5, arrangement="G3 P3", placement=torch.arange(6).flip(0))
     before = layer.weight.detach().clone()
-    layer.load_state_dict({**layer.state_dict(), "placement": torch.arange(5, -1, -1)})
-    assert torch.equal(layer.weight.flatten(0, 1), before.flatten(0, 1).flip(0))
+    with pytest.raises(RuntimeError, match=r"0\.placement_bits: the state dict places its kernels in other slots"):
+        nn.Sequential(layer).load_state_dict(nn.Sequential(other).state_dict())
+    ordered = AnalyticConv2d(2, 3, 5, arrangement="G3 P3")
+    with pytest.raises(RuntimeError, match=r"Missing key.*placement_bits"):
+        layer.load_state_dict(ordered.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*placement_bits"):
+        ordered.load_state_dict(layer.state_dict())
+    assert layer.load_state_dict({}, strict=False).missing_keys
+    layer.load_state_dict(other.state_dict() | {"placement_bits": layer.state_dict()["placement_bits"]})
+    assert layer.slot_kinds == ["G", "G", "G", "P", "P", "P"]
+    assert not torch.equal(layer.weight, before)
 
 
 def test_eval_mode_gives_same_gradients_in_every_backward() -> None:
