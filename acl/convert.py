@@ -1,5 +1,6 @@
 """Converts any network into an analytic network (AnaNN) and back, and inspects the analytic layers of a model."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -29,6 +30,7 @@ _HOOK_ATTRIBUTES = (
     "_is_full_backward_hook",
 )
 """Where nn.Module stores the hooks that run in a forward or backward pass."""
+_NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def convert(
@@ -43,7 +45,8 @@ def convert(
 
     Plain kernels and biases are copied from the original layers. AKPs are sampled at random, as in the paper, or
     fitted to the original kernels. Device, dtype, memory format, training mode and hooks are kept. A subclass of
-    nn.Conv2d keeps its own forward pass (such as the padding of timm's Conv2dSame).
+    nn.Conv2d keeps its own forward pass (such as the padding of timm's Conv2dSame). Convolutions that share their
+    weight then share AKPs and plain kernels.
 
     Args:
         model: any network.
@@ -62,9 +65,10 @@ def convert(
         The model, or the new layer if the model is a single convolution.
 
     Raises:
-        ValueError: for a name that matches no convolution, a layer that cannot be converted, constant kernels (as all
-            1 x 1 kernels are) that ``fit`` cannot fit, an AKP in ``learn`` that none of the layers has, or arguments
-            that AnalyticConv2d rejects. The model is then unchanged.
+        ValueError: for a name that matches no convolution, a layer that cannot be converted or that shares its weight
+            or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
+            ``fit`` cannot fit, an AKP in ``learn`` that none of the layers has, or arguments that AnalyticConv2d
+            rejects. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -115,6 +119,7 @@ def fold(model: nn.Module) -> nn.Module:
     """Replaces the analytic convolutions of a model with plain ones of the same weight, in place.
 
     Parameters regain the names they had before ``convert``, and the model no longer depends on acl. Hooks are kept.
+    Layers that share all AKPs and plain kernels share their weight afterward.
 
     Returns:
         The model, or the nn.Conv2d itself if the model is a single analytic convolution.
@@ -125,24 +130,58 @@ def fold(model: nn.Module) -> nn.Module:
         ['0.weight', '0.bias']
     """
     replacements = {layer: layer.fold() for layer in analytic_layers(model).values()}
+    folded: dict[Any, nn.Conv2d] = {}
     for layer, conv in replacements.items():
+        first = folded.setdefault((*layer.raw.parameters(), layer.plain), conv)
+        if torch.equal(conv.weight, first.weight):
+            conv.weight = first.weight
+        if layer.bias is not None:
+            conv.bias = folded.setdefault(layer.bias, conv).bias
         _move_hooks(layer, conv)
     return _replace_modules(model, replacements)
 
 
-def summary(model: nn.Module) -> str:
-    """Formats a table of a model's analytic layers: arrangement, and parameter counts before and after conversion."""
-    rows = [("layer", "arrangement", "parameters before", "after")]
+@torch.no_grad()
+def summary(model: nn.Module, inputs: torch.Tensor | None = None) -> str:
+    """Formats a table of a model's analytic layers: arrangement, and parameter counts before and after conversion.
+
+    Args:
+        model: any network.
+        inputs: a batch of inputs; adds the multiply-adds of each layer's convolution for it, in eval mode. They are
+            those of a plain convolution, and do not include the synthesis of the weight, which is cached.
+    """
+    multiply_adds = {} if inputs is None else _count_multiply_adds(model, inputs)
+    rows = [("layer", "arrangement", "parameters before", "after", "multiply-adds")]
     for name, layer in analytic_layers(model).items():
         after = sum(p.numel() for p in layer.parameters())
         other = after - sum(p.numel() for p in layer.weight_parameters())
         before = other + layer.weight.numel()
-        rows.append((name, str(layer.arrangement), f"{before:,}", f"{after:,}"))
+        rows.append((name, str(layer.arrangement), f"{before:,}", f"{after:,}", f"{multiply_adds.get(layer, 0):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    num_columns = len(widths) - (inputs is None)
     return "\n".join(
-        f"{name:{widths[0]}}  {arrangement:{widths[1]}}  {before:>{widths[2]}}  {after:>{widths[3]}}"
-        for name, arrangement, before, after in rows
+        "  ".join(f"{cell:{'<>'[i > 1]}{widths[i]}}" for i, cell in enumerate(row[:num_columns])) for row in rows
     )
+
+
+def _count_multiply_adds(model: nn.Module, inputs: torch.Tensor) -> dict[nn.Module, int]:
+    counts: dict[nn.Module, int] = {}
+
+    def count(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
+        assert isinstance(layer, AnalyticConv2d)
+        taps = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        counts[layer] = counts.get(layer, 0) + output.numel() * taps
+
+    handles = [layer.register_forward_hook(count) for layer in analytic_layers(model).values()]
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return counts
 
 
 def analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
@@ -188,9 +227,11 @@ def param_groups(
 
     Returns:
         The groups of weights, of biases and normalization layers, of AKPs, and of gains, without the empty ones.
+        A schedule must keep their rates apart: ``OneCycleLR(optimizer, [g["lr"] for g in groups], ...)``, since a
+        single ``max_lr`` gives all groups the same rate.
 
     Raises:
-        ValueError: for a negative or undefined (NaN) number.
+        ValueError: for a negative or undefined (NaN) number, or parameters without a shape yet (lazy layers).
 
     Example:
         >>> net = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G12 P12"), nn.BatchNorm2d(8))
@@ -208,11 +249,15 @@ def param_groups(
     if gain_lr_scale is not None:
         raw = [item for layer in analytic_layers(model).values() for item in layer.raw.named_parameters()]
         gain_ids = {id(parameter) for key, parameter in raw if f"_{AMPLITUDE.name}" in key}
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise ValueError(f"{lazy[0]} has no shape yet; run a forward pass first, which initializes lazy layers")
     akps = {id(p): p for p in akp_parameters(model) if p.requires_grad}  # by id, because layers can share AKPs
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in akps]
+    norms = {id(p) for module in model.modules() if isinstance(module, _NORMALIZATIONS) for p in module.parameters()}
+    decayed = {id(p) for p in others if p.ndim > 1} - norms
     groups = [
-        {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in others if id(p) in decayed], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in others if id(p) not in decayed], "lr": lr, "weight_decay": 0.0},
         {"params": [p for i, p in akps.items() if i not in gain_ids], "lr": lr * akp_lr_scale, "weight_decay": 0.0},
         {"params": [p for i, p in akps.items() if i in gain_ids], "lr": lr * gain_scale, "weight_decay": 0.0},
     ]
@@ -255,14 +300,42 @@ def create_analytic(
 def replace_convolutions(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d]) -> nn.Module:
     """Replaces convolutions by analytic layers wherever they occur in the model, and returns the new root module.
 
-    An instance of a subclass of nn.Conv2d becomes the layer's host. Hooks are moved to the layer.
+    An instance of a subclass of nn.Conv2d becomes the layer's host. Hooks are moved to the layer. Raises ValueError as
+    ``share_parameters`` does; the model is then unchanged.
     """
+    share_parameters(model, layers)
     for conv, layer in layers.items():
         if type(conv) not in (nn.Conv2d, AnalyticConv2d):
             layer.host = conv
             conv.weight = conv.bias = None  # type: ignore[assignment]
         _move_hooks(conv, layer)
     return _replace_modules(model, layers)
+
+
+def share_parameters(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d]) -> None:
+    """Lets new layers share their parameters if the convolutions that they replace share their weight or bias.
+
+    Raises:
+        ValueError: if a convolution shares its weight or bias with a module that is not replaced likewise.
+    """
+    holders: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(parameter, []).append((module, key, f"{name}.{key}"))
+    for shared in holders.values():
+        modules, keys, names = zip(*shared, strict=True)
+        new: list[Any] = [layers.get(module) for module in modules]
+        if not any(new) or len(new) == 1:
+            continue
+        structures = {layer and (layer.arrangement, *layer.slot_kinds) for layer in new}
+        if len(set(keys)) > 1 or None in new or (keys[0] == "weight" and len(structures) > 1):
+            raise ValueError(f"{' and '.join(names)} are one parameter; convert all of them alike, or none")
+        for layer in new[1:]:
+            if keys[0] == "weight":
+                layer.raw, layer.plain = new[0].raw, new[0].plain
+            else:
+                setattr(layer, keys[0], getattr(new[0], keys[0]))
 
 
 def _find_plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:

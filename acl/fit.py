@@ -15,6 +15,7 @@ _STARTS = 16  # starting points per target: the nearest kernels of the pool
 _STEPS = 300
 _LEARNING_RATE = 0.4
 _PIXELS_PER_BATCH = 2**22
+_TARGETS_PER_COMPARISON = 4096  # compared with the pool at a time, to limit memory
 
 
 @torch.inference_mode(False)  # the search needs gradients, whatever the mode of the caller
@@ -69,8 +70,8 @@ def fit_kernels(
     fixed_akps = {name: _parse_fixed_akp(name, value, akps) for name, value in (fixed or {}).items()}
     if weight.ndim != 4:
         raise ValueError(f"the weight must have 4 dimensions (out, in / groups, kh, kw), got {tuple(weight.shape)}")
-    if 0 in weight.shape[2:]:
-        raise ValueError(f"the kernels of the weight must be at least 1 x 1, got the shape {tuple(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"the weight must have kernels of at least 1 x 1, got the shape {tuple(weight.shape)}")
     target = weight.detach().flatten(0, 1).to("cpu", torch.float32).clone()  # a clone is no inference tensor
     if non_finite := (~target.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         out_channel, in_channel = divmod(non_finite[0], weight.shape[1])
@@ -146,8 +147,9 @@ class _KindSearch:
         unit = target / target.norm(dim=1, keepdim=True)
         with torch.no_grad():
             pool = self.synthesize(self.pool)
-            cosines = unit @ (pool / pool.norm(dim=1, keepdim=True).clamp(min=1e-10)).T
-            nearest = (cosines if self.signed else cosines.abs()).topk(_STARTS, dim=1).indices.T
+            pool /= pool.norm(dim=1, keepdim=True).clamp(min=1e-10)
+            cosines = (targets @ pool.T for targets in unit.split(_TARGETS_PER_COMPARISON))
+            nearest = torch.cat([(c if self.signed else c.abs()).topk(_STARTS, dim=1).indices for c in cosines]).T
         raw = self.pool[:, nearest].clone().requires_grad_()  # (akps, starts, targets)
         optimizer = torch.optim.Adam([raw], lr=_LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)

@@ -12,7 +12,7 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from acl.convert import check_convertible, create_analytic, replace_convolutions
+from acl.convert import check_convertible, create_analytic, replace_convolutions, share_parameters
 from acl.layer import AnalyticConv2d, decode_placement
 
 FORMAT = 1
@@ -27,6 +27,7 @@ _CONVOLUTION_FIELDS = (
     "groups",
     "padding_mode",
 )
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _OPTIONS = ("scale", "amplitude", "family", "profile")
 _FIELDS = {"class", "bias", *_CONVOLUTION_FIELDS, "arrangement", "has_placement", *_OPTIONS, "learn"}
 
@@ -43,7 +44,7 @@ def save(model: nn.Module, file: str | Path, info: Any = None) -> None:
         info: anything that JSON can express, such as hyperparameters; ``read_info`` returns it.
 
     Raises:
-        ValueError: if ``info`` is not JSON, or the state dict has entries that are not tensors or have no values.
+        ValueError: if ``info`` is not JSON, or the state dict has entries that are not dense tensors with values.
         OSError: if the file cannot be written.
 
     Example:
@@ -82,6 +83,8 @@ def serialize(model: nn.Module, info: Any = None) -> bytes:
             raise ValueError(f"cannot save {key}: it is a {type(value).__name__}, not a tensor")
         if is_lazy(value) or value.is_meta:
             raise ValueError(f"cannot save {key}: it has no values yet")
+        if value.layout != torch.strided:
+            raise ValueError(f"cannot save {key}: it is sparse ({value.layout}); make it dense with to_dense()")
     # Copies, because safetensors rejects tensors that share memory.
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     return serialize_tensors(tensors, {_METADATA_KEY: text})
@@ -92,7 +95,8 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
 
     Convolutions that are analytic in the file are replaced, as by ``acl.convert``: device, dtype, memory format,
     training mode and hooks are kept. Layers that are analytic already must have the saved specification; they keep
-    their own choice of which AKPs are trained. Values are cast to the dtype of the model.
+    their own choice of which AKPs are trained. Values are cast to the dtype of the model. The file may have been saved
+    from a wrapper (DistributedDataParallel, torch.compile, AveragedModel) of such a model.
 
     Args:
         model: the plain network, or the network converted with the same specification.
@@ -106,7 +110,7 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
             is then unchanged.
     """
     description, state = _read(file)
-    specifications: dict[str, dict[str, Any]] = description["layers"]
+    specifications, state = _remove_wrappers(description["layers"], state, model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         if isinstance(module, AnalyticConv2d) and name not in specifications:
@@ -131,6 +135,7 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
             raise ValueError(f"{file}: layer '{name}': {error}") from error
         if analytic is None:
             replacements[conv] = layer
+    share_parameters(model, replacements)
     _check_state(state, _find_tensors_after(model, modules, replacements), file)
     model = replace_convolutions(model, replacements)
     model.load_state_dict(state)
@@ -171,6 +176,21 @@ def _read(file: str | Path, with_tensors: bool = True) -> tuple[dict[str, Any], 
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the description of the layers in {file}: {error}") from error
     return description, state
+
+
+def _remove_wrappers(
+    specifications: dict[str, dict[str, Any]], state: dict[str, Tensor], model: nn.Module
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Removes the prefixes of wrappers that the model does not have from the names of layers and tensors."""
+    own = model.state_dict().keys()
+    for prefix in _WRAPPER_PREFIXES * 2:  # they can be nested in any order
+        wrapped = {key: value for key, value in state.items() if key != "n_averaged"}  # the counter of AveragedModel
+        if all(key.startswith(prefix) for key in wrapped) and not any(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in wrapped.items()}
+            specifications = {
+                f"{name}.".removeprefix(prefix).removesuffix("."): values for name, values in specifications.items()
+            }
+    return specifications, state
 
 
 def _describe_convolution(conv: nn.Conv2d) -> dict[str, Any]:

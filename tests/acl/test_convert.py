@@ -1,8 +1,10 @@
 """acl.convert: converting a network into an analytic network and back, and listing its layers."""
 
+import copy
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
+import acl
 from acl import AnalyticConv2d, akp_parameters, analytic_layers, convert, fold, param_groups, summary
 from acl.convert import _HOOK_ATTRIBUTES
 from tests.arrangements import PAPER
@@ -418,3 +422,70 @@ def test_learned_akp_that_no_layer_has_is_rejected(learn: str | list[str]) -> No
     assert type(net[0]) is nn.Conv2d
     convert(net, {"0": "G6", "1": "Lt4"}, learn=learn)
     assert net[1].raw["Lt_s"].requires_grad and not net[0].raw["G_sigma"].requires_grad
+
+
+class TwoScales(nn.Module):
+    """Two convolutions with one weight and one bias, and a third of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 3, padding=2, dilation=2)
+        self.coarse.weight, self.coarse.bias = self.fine.weight, self.fine.bias
+        self.last = nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.fine(x) + self.coarse(x))
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "options"), [("G50% P50%", {}), ("G8", {"init": "fit"}), ("auto", {"tolerance": 0.5})], ids=str
+)
+def test_convolutions_that_share_a_weight_still_share_it(
+    arrangement: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = acl.convert(TwoScales(), ["fine", "coarse"], arrangement, **options)
+    assert len(list(model.parameters())) == len(set(model.fine.parameters())) + 2
+    model(torch.randn(1, 2, 8, 8)).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert torch.equal(model.fine.weight, model.coarse.weight)
+    acl.save(model, tmp_path / "tied.safetensors")
+    loaded = acl.load(TwoScales(), tmp_path / "tied.safetensors")
+    assert set(loaded.fine.parameters()) == set(loaded.coarse.parameters())
+    x = torch.randn(1, 2, 8, 8)
+    torch.testing.assert_close(loaded(x), model(x))
+    folded = acl.fold(model)
+    assert folded.coarse.weight is folded.fine.weight and folded.coarse.bias is folded.fine.bias
+    torch.testing.assert_close(folded(x), loaded(x))
+
+
+def test_conversion_that_would_untie_a_weight_is_refused() -> None:
+    model = TwoScales()
+    for layers in ("fine", {"fine": "G8", "coarse": "P8"}):
+        with pytest.raises(ValueError, match=r"fine.weight and coarse.weight are one parameter; convert all of them"):
+            acl.convert(model, layers, "G8")
+    assert not acl.analytic_layers(model) and model.coarse.weight is model.fine.weight
+
+
+def test_normalization_layers_are_not_decayed_and_lazy_layers_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LayerNorm((4, 6, 6)), nn.GroupNorm(2, 4))
+    decayed, others = acl.param_groups(model, 1e-3, weight_decay=0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)] and len(others["params"]) == 5
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet; run a forward pass first"):
+        acl.param_groups(nn.Sequential(nn.Conv2d(2, 4, 3), nn.LazyConv2d(4, 3)), 1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_summary_counts_multiply_adds_like_flop_counter(training: bool) -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.BatchNorm2d(8), shared, shared).train(training)
+    acl.convert(model, "all", "G50% P50%")
+    inputs, state = torch.randn(2, 3, 20, 22), copy.deepcopy(model.state_dict())
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(inputs)
+    table = acl.summary(model.train(training), inputs)
+    counts = [int(line.split()[-1].replace(",", "")) for line in table.splitlines()[1:]]
+    assert table.splitlines()[0].endswith("after  multiply-adds")
+    assert 2 * sum(counts) == counter.get_total_flops()
+    assert model.training == training and all(
+        torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True)
+    )

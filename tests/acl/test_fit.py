@@ -462,3 +462,23 @@ def test_auto_requires_valid_tolerance() -> None:
 def test_layer_rejects_auto_arrangement() -> None:
     with pytest.raises(ValueError, match=r"arrangement 'auto' works only with acl\.convert"):
         AnalyticConv2d(3, 10, 7, arrangement="auto")
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 5), (3, 0, 5, 5), (3, 3, 0, 5)])
+def test_weight_without_kernels_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"must have kernels of at least 1 x 1, got the shape {shape}")):
+        fit_kernels(torch.randn(shape), progress=False)
+
+
+def test_comparison_with_pool_is_done_in_parts_of_limited_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 1, 3, 3)
+    expected = fit_kernels(weight, ["Lg"], progress=False)
+    sizes: list[int] = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr("acl.fit._TARGETS_PER_COMPARISON", 3)
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda t, *args, **options: sizes.append(len(t)) or topk(t, *args, **options)
+    )
+    fit = fit_kernels(weight, ["Lg"], progress=False)
+    assert sizes == [3, 3, 2]
+    assert [kernel.r2 for kernel in fit.kernels] == pytest.approx([kernel.r2 for kernel in expected.kernels])

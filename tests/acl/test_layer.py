@@ -13,7 +13,7 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import fuse_conv_bn_eval, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -167,6 +167,36 @@ def test_fx_trace_gives_equal_outputs_in_train_and_eval_mode(traced_in_training:
     take_sgd_step(model[0])
     for training in (True, False):
         assert torch.equal(traced.train(training)(x), model.train(training)(x))
+
+
+def test_removing_unused_modules_of_a_trace_keeps_the_layer() -> None:
+    model = nn.Sequential(make_layer(), nn.ReLU())
+    x = torch.randn(1, 4, 8, 8)
+    expected = model(x)
+    traced = torch.fx.symbolic_trace(model)
+    traced.delete_all_unused_submodules()
+    assert torch.equal(traced(x), expected) and torch.equal(model(x), expected)
+
+
+WEIGHT_TOOLS: dict[str, Callable[[AnalyticConv2d], Any]] = {
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "fusion": lambda layer: fuse_conv_bn_eval(layer, nn.BatchNorm2d(8).eval()),
+    "weight norm": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "low-rank adapter": lambda layer: type(layer)(4, 2, layer.kernel_size, bias=False),  # as PEFT's LoRA creates it
+    "scripting": torch.jit.script,
+    "scripting a network": lambda layer: torch.jit.script(nn.Sequential(layer)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("tool", WEIGHT_TOOLS)
+def test_tool_that_needs_a_stored_weight_says_fold_first(tool: str) -> None:
+    layer = make_layer().eval()
+    names, output = list(dict(layer.named_parameters())), layer(torch.ones(1, 4, 8, 8))
+    with pytest.raises((TypeError, KeyError), match=r"acl.fold\(model\) makes its analytic layers plain"):
+        WEIGHT_TOOLS[tool](layer)
+    assert list(dict(layer.named_parameters())) == names and torch.equal(layer(torch.ones(1, 4, 8, 8)), output)
 
 
 def test_feature_extractor_finds_analytic_layers_of_resnet() -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import acl
 from acl import AnalyticConv2d, convert
@@ -407,3 +408,26 @@ def test_every_kind_survives_save_and_load(tmp_path: Path) -> None:
     layer = AnalyticConv2d(2, slots // 2, 5, arrangement=" ".join(f"{symbol}2" for symbol in analytic_kinds()))
     acl.save(layer, tmp_path / "layer.safetensors")
     assert_same(layer, acl.load(nn.Conv2d(2, slots // 2, 5), tmp_path / "layer.safetensors"), torch.randn(1, 2, 9, 9))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("arrangement", ["P9", "G9"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, AveragedModel], ids=lambda wrap: wrap.__name__)
+def test_file_of_wrapped_model_is_loaded(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module], arrangement: str, nested: bool
+) -> None:
+    model = acl.convert(nn.Conv2d(3, 3, 3), "all", arrangement)
+    if nested:
+        model = nn.Sequential(model)
+    acl.save(wrap(nn.DataParallel(model) if nested else model), tmp_path / "wrapped.safetensors")
+    plain = nn.Conv2d(3, 3, 3)
+    loaded = acl.load(nn.Sequential(plain) if nested else plain, tmp_path / "wrapped.safetensors")
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_sparse_tensor_cannot_be_saved(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match="cannot save mask: it is sparse"):
+        acl.save(model, tmp_path / "sparse.safetensors")
