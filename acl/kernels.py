@@ -24,6 +24,9 @@ from torch.nn import functional as F
 
 Profile = Literal["exponential", "gaussian", "linear"]
 Family = Literal["paper", "extended"]
+Role = Literal["direction", "center_x", "center_y", "length"]
+LENGTH_ROLES = ("center_x", "center_y", "length")
+"""The roles of AKPs in px."""
 PROFILES: tuple[str, ...] = get_args(Profile)
 FAMILIES: tuple[str, ...] = get_args(Family)
 
@@ -362,6 +365,12 @@ class AKP:
     """Exclusive lower bound in the natural unit; None if the parameter is unbounded."""
     init_range: Callable[[int], tuple[float, float]]
     """Maps the longer side of the kernel to the range that ``init="random"`` samples from."""
+    role: Role | None = None
+    """What it is in the plane, for ``acl.rotate`` and ``acl.rescale``; every AKP in px has a role."""
+
+    def __post_init__(self) -> None:
+        if (self.unit == "px") != (self.role in LENGTH_ROLES):
+            raise ValueError(f"{self.name}, in {self.unit or 'no unit'}, cannot have the role {self.role}")
 
     def to_natural(self, raw: Tensor) -> Tensor:
         """Converts stored values to the natural unit; same shape."""
@@ -383,13 +392,13 @@ class AKP:
         return torch.empty(count, device="cpu").uniform_(*self.init_range(max(size)))
 
 
-def _make_angle(name: str, period: float) -> AKP:
-    return AKP(name, "rad", None, lambda k: (0.0, period))
+def _make_angle(name: str, period: float, role: Role | None = "direction") -> AKP:
+    return AKP(name, "rad", None, lambda k: (0.0, period), role)
 
 
 def _make_width(name: str, low: float, high: float, minimum: float = 0.5) -> AKP:
     """A width in px, initialized between ``low`` and ``high`` times the kernel size, and to at least ``minimum``."""
-    return AKP(name, "px", 0.3, lambda k: (max(minimum, low * k), max(1.5 * minimum, high * k)))
+    return AKP(name, "px", 0.3, lambda k: (max(minimum, low * k), max(1.5 * minimum, high * k)), "length")
 
 
 def _make_tgd_width(low: float, high: float) -> AKP:
@@ -397,7 +406,10 @@ def _make_tgd_width(low: float, high: float) -> AKP:
     return _make_width("s", low, high, minimum=1.1)
 
 
-_OFFSETS = tuple(AKP(name, "px", None, lambda k: (-k / 8, k / 8)) for name in ("x0", "y0"))
+_OFFSETS = (
+    AKP("x0", "px", None, lambda k: (-k / 8, k / 8), "center_x"),
+    AKP("y0", "px", None, lambda k: (-k / 8, k / 8), "center_y"),
+)
 
 AMPLITUDE = AKP("amplitude", "", None, lambda k: (1.0, 1.0))
 """The gain that ``amplitude=True`` adds to every ACK."""
@@ -479,10 +491,11 @@ class Kind:
         parts = [(is_extended and self.extended_template) or self.formula_template]
         if self.takes_profile:
             parts.append(f"w(t) = {_PROFILE_FORMULAS[profile]}")
-        if "theta" in akps:
-            parts.append(f"theta = {math.degrees(akps['theta']):.{digits}g} deg")
-        if "x0" in akps:
-            parts.append("center = ({x0}, {y0})")
+        names = {akp.role: akp.name for akp in self.akps("extended") if akp.name in akps}
+        if (direction := names.get("direction")) is not None:
+            parts.append(f"{direction} = {math.degrees(akps[direction]):.{digits}g} deg")
+        if "center_x" in names:
+            parts.append(f"center = ({{{names['center_x']}}}, {{{names['center_y']}}})")
         return "; ".join(parts).format(**values)
 
 
@@ -495,8 +508,8 @@ KINDS: dict[str, Kind] = {
             color="red",
             paper_akps=(
                 _make_angle("theta", math.pi),
-                AKP("wavelength", "px", 2.0, lambda k: (3.0, max(4.5, 1.5 * k))),
-                _make_angle("psi", 2 * math.pi),
+                AKP("wavelength", "px", 2.0, lambda k: (3.0, max(4.5, 1.5 * k)), "length"),
+                _make_angle("psi", 2 * math.pi, role=None),
                 _make_width("sigma", 0.15, 0.4),
             ),
             extended_akps=(AKP("gamma", "", 0.1, lambda k: (0.5, 1.5)), *_OFFSETS),

@@ -1,15 +1,21 @@
 """Moves trained analytic layers to other angles and scales of images, by changing the AKPs of their formulas."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from acl.convert import replace_convolutions, require_analytic_layers
-from acl.kernels import AMPLITUDE, KINDS
+from acl.kernels import AKP, AMPLITUDE, KINDS, LENGTH_ROLES, Kind
 from acl.layer import AnalyticConv2d, get_convolution_arguments
+
+_MAX_ERROR = 0.02
+"""The share of the energy of reduced kernels that formulas may miss."""
 
 
 @torch.no_grad()
@@ -17,8 +23,11 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
     """Rotates the kernels of all analytic layers in place, counterclockwise about their window's center.
 
     The outputs of a layer on a rotated image are then the rotated outputs on the image, except near the borders and for
-    what the pixel grid loses. Directions (``theta``) and center offsets (``x0``, ``y0``) of analytic kernels turn
-    exactly; plain kernels are resampled with bicubic interpolation. A window keeps its size.
+    what the pixel grid loses. AKPs with the role of a direction or a center turn exactly; plain kernels are resampled
+    with bicubic interpolation. A window keeps its size. What layers share is turned once.
+
+    With ``scale="unit"``, kernels keep the factors that normalized them, since the norm of a formula on the pixel grid
+    depends on its angle. Layers whose factors would change get ``amplitude`` for this.
 
     Args:
         model: a network, or an analytic layer itself.
@@ -29,29 +38,88 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
 
     Raises:
         ValueError: for a network without analytic layers, a layer whose dilation differs between height and width, so
-            that its kernels are distorted in the image, or an angle that is not finite.
+            that its kernels are distorted in the image, a kind of kernel that has a direction but no AKP with that
+            role, parametrized kernels, layers that share only some of the AKPs that turn, or an angle that is not
+            finite. The model is then unchanged.
     """
     if not math.isfinite(degrees):
         raise ValueError(f"degrees must be finite, got {degrees}")
     layers = require_analytic_layers(model)
+    turned: dict[nn.Parameter, Tensor] = {}  # every parameter that turns -> its new value
+    gains: dict[AnalyticConv2d, dict[str, Tensor]] = {}  # factors that layers without amplitude must gain, by kind
     for name, layer in layers.items():
+        where = name or "the layer"
         if layer.dilation[0] != layer.dilation[1]:
-            raise ValueError(f"cannot rotate {name or 'the layer'}: its dilation {layer.dilation} distorts its kernels")
-    angle = math.radians(degrees)
-    cos, sin = math.cos(angle), math.sin(angle)
-    for layer in layers.values():
+            raise ValueError(f"cannot rotate {where}: its dilation {layer.dilation} distorts its kernels")
+        if parametrize.is_parametrized(layer.raw) or parametrize.is_parametrized(layer):
+            raise ValueError(f"cannot rotate {where}: its kernels are parametrized")
         for symbol, akps in layer.akps().items():
-            turned = {}
-            if "theta" in akps:
-                turned["theta"] = akps["theta"] - angle  # theta turns from the x axis to the y axis, which points down
-            if "x0" in akps:
-                x0, y0 = akps["x0"], akps["y0"]
-                turned |= {"x0": x0 * cos + y0 * sin, "y0": y0 * cos - x0 * sin}
-            layer.set_akps(symbol, turned)
+            kind = KINDS[symbol]
+            new = _turn_akps(kind, akps, math.radians(degrees))
+            if not any(akp.role == "direction" for akp in kind.akps()) and not _is_isotropic(kind, layer.profile):
+                raise ValueError(f"cannot rotate {where}: {kind.name} has a direction, but no AKP with that role")
+            ratios = _compare_scale_factors(layer, symbol, akps, new)
+            if layer.amplitude:
+                new["amplitude"] = akps["amplitude"] * ratios
+            elif not torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
+                gains.setdefault(layer, {})[symbol] = ratios
+            for key, values in new.items():
+                parameter = layer.raw[f"{symbol}_{key}"]
+                if not torch.allclose(turned.setdefault(parameter, values), values):
+                    raise ValueError(f"cannot rotate {where}: it shares {symbol}_{key}, but not all AKPs that turn")
         if layer.plain is not None:
-            y, x = _make_coordinates(layer.kernel_size)
-            layer.plain.copy_(_resample(layer.plain, x * cos - y * sin, y * cos + x * sin))
+            turned[layer.plain] = _turn_kernels(layer.plain, math.radians(degrees))
+    for parameter, values in turned.items():
+        parameter.copy_(values)  # AKPs that turn have no floor, so they are stored in natural units
+    for layer, ratios_by_kind in gains.items():
+        layer.add_amplitude()
+        for symbol, ratios in ratios_by_kind.items():
+            layer.set_akps(symbol, {"amplitude": ratios})
     return model
+
+
+def _turn_akps(kind: Kind, akps: Mapping[str, Tensor], angle: float) -> dict[str, Tensor]:
+    """The new values of the AKPs that change when kernels turn counterclockwise by an angle in rad."""
+    names = {akp.role: akp.name for akp in kind.akps("extended") if akp.name in akps}
+    turned = {}
+    if (direction := names.get("direction")) is not None:
+        turned[direction] = akps[direction] - angle  # directions turn from the x axis to the y axis, which points down
+    if "center_x" in names:
+        x, y = akps[names["center_x"]], akps[names["center_y"]]
+        turned[names["center_x"]] = x * math.cos(angle) + y * math.sin(angle)
+        turned[names["center_y"]] = y * math.cos(angle) - x * math.sin(angle)
+    return turned
+
+
+def _is_isotropic(kind: Kind, profile: str) -> bool:
+    """Whether a typical kernel has one value at all 12 pixels that are 5 px away from its center."""
+    akps = {akp.name: torch.tensor(sum(akp.init_range(11)) / 2, dtype=torch.float64) for akp in kind.akps()}
+    kernel = kind.synthesize(akps, (11, 11), profile)
+    offsets = [(x, y) for x in range(-5, 6) for y in range(-5, 6) if x * x + y * y == 25]
+    values = torch.stack([kernel[5 + y, 5 + x] for x, y in offsets])
+    return bool((values.amax() - values.amin()) <= 1e-6 * kernel.abs().amax())
+
+
+def _compare_scale_factors(
+    layer: AnalyticConv2d, symbol: str, akps: Mapping[str, Tensor], turned: Mapping[str, Tensor]
+) -> Tensor:
+    """The scale factors of a layer's kernels of a kind, relative to those after they turn, (count,)."""
+    shapes = {name: values for name, values in akps.items() if name != AMPLITUDE.name}
+    kernels = [
+        KINDS[symbol].synthesize(values, layer.kernel_size, layer.profile) for values in (shapes, {**shapes, **turned})
+    ]
+    before, after = (layer.scale_factors(kernel).flatten() for kernel in kernels)
+    is_degenerate = torch.stack(kernels).square().sum((2, 3)).amin(0) < 1e-9
+    return (before / after).masked_fill(is_degenerate, 1.0)
+
+
+def _turn_kernels(kernels: Tensor, angle: float) -> Tensor:
+    """Rotates kernels (n, kh, kw) counterclockwise by an angle in rad, with bicubic interpolation; 0 outside."""
+    kh, kw = kernels.shape[-2:]
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (kh, kw)), indexing="ij")
+    cos, sin = math.cos(angle), math.sin(angle)
+    grid = torch.stack([2 * (x * cos - y * sin) / kw, 2 * (y * cos + x * sin) / kh], -1).to(kernels.device)
+    return F.grid_sample(kernels[None].double(), grid[None], "bicubic", "zeros", align_corners=False)[0]
 
 
 @torch.no_grad()
@@ -59,10 +127,13 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
     """Replaces all analytic layers by layers for images that are ``factor`` times as large, in closed form.
 
     The outputs of a layer on an enlarged image are then the enlarged outputs on the image, except near the borders and
-    for what the pixel grid loses. Every AKP in px is multiplied by the factor, but stays above its floor. Gains keep
-    the size of the outputs, so the new layers have ``amplitude``. Plain kernels are resampled with bicubic
-    interpolation. The new kernel size has the parity of the old one, and is not below ``factor`` times the old one. A
-    kernel wider than its window is then cut off elsewhere; resampling, as of plain kernels, can be more precise.
+    for what the pixel grid loses. AKPs with the role of a length or a center are multiplied by the factor, but stay
+    above their floor. Gains keep the size of the outputs, so the new layers have ``amplitude``. Plain kernels are
+    resampled with bicubic interpolation, with antialiasing if the factor is below 1.
+
+    Kernel size and padding are chosen so that every window keeps its place in the image, to half a pixel where whole
+    numbers cannot do better; the window is at least ``factor`` times as large. A kernel wider than its window is then
+    cut off elsewhere; resampling, as of plain kernels, can be more precise.
 
     Args:
         model: a network, or an analytic layer itself.
@@ -74,39 +145,69 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
         The model; if it is an analytic layer itself, the new layer.
 
     Raises:
-        ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride
-            whose multiple is not whole, or layers converted from a subclass of nn.Conv2d.
+        ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride whose
+            multiple is not whole, layers converted from a subclass of nn.Conv2d, layers that share AKPs or plain
+            kernels, or formulas that are too fine for the pixels of a smaller image. The model is then unchanged.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"factor must be positive and finite, got {factor}")
     layers = require_analytic_layers(model)
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        for parameter in layer.weight_parameters():
+            if owners.setdefault(parameter, name) != name:
+                raise ValueError(f"cannot rescale {name}: it shares AKPs or plain kernels with {owners[parameter]}")
     rescaled: dict[nn.Conv2d, AnalyticConv2d] = {
-        layer: _rescale_layer(layer, name, factor, multiply_stride) for name, layer in layers.items()
+        layer: _rescale_layer(layer, name or "the layer", factor, multiply_stride) for name, layer in layers.items()
     }
     return replace_convolutions(model, rescaled)
 
 
-def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_stride: bool) -> AnalyticConv2d:
+@dataclass(frozen=True)
+class _Axis:
+    """A rescaled layer's geometry along one axis of the image."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+    shift: float
+    """How far the point that must be the window's center is from its center, in taps of the kernel."""
+
+
+def _rescale_axis(
+    kernel_size: int, stride: int, padding: int, dilation: int, factor: float, multiply_stride: bool
+) -> _Axis:
+    # Output i sees the image around i * stride + center. An enlarged image needs i * new_stride + new_center: with a
+    # multiplied stride at the enlarged point, otherwise so that the outputs are an enlarged image of the old ones.
+    center = (dilation * (kernel_size - 1) + 1) / 2 - padding
+    new_stride = round(stride * factor) if multiply_stride else stride
+    new_center = factor * center + (0 if multiply_stride else (1 - factor) * stride / 2)
+    smallest = max(1, math.ceil(factor * kernel_size - 1e-9))
+    candidates = []
+    for size in range(smallest, smallest + stride + 2):
+        exact = (dilation * (size - 1) + 1) / 2 - new_center
+        new_padding = max(0, math.floor(exact + 0.5))
+        parity_changes = (size - kernel_size) % 2 == 1
+        candidates.append((round(abs(new_padding - exact), 6), parity_changes, size, new_padding, new_padding - exact))
+    _, _, size, new_padding, shift = min(candidates)
+    return _Axis(size, new_stride, new_padding, shift / dilation)
+
+
+def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_stride: bool) -> AnalyticConv2d:
     if layer.host is not None:
-        raise ValueError(f"{name} was converted from a {type(layer.host).__name__}, whose padding is not known")
-    size = tuple(max(1, k + 2 * math.ceil(k * (factor - 1) / 2 - 1e-9)) for k in layer.kernel_size)
-    strides = tuple(s * factor if multiply_stride else float(s) for s in layer.stride)
-    if any(s != round(s) for s in strides):
-        raise ValueError(f"{name} has stride {layer.stride}, and {factor:g} times that is not whole")
-    padding: Any = layer.padding
-    if not isinstance(padding, str):
-        # A window's center stays on the same point of the image. With a multiplied stride, the first window also
-        # starts at the scaled position of the first one.
-        ratio = factor if multiply_stride else 1.0
-        centers = [
-            (d * (k - 1) + 1) / 2 - p for k, d, p in zip(layer.kernel_size, layer.dilation, padding, strict=True)
-        ]
-        extents = [d * (k - 1) + 1 for k, d in zip(size, layer.dilation, strict=True)]
-        padding = tuple(
-            max(0, math.floor(extent / 2 - ratio * center + 0.5))
-            for extent, center in zip(extents, centers, strict=True)
-        )
-    geometry = {"kernel_size": size, "stride": tuple(map(round, strides)), "padding": padding}
+        raise ValueError(f"{where} was converted from a {type(layer.host).__name__}, whose padding is not known")
+    if multiply_stride and any(s * factor != round(s * factor) for s in layer.stride):
+        raise ValueError(f"{where} has stride {layer.stride}, and {factor:g} times that is not whole")
+    paddings = layer._reversed_padding_repeated_twice[2::-2]  # at the top and on the left, in numbers
+    axes = [
+        _rescale_axis(*lengths, factor, multiply_stride)
+        for lengths in zip(layer.kernel_size, layer.stride, paddings, layer.dilation, strict=True)
+    ]
+    geometry: dict[str, Any] = {
+        "kernel_size": tuple(axis.kernel_size for axis in axes),
+        "stride": tuple(axis.stride for axis in axes),
+        "padding": tuple(axis.padding for axis in axes),
+    }
     new = AnalyticConv2d(
         **get_convolution_arguments(layer) | geometry,
         device=layer.weight.device,
@@ -118,29 +219,31 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
         profile=layer.profile,
         placement=layer.placement,
     )
+    resampled = layer.weight.flatten(0, 1).double()
+    for dim, axis in enumerate(axes, 1):
+        matrix = _make_resampling(layer.kernel_size[dim - 1], axis, factor).to(resampled)
+        resampled = torch.tensordot(resampled, matrix, ([1], [1]))  # moves the other dimension first: y, then x
+    missed = total = 0.0
     for symbol, akps in layer.akps().items():
-        scaled = {
-            akp.name: _scale_above_floor(akps[akp.name], factor if akp.unit == "px" else 1.0, akp.floor)
-            for akp in KINDS[symbol].akps(layer.family)
-        }
-        new.set_akps(symbol, {**scaled, "amplitude": torch.ones_like(next(iter(scaled.values())))})
-    y, x = _make_coordinates(new.kernel_size)
-    old_kernels, new_kernels = layer.weight.flatten(0, 1), new.weight.flatten(0, 1)
-    enlarged = _resample(old_kernels, x / factor, y / factor)
-    for symbol in layer.akps():
         slots = layer.slots_of(symbol)
-        energies = old_kernels[slots].square().sum((1, 2))
-        responses = (new_kernels[slots] * enlarged[slots]).sum((1, 2))
-        if factor >= 1:
-            # The new kernel's response to an enlarged copy of the old kernel is that of the old kernel to itself.
-            gains = torch.where(responses.abs() > 1e-12, energies / responses, 0)
-        else:
-            # A small window may hold too little of a kernel for that; k(x / f) / f^2 has 1 / f^2 of k's energy.
-            new_norms = new_kernels[slots].square().sum((1, 2)).sqrt().clamp(min=1e-12)
-            gains = responses.sign() * energies.sqrt() / new_norms / factor
+        scaled = {akp.name: _scale_akp(akp, akps[akp.name], factor, axes) for akp in KINDS[symbol].akps(layer.family)}
+        new.set_akps(symbol, {**scaled, "amplitude": torch.ones(len(slots))})
+        kernels, targets = new.weight.flatten(0, 1)[slots].double(), resampled[slots]
+        responses, energies = (kernels * targets).sum((1, 2)), kernels.square().sum((1, 2))
+        if factor >= 1:  # the response to an enlarged copy of the old kernel is that of the old kernel to itself
+            responses, energies = layer.weight.flatten(0, 1)[slots].double().square().sum((1, 2)), factor**2 * responses
+        gains = torch.where(energies.abs() > 1e-12, responses / energies, 0)
         new.set_akps(symbol, {"amplitude": gains})
+        missed += float((gains[:, None, None] * kernels - targets).square().sum())
+        total += float(targets.square().sum())
+    if factor < 1 and missed > _MAX_ERROR * total:
+        raise ValueError(
+            f"{where}: its formulas are too fine for the pixels of images at {factor:g} times the size and would miss "
+            f"{missed / total:.0%} of its kernels' energy; fold the layer, convert it with 'P100%' and rescale that, "
+            "which resamples the kernels with antialiasing"
+        )
     if layer.plain is not None and new.plain is not None:
-        new.plain.copy_(enlarged[layer.slots_of("P")] / factor**2)
+        new.plain.copy_(resampled[layer.slots_of("P")])
     if layer.bias is not None and new.bias is not None:
         new.bias.copy_(layer.bias)
     trained = dict(layer.named_parameters())
@@ -154,18 +257,22 @@ def _rescale_layer(layer: AnalyticConv2d, name: str, factor: float, multiply_str
     return new.train(layer.training)
 
 
-def _scale_above_floor(values: Tensor, factor: float, floor: float | None) -> Tensor:
-    return values * factor if floor is None else (values * factor).clamp(min=floor * 1.001)
+def _scale_akp(akp: AKP, values: Tensor, factor: float, axes: Sequence[_Axis]) -> Tensor:
+    if akp.role in LENGTH_ROLES:
+        values = values * factor
+    if akp.role in ("center_x", "center_y"):
+        values = values + axes[akp.role == "center_x"].shift
+    return values if akp.floor is None else values.clamp(min=akp.floor * 1.001)
 
 
-def _make_coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The y and x of every pixel relative to the window's center, each (kh, kw), in px."""
-    y, x = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in size)
-    return tuple(torch.meshgrid(y, x, indexing="ij"))  # type: ignore[return-value]
+def _make_resampling(old_size: int, axis: _Axis, factor: float) -> Tensor:
+    """The matrix (new taps, old taps) that resamples a kernel along one axis.
 
-
-def _resample(kernels: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Samples kernels (n, kh, kw) at positions x, y (new_kh, new_kw) in px from their center; 0 outside."""
-    kh, kw = kernels.shape[-2:]
-    grid = torch.stack([2 * x / kw, 2 * y / kh], -1).to(kernels)
-    return F.grid_sample(kernels[None], grid[None], "bicubic", "zeros", align_corners=False)[0]
+    An enlarged image is interpolated with cubic convolution (Keys, 1981), so a kernel for it must be, too; a reduced
+    image is averaged, and so must a kernel: that is the transpose.
+    """
+    old, new = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (old_size, axis.kernel_size))
+    distances = ((new - axis.shift)[:, None] - factor * old).abs() / max(factor, 1.0)
+    near = (1.5 * distances - 2.5) * distances**2 + 1
+    far = ((-0.5 * distances + 2.5) * distances - 4) * distances + 2
+    return torch.where(distances <= 1, near, torch.where(distances < 2, far, 0)) / max(factor, 1.0)

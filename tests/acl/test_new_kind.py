@@ -36,10 +36,13 @@ DISC = Kind(
     name="Disc",
     color="black",
     paper_akps=(
-        AKP("theta", "rad", None, lambda k: (0.0, 2 * math.pi)),
-        AKP("radius", "px", 0.5, lambda k: (1.0, max(2.0, k / 3))),
+        AKP("theta", "rad", None, lambda k: (0.0, 2 * math.pi), "direction"),
+        AKP("radius", "px", 0.5, lambda k: (1.0, max(2.0, k / 3)), "length"),
     ),
-    extended_akps=(AKP("x0", "px", None, lambda k: (-k / 8, k / 8)), AKP("y0", "px", None, lambda k: (-k / 8, k / 8))),
+    extended_akps=(
+        AKP("x0", "px", None, lambda k: (-k / 8, k / 8), "center_x"),
+        AKP("y0", "px", None, lambda k: (-k / 8, k / 8), "center_y"),
+    ),
     function=split_disc,
     formula_template="x'/(1 + exp(sqrt(x^2 + y^2) - {radius}))",
 )
