@@ -7,7 +7,7 @@ import re
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -243,13 +243,14 @@ def _list_images(folder: Path, ignored: dict[str, list[Path]]) -> Listing:
     )
     listing: Listing = []
     real_folder = folder.resolve()
-    for class_folder in _sort_by_name(folder.iterdir()):
+    for class_folder in sorted(folder.iterdir(), key=lambda path: _by_name(str(path))):
         if not class_folder.is_dir():
             ignored["outside the class folders"].append(class_folder)
             continue
         label, num_listed = normalize("NFC", class_folder.name), len(listing)
-        for path in _walk(class_folder, {real_folder, *real_folder.parents, *class_folder.resolve().parents}):
-            if any(name.startswith(".") for name in path.relative_to(folder).parts):
+        for file in _list_files(class_folder, {real_folder, *real_folder.parents, *class_folder.resolve().parents}):
+            path = Path(file)
+            if f"{os.sep}." in file.removeprefix(str(folder)):
                 ignored["hidden"].append(path)
             elif path.suffix.lower() not in extensions:
                 ignored["without an image extension"].append(path)
@@ -266,21 +267,26 @@ def _list_images(folder: Path, ignored: dict[str, list[Path]]) -> Listing:
     return listing
 
 
-def _walk(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """Yields the files below a folder by name. Follows links, but enters no folder in ``visited`` and none twice."""
-    if (real_folder := folder.resolve()) in visited:
-        return
-    visited.add(real_folder)
-    for path in _sort_by_name(folder.iterdir()):
-        if path.is_dir():
-            yield from _walk(path, visited)
+def _list_files(folder: Path, visited: set[Path]) -> list[str]:
+    """Lists the files below a folder by name. Follows links, but enters no folder in ``visited`` and none twice."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real_parent := Path(parent).resolve()) in visited:
+            folders.clear()
         else:
-            yield path
+            visited.add(real_parent)
+            folders.sort(key=_by_name)
+            files += [f"{parent}{os.sep}{name}" for name in names]
+    return sorted(files, key=_by_name)
 
 
-def _sort_by_name(paths: Iterable[Path]) -> list[Path]:
-    """Sorts the paths of one folder in the same order on all file systems, of which some decompose letters (NFD)."""
-    return sorted(paths, key=lambda path: (Path(normalize("NFC", path.name)), path))
+def _by_name(path: str) -> tuple[str, str]:
+    """A sort key that orders paths part by part, and equally on file systems that decompose letters (NFD)."""
+    return os.path.normcase(normalize("NFC", path)).replace(os.sep, "\0"), path
 
 
 def _split_validation(train: Split, test: Split, count: int) -> Splits:

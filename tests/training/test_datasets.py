@@ -327,14 +327,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_imagefolder(tmp_path, train=5, val=2, test=3)
-    iterdir = Path.iterdir
+    scan = os.scandir
 
-    def refuse(path: Path) -> Iterator[Path]:
-        if path.name == "class_1":
+    def refuse(path: Path | str) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "class_1":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return iterdir(path)
+        return scan(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UsageError, match=r"cannot list the files in .*/train/class_1: Permission denied"):
         load("imagefolder", tmp_path)
 
