@@ -2,22 +2,27 @@
 
 import gzip
 import json
+import os
 import re
+import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+from unicodedata import normalize
 from urllib.error import URLError
 
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
 from pydantic import Field, validate_call
 from scipy.io import loadmat
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from training.errors import UsageError
@@ -54,6 +59,8 @@ Splits = tuple[Split, Split, Split]
 """The training, validation and test splits."""
 Listing = list[tuple[Path, str]]
 """Pairs of an image file and the name of its class."""
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats of image files in folders: those of photographs, of the many that Pillow opens."""
 
 
 @validate_call(config=STRICT)
@@ -208,26 +215,78 @@ def read_imagefolder(
     ``validation`` is the share of each class's training images to hold out if there is no val/.
     """
     listings: dict[str, Listing] = {}
+    ignored: dict[str, list[Path]] = defaultdict(list)
     for part in ("train", "val", "test"):
         folder = root / part
         if not folder.is_dir():
             if part == "val":
                 continue
             raise UsageError(f"no folder {folder}; data=imagefolder reads {root}/train/<class>/* and test/<class>/*")
-        listings[part] = [
-            (path, class_folder.name)
-            for class_folder in sorted(folder.iterdir())
-            if class_folder.is_dir()
-            for path in sorted(class_folder.rglob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS
-        ]
-        if not listings[part]:
-            raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(IMG_EXTENSIONS)}")
+        try:
+            listings[part] = _list_images(folder, ignored)
+        except OSError as error:
+            raise UsageError(f"cannot list the files in {error.filename}: {error.strerror}") from error
+    if ignored:
+        counts = [f"{len(paths)} {reason}, such as {paths[0]}" for reason, paths in ignored.items()]
+        rank_zero_only(print)(f"ignored files in {root}: {'; '.join(counts)}", file=sys.stderr)
     if "val" in listings:
         train, val = listings["train"], listings["val"]
     else:
         train, val = _split_listing(listings["train"], validation)
     return _read_image_files(root, [train, val, listings["test"]], cache, title, size, skip_undecodable, max_images)
+
+
+def _list_images(folder: Path, ignored: dict[str, list[Path]]) -> Listing:
+    """Lists the images in the class folders of a split, and adds all other files to ``ignored``, by reason."""
+    extensions = sorted(
+        suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS and name in Image.OPEN
+    )
+    listing: Listing = []
+    real_folder = folder.resolve()
+    for class_folder in sorted(folder.iterdir(), key=lambda path: _by_name(str(path))):
+        if not class_folder.is_dir():
+            ignored["outside the class folders"].append(class_folder)
+            continue
+        label, num_listed = normalize("NFC", class_folder.name), len(listing)
+        for file in _list_files(class_folder, {real_folder, *real_folder.parents, *class_folder.resolve().parents}):
+            path = Path(file)
+            if f"{os.sep}." in file.removeprefix(str(folder)):
+                ignored["hidden"].append(path)
+            elif path.suffix.lower() not in extensions:
+                ignored["without an image extension"].append(path)
+            else:
+                listing.append((path, label))
+        if class_folder.name.startswith("."):
+            continue
+        if len(listing) == num_listed:
+            raise UsageError(f"no images in {class_folder}; known: {' '.join(extensions)}")
+        if label.encode(errors="replace") != os.fsencode(label):
+            raise UsageError(f"the name of {class_folder} is not UTF-8; rename it")
+    if not listing:
+        raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(extensions)}")
+    return listing
+
+
+def _list_files(folder: Path, visited: set[Path]) -> list[str]:
+    """Lists the files below a folder by name. Follows links, but enters no folder in ``visited`` and none twice."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real_parent := Path(parent).resolve()) in visited:
+            folders.clear()
+        else:
+            visited.add(real_parent)
+            folders.sort(key=_by_name)
+            files += [f"{parent}{os.sep}{name}" for name in names]
+    return sorted(files, key=_by_name)
+
+
+def _by_name(path: str) -> tuple[str, str]:
+    """A sort key that orders paths part by part, and equally on file systems that decompose letters (NFD)."""
+    return os.path.normcase(normalize("NFC", path)).replace(os.sep, "\0"), path
 
 
 def _split_validation(train: Split, test: Split, count: int) -> Splits:
@@ -290,7 +349,8 @@ def _read_image_files(
     """Decodes the images of the training, validation and test listings, or only ``max_images`` of each."""
     class_sets = [{label for _, label in listing} for listing in listings]
     classes = sorted(set.union(*class_sets))
-    for part, labels in zip(("training", "validation", "test"), class_sets, strict=True):
+    parts = ("training", "validation", "test")
+    for part, labels in zip(parts, class_sets, strict=True):
         if missing := [label for label in classes if label not in labels]:
             raise UsageError(
                 f"{root}: the {part} split lacks {len(missing)} of {len(classes)} classes, such as '{missing[0]}'; "
@@ -306,10 +366,12 @@ def _read_image_files(
     images, skipped = load_decoded_images(root, paths, size, cache, cache_title, skip_undecodable)
     skipped_indices = set(skipped)
     splits, first_image, first_path = [], 0, 0
-    for listing in listings:
+    for part, listing in zip(parts, listings, strict=True):
         labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
         # The splits are consecutive in the cache, so each is a view of it.
         view = images[first_image : first_image + len(labels_kept)]
+        if lost := sorted({label for _, label in listing} - set(labels_kept)):
+            raise UsageError(f"{root}: no {part} image of class '{lost[0]}' can be decoded")
         splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
         first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
     return splits[0], splits[1], splits[2]

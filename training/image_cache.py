@@ -9,20 +9,22 @@ import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL.ExifTags import Base
 from torch import Tensor
 from tqdm import tqdm
 
 from training.errors import UsageError
 from training.run_directory import UNFINISHED, write_atomic
 
-FORMAT = 2
+FORMAT = 3
 CHUNK = 256
 """Images between updates of the progress file; a killed process loses the work on at most this many."""
 
@@ -74,10 +76,6 @@ def _find_or_decode(
 ) -> tuple[Path, list[int]]:
     """Returns the complete file of the decoded images and the indices of those that cannot be decoded."""
     images_file, progress_file = folder / f"images-{key[:16]}.u8", folder / f"images-{key[:16]}.json"
-    legacy_images_file, legacy_progress_file = folder / "images.u8", folder / "cache.json"
-    if legacy_images_file.exists() and _read_progress(legacy_progress_file).get("key") == key:
-        legacy_images_file.replace(images_file)
-        legacy_progress_file.replace(progress_file)
     progress = _read_progress(progress_file)
     num_bytes = len(paths) * size * size * 3
     is_complete = images_file.is_file() and images_file.stat().st_size == num_bytes
@@ -129,7 +127,7 @@ def _compute_cache_key(root: Path, paths: Sequence[Path], size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {size}".encode())
     for path in paths:
         stat = path.stat()
-        digest.update(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -145,7 +143,7 @@ def _decode(path: Path, size: int) -> np.ndarray | str:
     """Returns a (size, size, 3) uint8 array, or the reason why the image cannot be decoded."""
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            image = _convert_to_rgb(opened)
     except Exception as error:  # PIL raises many types of errors for corrupt files
         return " ".join(str(error).split()) or type(error).__name__
     width, height = image.size
@@ -155,3 +153,51 @@ def _decode(path: Path, size: int) -> np.ndarray | str:
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
     return np.asarray(image)
+
+
+def _convert_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    """Converts an image of any mode and depth to upright 8-bit RGB, on white where it is transparent.
+
+    Raises:
+        ValueError: for an image whose range of values is unknown, or that Pillow decodes wrongly.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    key = image.info.get("transparency")
+    bits, is_compressed = max(tags.get(Base.BitsPerSample, (16,))), tags.get(Base.Compression, 1) != 1
+    if (
+        (bits < 32 and 2 in tags.get(Base.SampleFormat, ()))  # signed
+        or (bits > 8 and tags.get(Base.PlanarConfiguration) == 2 and not is_compressed)
+        or (bits > 16 and tags.prefix == b"MM" and is_compressed)
+    ):
+        raise ValueError("unusual kind of TIFF; save it with unsigned integers, little-endian, in one plane")
+    rawmode = image.tile[0][3] if image.format == "PNG" else None
+    if key is not None and rawmode == "RGB;16B":
+        raise ValueError("16-bit transparent color; save it with an alpha channel")
+    if key is not None and rawmode in ("L;2", "L;4"):  # Pillow scales the pixels, but not the transparent value
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[rawmode]
+    image.load()
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        low, high, white = values.min(), values.max(), 1 if image.mode == "F" else 2 ** min(bits, 16) - 1
+        if not 0 <= low <= high <= white or (image.mode == "I" and bits == 32 and 0 < high < 256):
+            raise ValueError(
+                f"{values.dtype} values from {low:g} to {high:g}, whose white is unknown; save it with 8 or 16 bits, "
+                "or as floating-point numbers from 0 to 1"
+            )
+        if tags and not tags.get(Base.PhotometricInterpretation):  # zero is white
+            values = white - values
+        gray = np.where(values == key, 255, np.rint(values * (255 / white)))
+        rgb = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        straight = image.convert("LA") if image.mode == "La" else image
+        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight.convert("RGBA")).convert("RGB")
+    elif image.mode == "LAB":  # convert("RGB") interpolates in a coarse table, with errors of up to 30 gray levels
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        rgb = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE).apply(image)
+    else:
+        rgb = image.convert("RGB")
+    rgb.info.clear()  # damaged EXIF data are no reason to leave out an image
+    with suppress(Exception):
+        rgb.getexif()[Base.Orientation] = image.getexif()[Base.Orientation]
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb

@@ -1,14 +1,29 @@
+import errno
 import gzip
-from collections.abc import Callable
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, features
 from torchvision import datasets
 
-from tests.training.trees import write_cifar10, write_flowers102, write_food101, write_imagefolder, write_mnist
+from tests.training.trees import (
+    write_cifar10,
+    write_flowers102,
+    write_food101,
+    write_image,
+    write_imagefolder,
+    write_mnist,
+)
 from training.config import compose
 from training.data import Data
+from training.datasets import _list_images
 from training.errors import UsageError
 from training.runs import load_run_data, parse_run
 
@@ -193,11 +208,135 @@ def test_missing_files_without_network_are_named(
 
 def test_split_that_lacks_a_class_is_rejected_before_decoding(tmp_path: Path) -> None:
     write_imagefolder(tmp_path, train=5, val=2, test=3)
-    for path in (tmp_path / "val/class_1").iterdir():
-        path.unlink()
+    shutil.rmtree(tmp_path / "val/class_1")
     with pytest.raises(UsageError, match="the validation split lacks 1 of 3 classes, such as 'class_1'"):
         load("imagefolder", tmp_path)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [[], ["notes.txt"], [".hidden.png", ".hidden/0.png"]])
+def test_class_folder_without_images_is_named(tmp_path: Path, content: list[str]) -> None:
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "class_9").mkdir()
+        for name in content:
+            write_image(tmp_path / "image.png", 0, 0)
+            path = tmp_path / split / "class_9" / name
+            path.parent.mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "image.png", path)
+    with pytest.raises(UsageError, match=r"no images in .*/train/class_9; known: .*\.jpg .*\.png .*\.webp"):
+        load("imagefolder", tmp_path)
+
+
+def test_class_that_no_image_is_decoded_of_is_named(tmp_path: Path) -> None:
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    for path in (tmp_path / "test/class_1").iterdir():
+        path.write_bytes(b"not an image")
+    with pytest.raises(UsageError, match=r"no test image of class 'class_1' can be decoded"):
+        load("imagefolder", tmp_path, "data.skip_undecodable=true")
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "gif", "avif", "jpe", "jp2", "PNG", "Tiff"])
+def test_class_of_images_with_rare_extension_is_read(tmp_path: Path, suffix: str) -> None:
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    for path in tmp_path.glob("*/class_1/*"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(f".{suffix}"))
+        if suffix != "PNG":
+            path.unlink()
+    data = load("imagefolder", tmp_path)
+    assert data.classes == 3 and len(data.test) >= 9 and labels_match_colors(data)
+
+
+def test_ignored_files_are_counted_once_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    shutil.copytree(tmp_path / "val/class_0", tmp_path / "train/class_0/.ipynb_checkpoints")
+    shutil.copytree(tmp_path / "val/class_0", tmp_path / "train/.ipynb_checkpoints")
+    for name in ("train/class_1/._0.png", "test/class_1/.DS_Store", "test/class_2/0.heic", "val/labels.csv"):
+        (tmp_path / name).write_bytes(b"")
+    data = load("imagefolder", tmp_path)
+    assert list_split_sizes(data) == [15, 6, 9] and data.classes == 3 and labels_match_colors(data)
+    line = (
+        rf"ignored files in {tmp_path}: 6 hidden, such as {tmp_path}/train/.*; 1 outside the class folders, such as "
+        rf"{tmp_path}/val/labels.csv; 1 without an image extension, such as {tmp_path}/test/class_2/0.heic\n"
+    )
+    assert re.fullmatch(line, capsys.readouterr().err)
+
+
+def test_nothing_is_reported_if_no_file_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("imagefolder", write_imagefolder(tmp_path, train=5, val=2, test=3))
+    assert capsys.readouterr().err == ""
+
+
+def test_linked_folders_are_read_without_loops(tmp_path: Path) -> None:
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    write_imagefolder(tmp_path / "elsewhere", more=4)
+    (tmp_path / "train/class_0/more").symlink_to(tmp_path / "elsewhere/more/class_0")
+    (tmp_path / "train/class_0/again").symlink_to(tmp_path / "elsewhere/more/class_0")
+    (tmp_path / "train/class_0/loop").symlink_to("loop")
+    (tmp_path / "train/class_1/up").symlink_to(tmp_path / "train")
+    (tmp_path / "train/class_1/self").symlink_to(".")
+    shutil.rmtree(tmp_path / "train/class_2")
+    (tmp_path / "train/class_2").symlink_to(tmp_path / "elsewhere/more/class_2")
+    data = load("imagefolder", tmp_path)
+    assert data.train.labels.bincount().tolist() == [9, 5, 4] and labels_match_colors(data)
+
+
+def test_composed_and_decomposed_names_are_one_class(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Bäume") for form in ("NFC", "NFD"))
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    for split, name in (("train", composed), ("val", decomposed), ("test", decomposed)):
+        (tmp_path / split / "class_0").rename(tmp_path / split / name)
+    data = load("imagefolder", tmp_path)
+    assert data.classes == 3 and list_split_sizes(data) == [15, 6, 9] and labels_match_colors(data)
+
+
+def test_order_of_images_does_not_depend_on_how_letters_are_composed(tmp_path: Path) -> None:
+    labels = []
+    for form in ("NFC", "NFD"):
+        root = write_imagefolder(tmp_path / form, train=2, val=1, test=1)
+        for k, name in enumerate(("é", "f", "e")):
+            (root / "train/class_0" / unicodedata.normalize(form, f"{name}.png")).write_bytes(
+                (root / f"train/class_{k}/0.png").read_bytes()
+            )
+        labels.append(load("imagefolder", root).train.images)
+    assert torch.equal(*labels)
+
+
+def test_ordinary_tree_is_listed_in_order_of_paths(tmp_path: Path) -> None:
+    """Held-out images, and so the results of existing runs, depend on this order."""
+    names = ["a/b/1.png", "a.png", "a/b.png", "a-b/1.png", "B.png", "_1.png", "10.png", "2.png", "é.png"]
+    paths = [tmp_path / label / name for label in ("b", "B c", "10", "9") for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert _list_images(tmp_path, {}) == [(path, path.relative_to(tmp_path).parts[0]) for path in sorted(paths)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    (tmp_path / "train/class_0/0.png").rename(tmp_path / "train/class_0" / os.fsdecode(b"\xe4.png"))
+    assert list_split_sizes(load("imagefolder", tmp_path)) == [15, 6, 9]
+    (tmp_path / "train/class_0").rename(tmp_path / "train" / os.fsdecode(b"class_\xe4"))
+    with pytest.raises(UsageError, match=r"the name of .* is not UTF-8; rename it"):
+        load("imagefolder", tmp_path)
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    scan = os.scandir
+
+    def refuse(path: Path | str) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "class_1":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"cannot list the files in .*/train/class_1: Permission denied"):
+        load("imagefolder", tmp_path)
 
 
 @pytest.mark.parametrize(

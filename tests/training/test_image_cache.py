@@ -1,5 +1,7 @@
+import colorsys
 import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
 from tests.training.processes import run_in_child, start_process, wait_for
@@ -81,6 +83,65 @@ def test_other_color_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) ->
     assert torch.equal(load_images([path])[0], expected)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_gray_ramp_keeps_its_mean(tmp_path: Path, dtype: type) -> None:
+    path = tmp_path / "ramp.tif"
+    ramp = np.linspace(0, 1 if dtype is np.float32 else 65535, 40).astype(dtype)
+    Image.fromarray(ramp[None].repeat(40, 0)).save(path)
+    image = load_images([path])[0].float()
+    assert image.mean().item() == pytest.approx(127.5, abs=0.5) and len(image.unique()) == 40
+
+
+@pytest.mark.parametrize("values", [[0, 255], [-1, 65535], [0, 65536], [0.0, 1.1], [-0.1, 1.0], [0.0, math.nan]])
+def test_unknown_range_of_values_is_an_error(tmp_path: Path, values: list[float]) -> None:
+    path = tmp_path / "unknown.tif"
+    Image.fromarray(np.array([values], np.int32 if isinstance(values[0], int) else np.float32)).save(path)
+    with pytest.raises(
+        UsageError, match=r"unknown.tif cannot be decoded \(.*whose white is unknown; save it with 8 or 16 "
+    ):
+        load([path])
+
+
+def test_drawing_on_transparent_page_is_black_on_white(tmp_path: Path) -> None:
+    path = tmp_path / "drawing.png"
+    drawing = np.zeros((40, 40, 4), np.uint8)
+    drawing[10:20, 5:30, 3] = 255
+    Image.fromarray(drawing).save(path)
+    assert torch.equal(load_images([path])[0], torch.from_numpy(255 - drawing[..., 3]).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("mode", ["HSV", "RGBa", "RGBX", "I;16N"])
+def test_modes_of_no_file_become_rgb(mode: str) -> None:
+    """Pillow may open files in them some day."""
+    content = {"HSV": (120, 200, 90), "RGBa": (10, 20, 30, 90), "RGBX": (10, 20, 30, 90), "I;16N": (0, 128)}[mode]
+    expected = {"HSV": [19, 90, 77], "RGBa": [175, 185, 195], "RGBX": [10, 20, 30], "I;16N": [128, 128, 128]}[mode]
+    if mode == "HSV":
+        expected = [round(255 * value) for value in colorsys.hsv_to_rgb(*(value / 255 for value in content))]
+    pixel = np.asarray(image_cache._convert_to_rgb(Image.frombytes(mode, (1, 1), bytes(content))))[0, 0]
+    assert np.abs(pixel - np.array(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_image_is_turned_upright_before_it_is_cropped(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"portrait.{suffix}"
+    portrait = Image.linear_gradient("L").resize((40, 80)).convert("RGB")  # from black at the top to white
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    portrait.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    rows = load_images([path])[0].float().mean((0, 2))
+    expected = torch.from_numpy(np.array(portrait)[20:60, 0, 0]).float()
+    assert (rows - expected).abs().max() < 4  # JPEG and WebP are lossy
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"II*\0"])
+def test_image_with_damaged_exif_is_read(tmp_path: Path, exif: bytes) -> None:
+    for suffix in ("jpg", "png", "webp"):
+        make_image(0).save(tmp_path / f"0.{suffix}", exif=exif)
+    images = load_images([tmp_path / f"0.{suffix}" for suffix in ("png", "jpg", "webp")])
+    assert torch.equal(images[0], crop_center_square(make_image(0)))
+
+
 def test_images_are_decoded_once(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_images(paths)
     decoded = record_decoded_paths(monkeypatch)
@@ -141,13 +202,14 @@ def test_images_that_change_while_decoded_are_rejected(paths: list[Path], monkey
         load_images(paths)
 
 
-def test_cache_of_earlier_version_is_reused(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load_images(paths).clone()
-    file = next(paths[0].parent.glob("cache/*/images-*.u8"))
-    file.with_suffix(".json").rename(file.with_name("cache.json"))
-    file.rename(file.with_name("images.u8"))
-    decoded = record_decoded_paths(monkeypatch)
-    assert torch.equal(load_images(paths), first) and not decoded
+def test_pixels_decoded_by_earlier_code_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "0.png"
+    Image.new("RGBA", (40, 40)).save(path)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(image_cache, "FORMAT", 2)
+        earlier.setattr(image_cache, "_decode", lambda path, size: np.asarray(Image.open(path).convert("RGB")))
+        assert load_images([path]).max() == 0
+    assert load_images([path]).min() == 255
 
 
 def test_each_size_has_its_own_cache(paths: list[Path], tmp_path: Path) -> None:
