@@ -6,6 +6,7 @@ from acl.convert import akp_parameters, analytic_layers, convert, fold, param_gr
 from acl.fit import fit_kernels
 from acl.fit_result import Fit
 from acl.layer import AnalyticConv2d
+from acl.options import LayerOptions
 from acl.serialization import load, read_info, save, serialize
 from acl.transform import rescale, rotate
 
@@ -13,6 +14,7 @@ __all__ = [
     "AnalyticConv2d",
     "Arrangement",
     "Fit",
+    "LayerOptions",
     "akp_parameters",
     "analytic_layers",
     "convert",

@@ -147,6 +147,19 @@ class Arrangement:
         return Arrangement(tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True)))
 
 
+def encode_placement(placement: Tensor) -> Tensor:
+    """The bits of a placement, (slots, bits) bool, which averages and casts of equal state dicts keep."""
+    num_bits = max(1, (len(placement) - 1).bit_length())
+    return (placement[:, None] >> torch.arange(num_bits, device=placement.device)) % 2 == 1
+
+
+def decode_placement(bits: Tensor) -> Tensor:
+    """The placement (slots,) of ``encode_placement``. Raises ValueError for a tensor that cannot be one."""
+    if bits.ndim != 2 or bits.shape[1] > 62:
+        raise ValueError(f"the bits of a placement must be (slots, bits), got {tuple(bits.shape)}")
+    return ((bits > 0.5).long() << torch.arange(bits.shape[1], device=bits.device)).sum(1)
+
+
 def _format_number(value: Fraction) -> str:
     """Formats a number without trailing zeros: 30, 33.3."""
     return str(value.numerator) if value.denominator == 1 else str(float(value))

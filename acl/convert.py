@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from acl.arrangement import Arrangement
 from acl.fit import fit_kernels
 from acl.fit_result import KernelFit, apply_fits, check_tolerance
 from acl.kernels import AMPLITUDE
-from acl.layer import AnalyticConv2d, find_learned_akps, get_convolution_arguments
+from acl.layer import AnalyticConv2d, get_convolution_arguments
+from acl.options import LayerKeywords, LayerOptions
 
 Init = Literal["random", "fit"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -39,7 +40,7 @@ def convert(
     arrangement: Arrangement | str | None = None,
     init: str | None = None,
     tolerance: float | None = None,
-    **options: Any,
+    **options: Unpack[LayerKeywords],
 ) -> nn.Module:
     """Replaces convolutions of a model with analytic ones, in place.
 
@@ -59,7 +60,7 @@ def convert(
             for ``auto`` and to ``random`` otherwise. Without ``amplitude``, a kernel is fitted only up to its norm.
         tolerance: the largest fraction of a kernel's energy that ``auto`` may leave unexplained, from 0 (all plain)
             to 1 (all analytic).
-        options: ``scale``, ``amplitude``, ``family``, ``profile`` and ``learn`` of AnalyticConv2d.
+        options: the fields of ``acl.LayerOptions``.
 
     Returns:
         The model, or the new layer if the model is a single convolution.
@@ -102,15 +103,13 @@ def convert(
             else:
                 in_channels = conv.in_channels // conv.groups
                 arrangements[name] = parsed.fill(in_channels, conv.out_channels, name or "the layer")
-    learn = options.get("learn", "all")
-    if not isinstance(learn, str):
-        options["learn"] = learn = tuple(learn)  # every layer reads it
+    resolved = LayerOptions(**options)
     replacements = {
-        convolutions[name]: _to_analytic(convolutions[name], name or "the layer", parsed, init, tolerance, options)
+        convolutions[name]: _to_analytic(convolutions[name], name or "the layer", parsed, init, tolerance, resolved)
         for name, parsed in arrangements.items()
     }
     available = {key.split("_", 1)[1] for layer in replacements.values() for key in layer.raw}
-    if learn != "all" and (absent := find_learned_akps(learn) - available):
+    if resolved.learn != "all" and (absent := resolved.learned_akps - available):
         raise ValueError(f"learn names '{min(absent)}', an AKP that no converted layer has; known: {sorted(available)}")
     return replace_convolutions(model, replacements)
 
@@ -281,7 +280,10 @@ def check_convertible(conv: nn.Conv2d, name: str) -> None:
 
 @torch.no_grad()
 def create_analytic(
-    conv: nn.Conv2d, arrangement: Arrangement | str, placement: torch.Tensor | None = None, **options: Any
+    conv: nn.Conv2d,
+    arrangement: Arrangement | str,
+    placement: torch.Tensor | None = None,
+    **options: Unpack[LayerKeywords],
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution; it has its plain kernels and bias, and random AKPs."""
     factory: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
@@ -385,13 +387,13 @@ def _to_analytic(
     arrangement: Arrangement,
     init: str | None,
     tolerance: float | None,
-    options: dict[str, Any],
+    options: LayerOptions,
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted; errors name it."""
     fit_options: dict[str, Any] = {
-        "family": options.get("family", "paper"),
-        "profile": options.get("profile", "exponential"),
-        "signed": not options.get("amplitude", False),
+        "family": options.family,
+        "profile": options.profile,
+        "signed": not options.amplitude,
     }
     placement: torch.Tensor | None = None
     fits: list[KernelFit] | None = None
@@ -399,7 +401,7 @@ def _to_analytic(
         assert tolerance is not None
         fits = list(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight).kernels)
         arrangement, placement = Arrangement.from_slot_kinds([fit.kind for fit in fits])
-    layer = create_analytic(conv, arrangement, placement, **options)
+    layer = create_analytic(conv, arrangement, placement, **vars(options))
     if fits is None and init == "fit":
         kernels = conv.weight.flatten(0, 1)
         fits = [KernelFit("P", {}, 1.0, None)] * len(kernels)

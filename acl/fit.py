@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acl.fit_result import Fit, KernelFit, make_plain_fit
-from acl.kernels import AKP, FAMILIES, PROFILES, Kind, analytic_kinds
+from acl.kernels import AKP, FAMILIES, PROFILES, Family, Kind, Profile, analytic_kinds
 
 _POOL_SIZE = 8192  # random kernels of each kind, compared with every target to find starting points
 _STARTS = 16  # starting points per target: the nearest kernels of the pool
@@ -23,9 +23,9 @@ _TARGETS_PER_COMPARISON = 4096  # compared with the pool at a time, to limit mem
 def fit_kernels(
     weight: Tensor,
     kinds: Iterable[str] | None = None,
-    family: str = "paper",
+    family: Family = "paper",
     *,
-    profile: str = "exponential",
+    profile: Profile = "exponential",
     fixed: Mapping[str, float] | None = None,
     signed: bool = False,
     seed: int = 0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acl.arrangement import Arrangement
-from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
+from acl.kernels import FAMILIES, KINDS, PROFILES, Family, Profile, analytic_kinds
 from acl.layer import AnalyticConv2d
 
 
@@ -36,8 +36,8 @@ class Fit:
 
     shape: tuple[int, int, int, int]
     """(out, in / groups, kh, kw) of the target."""
-    family: str
-    profile: str
+    family: Family
+    profile: Profile
     energies: tuple[float, ...]
     """The sum of squares of each target kernel."""
     kernels: tuple[KernelFit, ...]
@@ -216,12 +216,12 @@ def apply_fits(layer: AnalyticConv2d, fits: Sequence[KernelFit]) -> None:
         kind_fits = [fits[slots[i]] for i in fitted_indices.tolist()]
         akps = {
             akp.name: torch.tensor([fit.akps[akp.name] for fit in kind_fits], dtype=torch.float64)
-            for akp in KINDS[symbol].akps(layer.family)
+            for akp in KINDS[symbol].akps(layer.options.family)
         }
         layer.set_akps(symbol, akps, fitted_indices)
-        if layer.amplitude:
+        if layer.options.amplitude:
             gains = torch.tensor([fit.gain for fit in kind_fits], dtype=torch.float64)
-            kernels = KINDS[symbol].synthesize(akps, layer.kernel_size, layer.profile)
+            kernels = layer.compute_kernels(symbol, akps)
             amplitudes = torch.zeros(len(slots), dtype=torch.float64)
             amplitudes[fitted_indices] = gains / layer.scale_factors(kernels).flatten()
             layer.set_akps(symbol, {"amplitude": amplitudes})

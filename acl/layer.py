@@ -2,32 +2,23 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import reduce
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from acl.arrangement import Arrangement
-from acl.kernels import AKP, AMPLITUDE, FAMILIES, KINDS, PROFILES
+from acl.arrangement import Arrangement, encode_placement
+from acl.kernels import AKP, AMPLITUDE, KINDS
+from acl.options import LayerKeywords, LayerOptions
 
-Scale = Literal["unit", "raw"]
-SCALES: tuple[str, ...] = get_args(Scale)
 _COMPUTED_WEIGHT = (
     "the weight of an AnalyticConv2d is computed from its AKPs and plain kernels, not stored as a parameter; "
     "acl.fold(model) makes its analytic layers plain convolutions, whose weight can be set, pruned or parametrized"
 )
-
-
-def find_learned_akps(learn: str | Iterable[str]) -> set[str]:
-    """The names of the AKPs that the option ``learn`` selects. Raises ValueError for an unknown one."""
-    known = {akp.name for kind in KINDS.values() for akp in kind.akps("extended", amplitude=True)}
-    learned = {"all": known, "none": set()}.get(learn, {learn}) if isinstance(learn, str) else set(learn)
-    if unknown := learned - known:
-        raise ValueError(f"unknown AKP '{min(unknown)}' in learn; known: all, none, {', '.join(sorted(known))}")
-    return learned
 
 
 def get_convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
@@ -54,19 +45,14 @@ class AnalyticConv2d(nn.Conv2d):
     input channel of the group). Each analytic kernel is computed from a few learned parameters (AKPs); each plain
     kernel (``P``) has k x k free weights.
 
-    Source: Cui et al., arXiv 2407.06087. ``scale``, ``amplitude``, ``family``, ``learn`` and ``placement`` are ours.
+    Source: Cui et al., arXiv 2407.06087. The options and ``placement`` are ours.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in nn.Conv2d.
         arrangement: text such as ``G30 Lg15 Lt15 Tf30 Ts6 P96`` or ``G50% P50%``, or an ``Arrangement``.
-        scale: ``unit`` divides each ACK by its L2 norm and by sqrt(in_channels / groups), so that the layer roughly
-            preserves unit variance; ``raw`` uses the formula's values unchanged.
-        amplitude: if True, each ACK has its gain as an additional AKP.
-        family: ``paper``, or ``extended``, which adds a center offset to every ACK and an aspect ratio to Gabor.
-        profile: the TGD kernel function: ``exponential``, ``gaussian`` or ``linear``.
-        learn: which AKPs are trained: ``"all"``, ``"none"``, or their names, such as ``("theta", "sigma")``.
         placement: (slots,) int64, for each slot the index of its kernel in the arrangement's order; in order if None.
+        options: the fields of ``acl.LayerOptions``.
 
     Shape:
         Input (N, in_channels, H, W) or (in_channels, H, W); output as for nn.Conv2d.
@@ -93,6 +79,21 @@ class AnalyticConv2d(nn.Conv2d):
     """
 
     kernel_size: tuple[int, int]
+    arrangement: Arrangement
+    """The number of kernels of each kind, as counts."""
+    options: LayerOptions
+    raw: nn.ParameterDict
+    """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
+    plain: nn.Parameter | None
+    """The plain kernels in slot order, (count, kh, kw); None if there are none."""
+    placement: Tensor | None
+    """(slots,) The index of each slot's kernel in the arrangement's order; no buffer, which averages would change."""
+    host: nn.Conv2d | None
+    """The replaced convolution if its class is a subclass of nn.Conv2d; it then performs the convolution."""
+    _format: Tensor
+    """Module.to() applies a memory format to every 4-D tensor, so this buffer records the one the weight should use."""
+    _cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None
+    """The key and the parameters of the cached weight, and the weight."""
 
     def __init__(
         self,
@@ -109,12 +110,8 @@ class AnalyticConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
         *,
         arrangement: Arrangement | str | None = None,
-        scale: str = "unit",
-        amplitude: bool = False,
-        family: str = "paper",
-        profile: str = "exponential",
-        learn: str | Iterable[str] = "all",
         placement: Tensor | None = None,
+        **options: Unpack[LayerKeywords],
     ) -> None:
         if arrangement is None:  # as for PEFT's LoRA, which creates convolutions of the type of a layer
             raise TypeError(f"AnalyticConv2d needs an arrangement, such as 'G50% P50%'; {_COMPUTED_WEIGHT}")
@@ -124,17 +121,7 @@ class AnalyticConv2d(nn.Conv2d):
         )
         del self.weight  # replaced by the property below, which computes it
         self._parameters = _Parameters(self._parameters)
-        for option, value, known in (
-            ("scale", scale, SCALES),
-            ("family", family, FAMILIES),
-            ("profile", profile, PROFILES),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {option} '{value}'; known: {', '.join(known)}")
-        self.scale = scale
-        self.amplitude = amplitude
-        self.family = family
-        self.profile = profile
+        self.options = LayerOptions(**options)
         if isinstance(arrangement, str):
             arrangement = Arrangement.parse(arrangement)
         self.arrangement = arrangement.fill(in_channels // groups, out_channels)
@@ -142,7 +129,6 @@ class AnalyticConv2d(nn.Conv2d):
         if placement is not None and sorted(placement.tolist()) != list(range(slots)):
             raise ValueError(f"placement must be a permutation of the layer's {slots} slots")
         self.placement = None if placement is None else placement.detach().to("cpu", torch.long, copy=True)
-        """The index of each slot's kernel in the arrangement's order; not a buffer, which averages would change."""
         self.raw = nn.ParameterDict(
             {
                 f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
@@ -150,18 +136,14 @@ class AnalyticConv2d(nn.Conv2d):
                 for akp in self._get_akps(symbol)
             }
         )
-        """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
         plain_count = self.arrangement.counts.get("P", 0)
         self.plain = nn.Parameter(torch.empty(plain_count, *self.kernel_size, **factory)) if plain_count else None
-        """The plain kernels in slot order, (count, kh, kw); None if there are none."""
-        # Module.to() applies a memory format to every 4-D tensor, so this buffer records the one the weight should use.
-        self._format: Tensor
         self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **factory), persistent=False)
         self._move_placement()
-        self.host: nn.Conv2d | None = None
-        """The replaced convolution if its class is a subclass of nn.Conv2d; it then performs the convolution."""
-        self._cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None = None
-        self._set_trainable_akps(learn)
+        self.host = None
+        self._cache = None
+        for key, parameter in self.raw.items():
+            parameter.requires_grad_(key.split("_", 1)[1] in self.options.learned_akps)
         self.reset_parameters()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -205,13 +187,7 @@ class AnalyticConv2d(nn.Conv2d):
             error_msgs.append(f"{key}: the state dict places its kernels in other slots than the layer does")
 
     def _get_akps(self, symbol: str) -> tuple[AKP, ...]:
-        return KINDS[symbol].akps(self.family, self.amplitude)
-
-    def _set_trainable_akps(self, learn: str | Iterable[str]) -> None:
-        akp_names = {key: key.split("_", 1)[1] for key in self.raw}
-        learned = find_learned_akps(learn)
-        for key, parameter in self.raw.items():
-            parameter.requires_grad_(akp_names[key] in learned)
+        return KINDS[symbol].akps(self.options.family, self.options.amplitude)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -281,10 +257,10 @@ class AnalyticConv2d(nn.Conv2d):
 
         The gains of a kind are trained if any of its AKPs are.
         """
-        if self.amplitude:
+        if self.options.amplitude:
             return
         stored = {key: self._get_stored(key) for key in self.raw}
-        self.amplitude = True
+        self.options = replace(self.options, amplitude=True)
         for symbol in self.arrangement.counts:
             akps = [parameter for key, parameter in stored.items() if key.startswith(f"{symbol}_")]
             if akps:
@@ -311,9 +287,13 @@ class AnalyticConv2d(nn.Conv2d):
         """The parameters from which the weight is synthesized: stored AKPs, then plain kernels."""
         return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
 
+    def compute_kernels(self, symbol: str, akps: Mapping[str, Tensor]) -> Tensor:
+        """Kernels (..., kh, kw) of a kind, from AKPs (...) in natural units, before scaling and gain."""
+        return KINDS[symbol].synthesize(akps, self.kernel_size, self.options.profile)
+
     def scale_factors(self, kernels: Tensor) -> Tensor:
         """The factors (count, 1, 1) by which ``scale`` multiplies analytic kernels (count, kh, kw)."""
-        if self.scale == "raw":
+        if self.options.scale == "raw":
             return kernels.new_ones(len(kernels), 1, 1)
         return self._compute_unit_scale(kernels, (-2, -1))
 
@@ -323,13 +303,13 @@ class AnalyticConv2d(nn.Conv2d):
 
     def _synthesize(self) -> Tensor:
         akps = self.akps()
-        gains = [values.pop("amplitude") for values in akps.values()] if self.amplitude else []
-        kernels = [KINDS[symbol].synthesize(values, self.kernel_size, self.profile) for symbol, values in akps.items()]
-        # acl.kernels returns views of tensors with the pixels' dimensions first. They stay first until the end.
+        gains = [values.pop("amplitude") for values in akps.values()] if self.options.amplitude else []
+        kernels = [self.compute_kernels(symbol, values) for symbol, values in akps.items()]
+        # Kernels are views of tensors with the pixels first (see acl.kernels._Grid), and stay so until the end.
         kernels = [kernel.permute(1, 2, 0) for kernel in kernels]
         if kernels:
             weight = torch.cat(kernels, -1) if len(kernels) > 1 else kernels[0]
-            factors = [self._compute_unit_scale(weight, (0, 1))] if self.scale == "unit" else []
+            factors = [self._compute_unit_scale(weight, (0, 1))] if self.options.scale == "unit" else []
             if gains:
                 factors.append(torch.cat(gains))
             if factors:
@@ -353,11 +333,11 @@ class AnalyticConv2d(nn.Conv2d):
     @property
     def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
         """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
-        weight = self._find_weight()
+        weight = self._read_cache_or_synthesize()
         # A copy, so that editing it in place does not change the layer.
         return weight.clone() if self._cache is not None and weight is self._cache[2] else weight
 
-    def _find_weight(self) -> Tensor:
+    def _read_cache_or_synthesize(self) -> Tensor:
         """The synthesized weight, or the cached one, which must not be edited."""
         # raw.values() is several times slower.
         raw: list[Any] = list(self.raw._parameters.values())
@@ -371,7 +351,7 @@ class AnalyticConv2d(nn.Conv2d):
             return self._synthesize()
         # Compare by value: edits through .data and fused optimizers leave no other trace, and a stale weight is wrong.
         sources = [t for t in (torch.cat(raw) if raw else None, self.plain, self.placement) if t is not None]
-        key = (sources[0].device, self._format.dtype, self._format.stride(), self.scale, self.profile)
+        key = (sources[0].device, self._format.dtype, self._format.stride(), self.options)
         cache = self._cache
         if cache is None or cache[0] != key or not all(map(torch.equal, cache[1], sources)):
             with torch.inference_mode(False), torch.no_grad():
@@ -383,7 +363,7 @@ class AnalyticConv2d(nn.Conv2d):
         if isinstance(input, torch.fx.Proxy):  # a leaf of the graph: fx cannot trace the synthesis
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         # A host's code could edit its weight.
-        return self.convolve(input, self._find_weight() if self.host is None else self.weight, self.bias)
+        return self.convolve(input, self._read_cache_or_synthesize() if self.host is None else self.weight, self.bias)
 
     def __prepare_scriptable__(self) -> NoReturn:  # called by torch.jit.script
         raise TypeError(f"torch.jit.script cannot compile an AnalyticConv2d: {_COMPUTED_WEIGHT}")
@@ -414,9 +394,9 @@ class AnalyticConv2d(nn.Conv2d):
         i = self.slots_of(symbol).index(slot)
         akps = {name: values[i : i + 1] for name, values in self.akps()[symbol].items()}
         amplitude = akps.pop("amplitude", torch.ones(1))
-        kernel = kind.synthesize(akps, self.kernel_size, self.profile)
+        kernel = self.compute_kernels(symbol, akps)
         gain = float(amplitude * self.scale_factors(kernel).flatten())
-        text = kind.formula({name: value.item() for name, value in akps.items()}, self.profile, digits)
+        text = kind.formula({name: value.item() for name, value in akps.items()}, self.options.profile, digits)
         expression, separator, definitions = text.partition("; ")
         return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
 
@@ -436,24 +416,9 @@ class AnalyticConv2d(nn.Conv2d):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
-        defaults = {"scale": "unit", "amplitude": False, "family": "paper", "profile": "exponential"}
-        options = [
-            f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value
-        ]
+        default = LayerOptions()
+        options = [f"{k}={v!r}" for k, v in vars(self.options).items() if k != "learn" and v != getattr(default, k)]
         return ", ".join([super().extra_repr(), f"arrangement='{self.arrangement}'", *options])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}
-
-
-def encode_placement(placement: Tensor) -> Tensor:
-    """The bits of a placement, (slots, bits) bool, which averages and casts of equal state dicts keep."""
-    num_bits = max(1, (len(placement) - 1).bit_length())
-    return (placement[:, None] >> torch.arange(num_bits, device=placement.device)) % 2 == 1
-
-
-def decode_placement(bits: Tensor) -> Tensor:
-    """The placement (slots,) of ``encode_placement``. Raises ValueError for a tensor that cannot be one."""
-    if bits.ndim != 2 or bits.shape[1] > 62:
-        raise ValueError(f"the bits of a placement must be (slots, bits), got {tuple(bits.shape)}")
-    return ((bits > 0.5).long() << torch.arange(bits.shape[1], device=bits.device)).sum(1)

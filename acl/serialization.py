@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from acl.arrangement import decode_placement
 from acl.convert import check_convertible, create_analytic, replace_convolutions, share_parameters
-from acl.layer import AnalyticConv2d, decode_placement
+from acl.layer import AnalyticConv2d
+from acl.options import LayerOptions
 
 FORMAT = 1
 _METADATA_KEY = "acl"  # the only one: safetensors writes several keys in random order
@@ -28,7 +31,7 @@ _CONVOLUTION_FIELDS = (
     "padding_mode",
 )
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-_OPTIONS = ("scale", "amplitude", "family", "profile")
+_OPTIONS = [field.name for field in fields(LayerOptions) if field.name != "learn"]
 _FIELDS = {"class", "bias", *_CONVOLUTION_FIELDS, "arrangement", "has_placement", *_OPTIONS, "learn"}
 
 
@@ -209,8 +212,8 @@ def _describe_options(layer: AnalyticConv2d) -> dict[str, Any]:
     return {
         "arrangement": str(layer.arrangement),
         "has_placement": layer.placement is not None,
-        **{name: getattr(layer, name) for name in _OPTIONS},
-        "amplitude": bool(layer.amplitude),
+        **{name: getattr(layer.options, name) for name in _OPTIONS},
+        "amplitude": bool(layer.options.amplitude),
     }
 
 
@@ -223,7 +226,7 @@ def _create_layer(conv: nn.Conv2d, specification: Mapping[str, Any], bits: Tenso
     if specification["has_placement"] != (bits is not None):
         raise ValueError("the placement of its kernels is missing or invalid")
     placement = None if bits is None else decode_placement(bits)
-    options = {name: specification[name] for name in _OPTIONS}
+    options: Any = {name: specification[name] for name in _OPTIONS}
     layer = create_analytic(conv, specification["arrangement"], placement, **options)
     for key, parameter in layer.raw.items():
         parameter.requires_grad_(key in specification["learn"])

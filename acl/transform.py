@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,12 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         for symbol, akps in layer.akps().items():
             kind = KINDS[symbol]
             new = _turn_akps(kind, akps, math.radians(degrees))
-            if not any(akp.role == "direction" for akp in kind.akps()) and not _is_isotropic(kind, layer.profile):
+            if not any(akp.role == "direction" for akp in kind.akps()) and not _is_isotropic(
+                kind, layer.options.profile
+            ):
                 raise ValueError(f"cannot rotate {where}: {kind.name} has a direction, but no AKP with that role")
             ratios = _compare_scale_factors(layer, symbol, akps, new)
-            if layer.amplitude:
+            if layer.options.amplitude:
                 new["amplitude"] = akps["amplitude"] * ratios
             elif not torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
                 gains.setdefault(layer, {})[symbol] = ratios
@@ -105,9 +107,7 @@ def _compare_scale_factors(
 ) -> Tensor:
     """The scale factors of a layer's kernels of a kind, relative to those after they turn, (count,)."""
     shapes = {name: values for name, values in akps.items() if name != AMPLITUDE.name}
-    kernels = [
-        KINDS[symbol].synthesize(values, layer.kernel_size, layer.profile) for values in (shapes, {**shapes, **turned})
-    ]
+    kernels = [layer.compute_kernels(symbol, values) for values in (shapes, {**shapes, **turned})]
     before, after = (layer.scale_factors(kernel).flatten() for kernel in kernels)
     is_degenerate = torch.stack(kernels).square().sum((2, 3)).amin(0) < 1e-9
     return (before / after).masked_fill(is_degenerate, 1.0)
@@ -213,11 +213,8 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
         device=layer.weight.device,
         dtype=layer.weight.dtype,
         arrangement=layer.arrangement,
-        scale=layer.scale,
-        amplitude=True,
-        family=layer.family,
-        profile=layer.profile,
         placement=layer.placement,
+        **vars(replace(layer.options, amplitude=True)),
     )
     resampled = layer.weight.flatten(0, 1).double()
     for dim, axis in enumerate(axes, 1):
@@ -226,7 +223,9 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
     missed = total = 0.0
     for symbol, akps in layer.akps().items():
         slots = layer.slots_of(symbol)
-        scaled = {akp.name: _scale_akp(akp, akps[akp.name], factor, axes) for akp in KINDS[symbol].akps(layer.family)}
+        scaled = {
+            akp.name: _scale_akp(akp, akps[akp.name], factor, axes) for akp in KINDS[symbol].akps(layer.options.family)
+        }
         new.set_akps(symbol, {**scaled, "amplitude": torch.ones(len(slots))})
         kernels, targets = new.weight.flatten(0, 1)[slots].double(), resampled[slots]
         responses, energies = (kernels * targets).sum((1, 2)), kernels.square().sum((1, 2))

@@ -15,10 +15,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
 import models
-from acl import Arrangement
+from acl import Arrangement, LayerOptions
 from acl.convert import Init
-from acl.kernels import Family, Profile
-from acl.layer import Scale
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
 from training.distributed import TrainerSettings
@@ -47,14 +45,9 @@ class PathSettings:
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
-class LayerSettings:
+class LayerSettings(LayerOptions):
     """The options of configs/model/layer, which ``acl.convert`` takes."""
 
-    scale: Scale
-    amplitude: bool
-    family: Family
-    profile: Profile
-    learn: str | list[str]
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
 

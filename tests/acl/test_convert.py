@@ -73,7 +73,7 @@ def test_convert_keeps_dtype_mode_and_memory_format() -> None:
     model = make_network().double().eval().to(memory_format=torch.channels_last)
     strides = model[0].weight.stride()
     layer = convert(model, "0", "G50% P50%", amplitude=True)[0]
-    assert layer.weight.dtype == torch.double and not layer.training and layer.amplitude
+    assert layer.weight.dtype == torch.double and not layer.training and layer.options.amplitude
     assert layer.weight.stride() == strides
 
 
@@ -96,7 +96,7 @@ class StandardizedConv2d(nn.Conv2d):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gain = nn.Parameter(torch.full((self.out_channels, 1, 1, 1), 2.0))
-        self.scale = 0.5  # AnalyticConv2d has an attribute of the same name
+        self.scale = 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.gain * self.scale * (self.weight - self.weight.mean((1, 2, 3), keepdim=True))

@@ -3,7 +3,7 @@
 import math
 from collections import ChainMap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acl import AnalyticConv2d, Arrangement
 from acl.kernels import AMPLITUDE, FAMILIES, KINDS, PROFILES, analytic_kinds
-from acl.layer import SCALES
+from acl.options import Scale
 
 
 class Formula(dict[str, Any]):
@@ -71,7 +71,7 @@ def make_layer(kernel_size: int | tuple[int, int] = 7, **options: Any) -> Analyt
     layer = AnalyticConv2d(
         2, 2 * len(KINDS), kernel_size, **{"arrangement": arrangement, "dtype": torch.double, **options}
     )
-    if layer.amplitude:
+    if layer.options.amplitude:
         for symbol in layer.akps():
             layer.set_akps(symbol, {AMPLITUDE.name: torch.randn(4)})
     return layer
@@ -85,7 +85,7 @@ def list_kernels(layer: AnalyticConv2d) -> list[tuple[int, Tensor]]:
 
 @pytest.mark.parametrize("kernel_size", [(7, 7), (5, 6)], ids=str)
 @pytest.mark.parametrize("amplitude", [False, True])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", get_args(Scale))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_formula_evaluates_to_kernel(

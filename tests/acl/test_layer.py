@@ -4,8 +4,9 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import acl
 from acl import AnalyticConv2d, Arrangement, akp_parameters, convert, kernels
 from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
-from acl.layer import SCALES
+from acl.options import Scale
 from tests.arrangements import PAPER, arrange_all_kinds
 
 replication = importlib.import_module("torch.nn.parallel.replicate")  # its package has a function of the same name
@@ -288,7 +289,7 @@ def test_sgd_step_changes_every_parameter(profile: str, amplitude: bool, family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", get_args(Scale))
 @pytest.mark.parametrize("profile", PROFILES)
 def test_layer_gradients_agree_with_finite_differences(profile: str, scale: str, family: str) -> None:
     out_channels = math.ceil(len(KINDS) / 2)
@@ -504,8 +505,8 @@ CHANGES: dict[str, Callable[[AnalyticConv2d], Any]] = {
     "state dict": lambda layer: layer.load_state_dict(make_layer().state_dict()),
     "assigned state dict": lambda layer: layer.load_state_dict(make_layer().state_dict(), assign=True),
     "reset": lambda layer: layer.reset_parameters(),
-    "scale": lambda layer: setattr(layer, "scale", "raw"),
-    "profile": lambda layer: setattr(layer, "profile", "linear"),
+    "scale": lambda layer: setattr(layer, "options", replace(layer.options, scale="raw")),
+    "profile": lambda layer: setattr(layer, "options", replace(layer.options, profile="linear")),
     "dtype": lambda layer: layer.double(),
     "bfloat16": lambda layer: layer.to(torch.bfloat16),
     "memory format": lambda layer: layer.to(memory_format=torch.channels_last),

@@ -4,8 +4,9 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 import acl
 from acl import AnalyticConv2d, convert
 from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
-from acl.layer import SCALES
+from acl.options import Scale
 from tests.arrangements import arrange_all_kinds
 
 
@@ -61,7 +62,7 @@ def set_metadata(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 options = st.fixed_dictionaries(
     {
-        "scale": st.sampled_from(SCALES),
+        "scale": st.sampled_from(get_args(Scale)),
         "amplitude": st.booleans(),
         "family": st.sampled_from(FAMILIES),
         "profile": st.sampled_from(PROFILES),
@@ -132,7 +133,7 @@ def test_equal_models_give_equal_bytes() -> None:
     contents = {acl.serialize(m, {"b": 1, "a": 2}) for m in (model, copy.deepcopy(model))}
     contents.add(acl.serialize(model.to(memory_format=torch.channels_last), {"a": 2, "b": 1}))
     assert len(contents) == 1
-    model[0].scale = "raw"
+    model[0].options = replace(model[0].options, scale="raw")
     assert acl.serialize(model, {"a": 2, "b": 1}) not in contents
 
 

@@ -88,7 +88,7 @@ def test_rotated_kernel_of_unit_scale_keeps_its_gain() -> None:
         compute_relative_error(turned(moved), expected, 32) for turned in (acl.rotate(layer, 45.0), renormalized)
     )
     assert error**2 < 0.6 * error_if_renormalized**2, (error, error_if_renormalized)
-    assert layer.amplitude and layer.raw["Ts_amplitude"].requires_grad
+    assert layer.options.amplitude and layer.raw["Ts_amplitude"].requires_grad
     copy = AnalyticConv2d(2, 12, 9, padding=4, arrangement="Ts100%", amplitude=True, dtype=torch.float64)
     assert list(copy.state_dict()) == list(layer.state_dict())
 
@@ -266,13 +266,15 @@ def test_multiplied_stride_keeps_outputs(factor: float, limit: float) -> None:
 
 def test_rescaled_akps_stay_above_their_floors_and_keep_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("acl.transform._MAX_ERROR", float("inf"))
-    options = {"scale": "raw", "family": "extended", "profile": "linear", "dilation": 2, "padding_mode": "reflect"}
-    layer = make_layer(ALL_KINDS, learn=("theta",), placement=torch.randperm(24), **options).eval()
+    options = {"scale": "raw", "family": "extended", "profile": "linear", "learn": ("theta",)}
+    geometry = {"dilation": 2, "padding_mode": "reflect"}
+    layer = make_layer(ALL_KINDS, placement=torch.randperm(24), **options, **geometry).eval()
     layer.to(memory_format=torch.channels_last)
     rescaled = acl.rescale(layer, 0.25)
     assert isinstance(rescaled, AnalyticConv2d)
     assert rescaled.kernel_size == (3, 3) and not rescaled.training and rescaled.slot_kinds == layer.slot_kinds
-    for name in (*options, "groups", "in_channels", "out_channels", "stride"):
+    assert rescaled.options == acl.LayerOptions(amplitude=True, **options)
+    for name in (*geometry, "groups", "in_channels", "out_channels", "stride"):
         assert getattr(rescaled, name) == getattr(layer, name)
     for symbol, akps in rescaled.akps().items():
         floors = {akp.name: akp.floor for akp in KINDS[symbol].akps("extended") if akp.floor is not None}

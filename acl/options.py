@@ -1,0 +1,63 @@
+"""The options of an analytic layer, which determine its kernels and what it learns."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Literal, TypedDict, get_args
+
+from acl.kernels import KINDS, Family, Profile
+
+Scale = Literal["unit", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """The options of an ``AnalyticConv2d``; all but ``profile`` are ours.
+
+    Raises:
+        ValueError: for an unknown value, or an AKP in ``learn`` that no kind has.
+    """
+
+    scale: Scale = "unit"
+    """``unit`` divides each ACK by its L2 norm and by sqrt(in_channels / groups), so that the layer roughly preserves
+    unit variance; ``raw`` uses the formula's values unchanged."""
+    amplitude: bool = False
+    """Whether each ACK has its gain as an additional AKP."""
+    family: Family = "paper"
+    """``extended`` adds a center offset to every ACK and an aspect ratio to Gabor."""
+    profile: Profile = "exponential"
+    """The TGD kernel function."""
+    learn: str | Iterable[str] = "all"
+    """The AKPs that are trained at first: ``all``, ``none``, or their names, such as ``("theta", "sigma")``."""
+
+    def __post_init__(self) -> None:
+        for field in fields(LayerOptions):
+            value = getattr(self, field.name)
+            if (known := get_args(field.type)) and isinstance(known[0], str) and value not in known:
+                raise ValueError(f"unknown {field.name} '{value}'; known: {', '.join(known)}")
+        if not isinstance(self.learn, str):
+            object.__setattr__(self, "learn", tuple(self.learn))
+        if unknown := self.learned_akps - _list_akps():
+            raise ValueError(
+                f"unknown AKP '{min(unknown)}' in learn; known: all, none, {', '.join(sorted(_list_akps()))}"
+            )
+
+    @property
+    def learned_akps(self) -> set[str]:
+        """The names of the AKPs that ``learn`` selects."""
+        if isinstance(self.learn, str):
+            return {"all": _list_akps(), "none": set()}.get(self.learn, {self.learn})
+        return set(self.learn)
+
+
+class LayerKeywords(TypedDict, total=False):
+    """The fields of ``LayerOptions`` as keyword arguments, for type checkers and editors."""
+
+    scale: Scale
+    amplitude: bool
+    family: Family
+    profile: Profile
+    learn: str | Iterable[str]
+
+
+def _list_akps() -> set[str]:
+    return {akp.name for kind in KINDS.values() for akp in kind.akps("extended", amplitude=True)}
