@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from acl.arrangement import Arrangement
-from acl.kernels import FAMILIES, KINDS, PROFILES, Family, Profile, analytic_kinds
+from acl.kernels import KINDS, Family, Profile
 from acl.layer import AnalyticConv2d
 
 
@@ -128,65 +128,21 @@ class Fit:
         """Reads the output of ``to_json``. Raises ValueError for any other text."""
         try:
             values = json.loads(text)
-            family, profile = values["family"], values["profile"]
-            _require(family in FAMILIES and profile in PROFILES, "unknown family or profile")
-            _require(values.keys() == {field.name for field in fields(cls)}, "wrong fields")
-            shape = values["shape"]
-            _require(len(shape) == 4 and all(type(n) is int and n > 0 for n in shape), "invalid shape")
-            by_kind = values["by_kind"]
-            _require(by_kind.keys() <= analytic_kinds().keys() and len(by_kind) > 0, "unknown or no kinds")
-            fit = cls(
-                shape=(shape[0], shape[1], shape[2], shape[3]),
-                family=family,
-                profile=profile,
-                energies=_parse_numbers(values["energies"]),
-                kernels=_parse_kernels(values["kernels"], {*by_kind, "P"}, family, shape),
-                by_kind={
-                    kind: _parse_kernels(entries, {kind, "P"}, family, shape) for kind, entries in by_kind.items()
-                },
-            )
-            _require(len(fit.energies) == shape[0] * shape[1] and min(fit.energies) >= 0, "wrong energies")
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"not a fit in JSON: {error!r}") from error
+            by_kind = {symbol: _to_kernel_fits(entries) for symbol, entries in values.pop("by_kind").items()}
+            kernels, (a, b, c, d) = _to_kernel_fits(values.pop("kernels")), values.pop("shape")
+            fit = cls((a, b, c, d), energies=tuple(values.pop("energies")), kernels=kernels, by_kind=by_kind, **values)
+            for kernels in (fit.kernels, *fit.by_kind.values()):
+                weight = replace(fit, kernels=kernels).weight()  # raises ValueError for what no layer can have
+                for value in (fit.r2, *fit.energies, weight.sum().item()):
+                    if not math.isfinite(value or 0.0):
+                        raise ValueError("a number is not finite")
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"not a fit in JSON: {' '.join(repr(error).split())}") from error
         return fit
 
 
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ValueError(problem)
-
-
-def _parse_numbers(values: Any) -> tuple[float, ...]:
-    """Converts a list of finite numbers from JSON."""
-    _require(type(values) is list and all(type(value) in (int, float) for value in values), "not a list of numbers")
-    numbers = tuple(map(float, values))
-    _require(all(map(math.isfinite, numbers)), "a number is not finite")
-    return numbers
-
-
-def _parse_kernels(entries: Any, kinds: set[str], family: str, shape: Sequence[int]) -> tuple[KernelFit, ...]:
-    """Converts the fits of all slots from JSON; each is of one of the kinds."""
-    _require(type(entries) is list and len(entries) == shape[0] * shape[1], "not one fit per slot")
-    return tuple(_parse_kernel(entry, kinds, family, shape[2] * shape[3]) for entry in entries)
-
-
-def _parse_kernel(entry: Any, kinds: set[str], family: str, pixels: int) -> KernelFit:
-    _require(entry.keys() == {field.name for field in fields(KernelFit)}, "wrong fields of a kernel")
-    symbol, r2 = entry["kind"], entry["r2"]
-    _require(symbol in kinds, f"kind {symbol!r} is not one of {', '.join(sorted(kinds))}")
-    kind = KINDS[symbol]
-    floors = {akp.name: -math.inf if akp.floor is None else akp.floor for akp in kind.akps(family)}
-    _require(entry["akps"].keys() == floors.keys(), f"wrong AKPs of {symbol}")
-    akps = dict(zip(entry["akps"], _parse_numbers([*entry["akps"].values()]), strict=True))
-    _require(all(akps[name] > floor for name, floor in floors.items()), f"an AKP of {symbol} is out of range")
-    weights = _parse_numbers(entry["weights"])
-    _require(len(weights) == (0 if kind.is_analytic else pixels), f"wrong number of weights of {symbol}")
-    _require(r2 is not None or not kind.is_analytic, f"no R^2 of {symbol}")
-    (gain,) = _parse_numbers([entry["gain"]])
-    if r2 is not None:
-        (r2,) = _parse_numbers([r2])
-        _require(0 <= r2 <= 1, f"R^2 of {symbol} is not between 0 and 1")
-    return KernelFit(symbol, akps, gain, r2, weights)
+def _to_kernel_fits(entries: list[dict[str, Any]]) -> tuple[KernelFit, ...]:
+    return tuple(KernelFit(**entry | {"weights": tuple(entry["weights"])}) for entry in entries)
 
 
 def make_plain_fit(kernel: Tensor, r2: float | None) -> KernelFit:

@@ -211,44 +211,18 @@ def test_from_json_rejects_text_that_is_not_a_fit(text: str) -> None:
 
 
 @pytest.mark.parametrize("replacement", REPLACEMENTS, ids=lambda value: str(value)[:9])
-def test_from_json_rejects_wrong_value_anywhere(replacement: Any) -> None:
-    def replace(container: Any, key: Any) -> None:
-        container[key] = replacement
-
-    for path in list_nodes(VALUES):
-        original: Any = VALUES
-        for key in path:
-            original = original[key]
-        is_valid = (
-            (replacement is None and path[-1:] == ("r2",) and path[:1] == ("kernels",) and path[1] == 3)
-            or (replacement == -1 and path[-1:] in {("gain",), ("theta",)})
-            or (replacement == -1 and "weights" in path and path[-1:] != ("weights",))
-            or (replacement == original)
-        )
-        if not is_valid:
-            with pytest.raises(ValueError, match="not a fit in JSON"):
-                Fit.from_json(change_json(path, replace))
-
-
-def test_from_json_rejects_missing_added_and_repeated_parts() -> None:
-    def delete(container: Any, key: Any) -> None:
-        del container[key]
-
-    def add(container: Any, key: Any) -> None:
-        value = container[key]
-        if isinstance(value, list):
-            value.append(value[0] if value else 1.0)
-        elif isinstance(value, dict):
-            value["new"] = 1.0
-        else:
-            container[key] = "new"
-
+def test_from_json_returns_usable_fit_or_names_problem(replacement: Any) -> None:
     for path in list_nodes(VALUES)[1:]:
-        if path not in {("by_kind", "Lg"), ("by_kind", "Tf")}:  # a fit may have tried one kind, but not none
-            with pytest.raises(ValueError, match="not a fit in JSON"):
-                Fit.from_json(change_json(path, delete))
-        with pytest.raises(ValueError, match="not a fit in JSON"):
-            Fit.from_json(change_json(path, add))
+        for change in (
+            lambda container, key: container.__setitem__(key, replacement),
+            lambda c, key: c.__delitem__(key),
+        ):
+            try:
+                fit = Fit.from_json(change_json(path, change))
+            except ValueError as error:
+                assert str(error).startswith("not a fit in JSON") and "\n" not in str(error)
+            else:
+                assert fit.weight().isfinite().all() and math.isfinite(fit.r2 or 0.0)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +231,6 @@ def test_from_json_rejects_missing_added_and_repeated_parts() -> None:
         (("kernels", 0, "akps", "sigma"), 0.3),
         (("kernels", 0, "kind"), "G"),
         (("by_kind", "Lg", 0, "kind"), "Tf"),
-        (("kernels", 0, "r2"), 1.01),
-        (("energies", 0), -1e-9),
-        (("shape",), [2, 2, 4, 2]),
         (("shape",), [4, 4, 2, 2]),
         (("shape", 0), 2.0),
         (("family",), "extended"),
