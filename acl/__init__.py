@@ -2,9 +2,10 @@
 
 from acl import explain, kernels
 from acl.arrangement import Arrangement
-from acl.convert import akp_parameters, analytic_layers, convert, fold, param_groups, summary
+from acl.convert import convert, fold
 from acl.fit import fit_kernels
 from acl.fit_result import Fit
+from acl.inspection import akp_parameters, analytic_layers, param_groups, summary
 from acl.layer import AnalyticConv2d
 from acl.options import LayerOptions
 from acl.serialization import load, read_info, save, serialize

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acl.convert import require_analytic_layers
+from acl.inspection import require_analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 

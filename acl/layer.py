@@ -1,44 +1,21 @@
 """AnalyticConv2d: a convolution whose weight is a mosaic of analytic and plain kernels."""
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, Literal, NoReturn, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from acl.arrangement import Arrangement, encode_placement
+from acl.computed_conv import COMPUTED_WEIGHT, ComputedConv2d
 from acl.kernels import AKP, AMPLITUDE, KINDS
 from acl.options import LayerKeywords, LayerOptions
 
-_COMPUTED_WEIGHT = (
-    "the weight of an AnalyticConv2d is computed from its AKPs and plain kernels, not stored as a parameter; "
-    "acl.fold(model) makes its analytic layers plain convolutions, whose weight can be set, pruned or parametrized"
-)
 
-
-def get_convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """The arguments of nn.Conv2d that create a convolution like this one, apart from device and dtype."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
-
-
-class _Parameters(dict[str, Any]):
-    """The parameters of a layer, for tools that look for ``weight`` among them and would fail with a bare KeyError."""
-
-    def __missing__(self, key: str) -> Any:
-        raise KeyError(_COMPUTED_WEIGHT if key == "weight" else key)
-
-    def __delitem__(self, key: str) -> None:
-        self[key]  # raises the error of __missing__
-        super().__delitem__(key)
-
-
-class AnalyticConv2d(nn.Conv2d):
+class AnalyticConv2d(ComputedConv2d):
     """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
     The weight has one slot per 2-D kernel. The arrangement fills the slots in order, row-major over (output channel,
@@ -62,8 +39,8 @@ class AnalyticConv2d(nn.Conv2d):
             arguments that nn.Conv2d rejects.
         TypeError: without an arrangement.
 
-    In training mode, each forward pass synthesizes the weight. In eval mode, the weight is cached until a parameter
-    changes. AKPs are evaluated in at least float32; the result is cast to the layer's dtype.
+    AKPs are evaluated in at least float32; the result is cast to the layer's dtype. ``acl.computed_conv`` decides when
+    the weight is cached.
 
     ``weight`` is computed, so an in-place edit of it (``nn.init.zeros_(layer.weight)``, ``layer.weight.data.clamp_()``)
     edits a temporary tensor and has no effect on the layer. Use ``set_akps``, ``plain``, ``sample_akps`` or
@@ -78,7 +55,6 @@ class AnalyticConv2d(nn.Conv2d):
         (torch.Size([64, 3, 7, 7]), 4962)
     """
 
-    kernel_size: tuple[int, int]
     arrangement: Arrangement
     """The number of kernels of each kind, as counts."""
     options: LayerOptions
@@ -88,12 +64,6 @@ class AnalyticConv2d(nn.Conv2d):
     """The plain kernels in slot order, (count, kh, kw); None if there are none."""
     placement: Tensor | None
     """(slots,) The index of each slot's kernel in the arrangement's order; no buffer, which averages would change."""
-    host: nn.Conv2d | None
-    """The replaced convolution if its class is a subclass of nn.Conv2d; it then performs the convolution."""
-    _format: Tensor
-    """Module.to() applies a memory format to every 4-D tensor, so this buffer records the one the weight should use."""
-    _cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None
-    """The key and the parameters of the cached weight, and the weight."""
 
     def __init__(
         self,
@@ -114,13 +84,11 @@ class AnalyticConv2d(nn.Conv2d):
         **options: Unpack[LayerKeywords],
     ) -> None:
         if arrangement is None:  # as for PEFT's LoRA, which creates convolutions of the type of a layer
-            raise TypeError(f"AnalyticConv2d needs an arrangement, such as 'G50% P50%'; {_COMPUTED_WEIGHT}")
+            raise TypeError(f"AnalyticConv2d needs an arrangement, such as 'G50% P50%'; {COMPUTED_WEIGHT}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
         )
-        del self.weight  # replaced by the property below, which computes it
-        self._parameters = _Parameters(self._parameters)
         self.options = LayerOptions(**options)
         if isinstance(arrangement, str):
             arrangement = Arrangement.parse(arrangement)
@@ -138,18 +106,10 @@ class AnalyticConv2d(nn.Conv2d):
         )
         plain_count = self.arrangement.counts.get("P", 0)
         self.plain = nn.Parameter(torch.empty(plain_count, *self.kernel_size, **factory)) if plain_count else None
-        self.register_buffer("_format", torch.zeros(1, 2, 2, 2, **factory), persistent=False)
         self._move_placement()
-        self.host = None
-        self._cache = None
         for key, parameter in self.raw.items():
             parameter.requires_grad_(key.split("_", 1)[1] in self.options.learned_akps)
         self.reset_parameters()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name.startswith("weight") and "raw" in self._modules:
-            raise TypeError(_COMPUTED_WEIGHT)
-        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalyticConv2d":
         super()._apply(fn, recurse)
@@ -330,50 +290,11 @@ class AnalyticConv2d(nn.Conv2d):
         is_channels_last = self._format.stride(1) == 1
         return weight.clone(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
-        """(out_channels, in_channels / groups, kh, kw): the mosaic, differentiable in every AKP and plain kernel."""
-        weight = self._read_cache_or_synthesize()
-        # A copy, so that editing it in place does not change the layer.
-        return weight.clone() if self._cache is not None and weight is self._cache[2] else weight
-
-    def _read_cache_or_synthesize(self) -> Tensor:
-        """The synthesized weight, or the cached one, which must not be edited."""
-        # raw.values() is several times slower.
+    def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:
+        # raw.values() is several times slower. Parametrized and replicated AKPs are not among the parameters of raw.
         raw: list[Any] = list(self.raw._parameters.values())
-        parameters = raw if self.plain is None else [*raw, self.plain]
-        # What computes or replaces parameters (parametrizations, replicas, functional_call, fake tensors) cannot be
-        # compared. Parametrized and replicated AKPs are not among the parameters of raw.
-        is_comparable = len(raw) == len(self.raw) and all(type(p) is nn.Parameter for p in parameters)
-        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.training or not is_comparable or needs_grad or is_traced or parameters[0].is_meta:
-            return self._synthesize()
-        # Compare by value: edits through .data and fused optimizers leave no other trace, and a stale weight is wrong.
-        sources = [t for t in (torch.cat(raw) if raw else None, self.plain, self.placement) if t is not None]
-        key = (sources[0].device, self._format.dtype, self._format.stride(), self.options)
-        cache = self._cache
-        if cache is None or cache[0] != key or not all(map(torch.equal, cache[1], sources)):
-            with torch.inference_mode(False), torch.no_grad():
-                cache = (key, [tensor.detach().clone() for tensor in sources], self._synthesize())
-            self._cache = cache
-        return cache[2]
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
-        if isinstance(input, torch.fx.Proxy):  # a leaf of the graph: fx cannot trace the synthesis
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-        # A host's code could edit its weight.
-        return self.convolve(input, self._read_cache_or_synthesize() if self.host is None else self.weight, self.bias)
-
-    def __prepare_scriptable__(self) -> NoReturn:  # called by torch.jit.script
-        raise TypeError(f"torch.jit.script cannot compile an AnalyticConv2d: {_COMPUTED_WEIGHT}")
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Performs the layer's convolution with the given weight and bias in place of its own."""
-        if self.host is None:
-            return self._conv_forward(x, weight, bias)
-        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        return functional_call(self.host, tensors, (x,))
+        raw += [None] * (len(self.raw) - len(raw))
+        return (raw if self.plain is None else [*raw, self.plain]), self.options
 
     @torch.no_grad()
     def formula(self, slot: int, digits: int = 3) -> str:
@@ -400,25 +321,7 @@ class AnalyticConv2d(nn.Conv2d):
         expression, separator, definitions = text.partition("; ")
         return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
 
-    def fold(self) -> nn.Conv2d:
-        """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode.
-
-        Its weight is frozen if all of the layer's AKPs and plain kernels are.
-        """
-        if self.host is not None:
-            conv = copy.deepcopy(self.host)
-        else:
-            conv = nn.Conv2d(**get_convolution_arguments(self), device="meta")
-        is_weight_trained = any(parameter.requires_grad for parameter in self.weight_parameters())
-        conv.weight = nn.Parameter(self.weight.detach().clone(), is_weight_trained)
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
-        return conv.train(self.training)
-
     def extra_repr(self) -> str:
         default = LayerOptions()
         options = [f"{k}={v!r}" for k, v in vars(self.options).items() if k != "learn" and v != getattr(default, k)]
         return ", ".join([super().extra_repr(), f"arrangement='{self.arrangement}'", *options])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None}

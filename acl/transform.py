@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from acl.convert import replace_convolutions, require_analytic_layers
+from acl.computed_conv import get_convolution_arguments
+from acl.convert import replace_convolutions
+from acl.inspection import require_analytic_layers
 from acl.kernels import AKP, AMPLITUDE, KINDS, LENGTH_ROLES, Kind
-from acl.layer import AnalyticConv2d, get_convolution_arguments
+from acl.layer import AnalyticConv2d
 
 _MAX_ERROR = 0.02
 """The share of the energy of reduced kernels that formulas may miss."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from acl.convert import analytic_layers
 from acl.explain import attribute
+from acl.inspection import analytic_layers
 from acl.kernels import KINDS
 from reporting.json_lines import read_json_lines
 from reporting.transforms import measure_transforms

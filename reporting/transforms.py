@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, rotate
 
 import acl
-from acl.convert import analytic_layers
+from acl.inspection import analytic_layers
 from training.data import Data
 from training.datasets import Split
 from training.errors import UsageError

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import acl
-from acl.convert import require_analytic_layers
 from acl.explain import Batches, attribute, leave_one_out
+from acl.inspection import require_analytic_layers
 from acl.kernels import KINDS
 from tests.arrangements import arrange_all_kinds
 
