@@ -122,6 +122,8 @@ def compose(overrides: list[str], config: str = "train") -> DictConfig:
 
 def format_error(error: BaseException) -> str:
     """Formats an error and its causes in one line."""
+    if isinstance(error, UsageError):
+        return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}'; known: {', '.join(error.options)}"
@@ -182,5 +184,5 @@ def run_script(
 
 
 def _exit_with(error: Exception) -> NoReturn:
-    print(f"error: {error if isinstance(error, UsageError) else format_error(error)}", file=sys.stderr)
+    print(f"error: {format_error(error)}", file=sys.stderr)
     sys.exit(2)
