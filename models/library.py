@@ -1,6 +1,7 @@
 """Networks from torchvision and timm, initialized at random or with pretrained weights from the library or a file."""
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -139,6 +140,7 @@ def read_kernels(file: Path) -> Tensor:
 
 def _read_weights(file: Path) -> Any:
     """Reads a tensor from ``.npy``, or a state dict from any other format."""
+    file = Path(os.path.expanduser(file))  # noqa: PTH111 - Path.expanduser raises RuntimeError for an unknown user
     readers: dict[str, Callable[[Path], Any]] = {
         ".npy": _read_npy,
         ".safetensors": _read_state,

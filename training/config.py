@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -129,6 +130,12 @@ def format_error(error: BaseException) -> str:
         return f"unknown {group} '{name}'; known: {', '.join(error.options)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing"
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        key, _, value = error.override.partition("=")
+        text = '["..."]' if value.startswith("[") else '"' + value.replace('"', '\\"') + '"'
+        reason = f" ({' '.join(str(error.__cause__).split())})" if isinstance(error.__cause__, HydraException) else ""
+        hint = "put text with special characters in quotes, inside those of the shell"
+        return f"cannot read {error.override}{reason}: {hint}: {shlex.quote(f'{key}={text}')}"
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

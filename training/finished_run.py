@@ -1,5 +1,6 @@
 """Loads the trained networks of finished runs."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,7 +69,8 @@ def find_finished_runs(runs: str | list[str]) -> list[Path]:
         UsageError: if there are none.
     """
     patterns = [runs] if isinstance(runs, str) else runs
-    folders = [Path(name) for pattern in patterns for name in glob(pattern)]  # noqa: PTH207 - absolute patterns too
+    # Functions of os.path, because those of Path raise for unknown users and absolute patterns.
+    folders = [Path(name) for pattern in patterns for name in glob(os.path.expanduser(pattern))]  # noqa: PTH111, PTH207
     paths = {path.parent for folder in folders for name in RECORDS for path in folder.glob(name)}
     if not paths:
         raise UsageError(f"no finished run in {', '.join(patterns)}; set runs=[...] to folders of runs")

@@ -141,6 +141,12 @@ def test_npy_file_loads_into_first_convolution_of_its_shape(tmp_path: Path) -> N
         models.create_model("resnet18", 3, 5, {}, pretrained=str(file))
 
 
+def test_home_folder_in_path_of_weights_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "conv1.npy", np.ones((4, 3, 7, 7)))
+    assert read_kernels(Path("~/conv1.npy")).shape == (4, 3, 7, 7)
+
+
 def test_read_kernels_returns_float32_tensor(tmp_path: Path) -> None:
     file = tmp_path / "conv1.npy"
     weight = np.random.default_rng(0).normal(size=(4, 3, 7, 7))

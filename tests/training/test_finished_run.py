@@ -17,7 +17,13 @@ from tests.training.configurations import compose_run
 from tests.training.trees import write_imagefolder
 from training.errors import UsageError
 from training.evaluate import evaluate
-from training.finished_run import FinishedRun, load_akp_history, load_finished_run, resolve_run_path
+from training.finished_run import (
+    FinishedRun,
+    find_finished_runs,
+    load_akp_history,
+    load_finished_run,
+    resolve_run_path,
+)
 from training.loop import run
 from training.runs import load_run_data, open_run_directory, parse_run
 
@@ -97,6 +103,14 @@ def test_resolve_run_path_finds_id_in_runs_folder(tmp_path: Path, monkeypatch: p
     assert resolve_run_path(Path("0123456789ab")) == Path("runs/0123456789ab")
     assert resolve_run_path(Path("runs/0123456789ab")) == Path("runs/0123456789ab")
     assert resolve_run_path(Path("missing")) == Path("missing")
+
+
+def test_home_folder_in_globs_of_runs_is_expanded(
+    finished_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(finished_path.parent))
+    assert find_finished_runs("~") == find_finished_runs(["~/*"]) == [finished_path]
+    assert open_run_directory(compose_run(Path("'~'"), *SHORT)).path == finished_path
 
 
 def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:
