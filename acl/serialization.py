@@ -1,8 +1,10 @@
 """Weight files that describe themselves: a state dict, with the specification of every analytic layer as metadata."""
 
 import json
+import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,12 +62,17 @@ def save(model: nn.Module, file: str | Path, info: Any = None) -> None:
         {'G': 12, 'P': 12}
     """
     path, content = Path(file), serialize(model, info)
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))  # a symbolic link stays
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def serialize(model: nn.Module, info: Any = None) -> bytes:

@@ -1,8 +1,10 @@
 """Networks from torchvision and timm, initialized at random or with pretrained weights from the library or a file."""
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import urlparse
 
@@ -138,6 +140,7 @@ def read_kernels(file: Path) -> Tensor:
 
 def _read_weights(file: Path) -> Any:
     """Reads a tensor from ``.npy``, or a state dict from any other format."""
+    file = Path(os.path.expanduser(file))  # noqa: PTH111 - Path.expanduser raises RuntimeError for an unknown user
     readers: dict[str, Callable[[Path], Any]] = {
         ".npy": _read_npy,
         ".safetensors": _read_state,
@@ -149,13 +152,21 @@ def _read_weights(file: Path) -> Any:
     if not file.exists():
         raise ValueError(f"cannot read weights from {file}: there is no such file")
     try:
-        return readers[file.suffix](file)
+        weights = readers[file.suffix](file)
+        for name, tensor in weights.items() if isinstance(weights, dict) else [("it", weights)]:
+            if tensor.is_complex():
+                raise ValueError(f"{name} has complex numbers")
+            if not tensor.float().isfinite().all():
+                raise ValueError(f"{name} has numbers that are not finite in float32")
     except Exception as error:
-        raise ValueError(f"cannot read weights from {file}: {' '.join(str(error).split())[:200]}") from error
+        reason, is_refused, _ = str(error).partition(" No automatic unsafe pickle fallback")  # timm's error
+        reason = shorten(reason, 250, placeholder=" ...") + (" Save the state dict alone." if is_refused else "")
+        raise ValueError(f"cannot read weights from {file}: {reason}") from error
+    return weights if isinstance(weights, dict) else weights.float()
 
 
 def _read_npy(file: Path) -> Tensor:
-    return torch.from_numpy(np.load(file, allow_pickle=False)).float()
+    return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
 from training.config import compose, is_in_identity, resolve
 from training.errors import BusyError, UsageError
+from training.loggers import check_logger
 from training.loop import run
 from training.provenance import digest_sources
 from training.run_directory import RunDirectory, parse_record, write_atomic
@@ -161,7 +162,9 @@ class Table:
                     f"row '{row.name}' has trainer.test={str(settings.trainer.test).lower()}, unlike the first row; a "
                     "table lists results on the test split or on the validation split, not on both"
                 )
-            data = data or load_run_data(settings)
+            if data is None:
+                check_logger(settings.logger)
+                data = load_run_data(settings)
             build_model(settings, data)
 
     def status(self) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from reporting.run_page import render_run_page
 from training.config import run_script
 from training.errors import UsageError
 from training.finished_run import DataLocation, FinishedRun, load_akp_history, load_finished_run
-from training.run_directory import write_atomic
+from training.run_directory import write_together
 from training.runs import create_network, load_run_data
 from training.validation import STRICT, FilePath, OutputFile
 
@@ -59,8 +59,7 @@ def main(settings: ExplainSettings) -> None:
         "kinds": {mode: summarize_attribution(attribution) for mode, attribution in attributions.items()},
         "kernels": None if lost is None else {name: values.tolist() for name, values in lost.items()},
     }
-    write_atomic(page_file.with_suffix(".json"), json.dumps(results) + "\n")
-    write_atomic(page_file, page)
+    write_together({page_file.with_suffix(".json"): json.dumps(results) + "\n", page_file: page})
     for mode, attribution in attributions.items():
         values = ", ".join(
             f"{kind} {value:+.2f}" for kind, value in attribution.shapley().items() if kind in attribution.kinds

@@ -6,7 +6,7 @@ import torch
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 import acl
-from training.config import run_script
+from training.config import format_error, run_script
 from training.errors import UsageError
 from training.finished_run import DataLocation, load_finished_run
 from training.run_directory import write_atomic
@@ -28,16 +28,20 @@ def main(settings: ExportSettings) -> None:
     expected = run.input_format
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, expected.channels, expected.height, expected.width, generator=generator)
+    try:
+        with torch.no_grad():
+            logits = run.model(images).numpy()
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[1:]))
+        raise UsageError(f"{run.path}: its network does not accept images of {size}: {format_error(error)}") from error
     exported = torch.onnx.export(
-        run.model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False
+        run.model.float(), (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False
     )
     assert exported is not None
     content = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content)
-    with torch.no_grad():
-        logits = run.model(images).numpy()
     difference = float(np.abs(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0] - logits).max())
-    if difference > 1e-4:
+    if not difference <= 1e-4:  # nan, too
         raise UsageError(f"ONNX Runtime's logits differ from torch's by {difference:.2g}; nothing was written")
     write_atomic(settings.file, content)
     print(

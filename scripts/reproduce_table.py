@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         raise UsageError(f"debug={cfg.debug} records nothing, so {', '.join(FLAGS)} has nothing to work on")
     table = open_table(cfg, "worker")
     if "--verify" in FLAGS:
-        comparisons = verify_table(table, Path(cfg.paths.runs) / "verify")
+        comparisons = verify_table(table, Path(cfg.paths.runs).expanduser() / "verify")
         print(f"\n{table.name}, compared with {table.path.with_suffix('.jsonl')}:")
         for comparison in comparisons:
             print(f"  {comparison.row}: {', '.join(filter(None, (comparison.verdict, comparison.details)))}")

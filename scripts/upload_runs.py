@@ -9,7 +9,7 @@ from tqdm import tqdm
 from training.config import run_script
 from training.errors import UsageError
 from training.finished_run import find_finished_runs, read_run_folder
-from training.loggers import LoggerSettings, log_recorded_run
+from training.loggers import LoggerSettings, check_logger, log_recorded_run
 from training.validation import STRICT, construct
 
 
@@ -22,6 +22,7 @@ class UploadSettings:
 def main(settings: UploadSettings) -> None:
     logger = construct(LoggerSettings, settings.logger, "logger")
     paths = find_finished_runs(settings.runs)
+    check_logger(logger)
     num_uploaded = 0
     for path in tqdm(paths, unit="run", disable=None):
         try:

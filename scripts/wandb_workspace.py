@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from training.config import run_script
 from training.errors import UsageError
+from training.loggers import report_refusals
 from training.validation import STRICT
 
 
@@ -51,9 +52,10 @@ def main(settings: WorkspaceSettings) -> None:
         workspace = create_workspace(settings)
     except ValidationError as error:  # such as "Emojis are not allowed" for a name with "="
         raise UsageError(f"W&B does not accept name={settings.name}: {error.errors()[0]['msg']}") from error
-    if not wandb.login(prompt=False):
-        raise UsageError("a workspace needs a W&B account: run `wandb login` first")
-    workspace.save()
+    with report_refusals():
+        if not wandb.login(prompt=False):
+            raise UsageError("a workspace needs a W&B account: run `wandb login` first")
+        workspace.save()
     print(workspace.url)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -122,11 +123,19 @@ def compose(overrides: list[str], config: str = "train") -> DictConfig:
 
 def format_error(error: BaseException) -> str:
     """Formats an error and its causes in one line."""
+    if isinstance(error, UsageError):
+        return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}'; known: {', '.join(error.options)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing"
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        key, _, value = error.override.partition("=")
+        text = '["..."]' if value.startswith("[") else '"' + value.replace('"', '\\"') + '"'
+        reason = f" ({' '.join(str(error.__cause__).split())})" if isinstance(error.__cause__, HydraException) else ""
+        hint = "put text with special characters in quotes, inside those of the shell"
+        return f"cannot read {error.override}{reason}: {hint}: {shlex.quote(f'{key}={text}')}"
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -182,5 +191,5 @@ def run_script(
 
 
 def _exit_with(error: Exception) -> NoReturn:
-    print(f"error: {error if isinstance(error, UsageError) else format_error(error)}", file=sys.stderr)
+    print(f"error: {format_error(error)}", file=sys.stderr)
     sys.exit(2)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, validate_call
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from training.datasets import DATASETS, Share, Split
 from training.errors import UsageError
-from training.validation import STRICT, Count, Seed, construct, format_value
+from training.validation import STRICT, Count, Pixels, Seed, construct, format_value
 
 MAX_BYTES_ON_DEVICE = 2**32
 """Larger data sets stay in main memory or memory-mapped."""
 EVAL_PIXELS = 2**24
 """Maximum number of pixels in an evaluation batch."""
+FLOAT32 = torch.finfo(torch.float32)
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -70,16 +71,20 @@ class Augmentation:
         return images[..., top : top + self.crop, left : left + self.crop]
 
 
-@dataclass(frozen=True)
+@validated_dataclass(frozen=True, config=STRICT)
 class InputFormat:
     """The images that a network takes, and their classes."""
 
-    channels: int
-    height: int  # in pixels
-    width: int
-    classes: int
-    mean: list[float]  # per channel, in pixel values from 0 to 255
-    std: list[float]
+    channels: Annotated[int, Field(ge=1, le=2**16)]
+    height: Pixels
+    width: Pixels
+    classes: Annotated[int, Field(ge=1, le=2**16)]
+    mean: list[Annotated[float, Field(ge=FLOAT32.min, le=FLOAT32.max)]]  # per channel, in pixel values from 0 to 255
+    std: list[Annotated[float, Field(ge=FLOAT32.tiny, le=FLOAT32.max)]]
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"should have {self.channels} means and standard deviations, one per channel")
 
 
 @dataclass(frozen=True)

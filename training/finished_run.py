@@ -1,17 +1,17 @@
 """Loads the trained networks of finished runs."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from training.errors import UsageError
 from training.evaluate import evaluate
 from training.run_directory import RunDirectory, read_record
 from training.runs import RunSettings, create_network, load_run_data, parse_run
+from training.validation import construct
 
 RECORDS = ("record.json", "*/record.json")
 """Where the records are in the folder of a run, or of many runs."""
@@ -68,7 +69,8 @@ def find_finished_runs(runs: str | list[str]) -> list[Path]:
         UsageError: if there are none.
     """
     patterns = [runs] if isinstance(runs, str) else runs
-    folders = [Path(name) for pattern in patterns for name in glob(pattern)]  # noqa: PTH207 - absolute patterns too
+    # Functions of os.path, because those of Path raise for unknown users and absolute patterns.
+    folders = [Path(name) for pattern in patterns for name in glob(os.path.expanduser(pattern))]  # noqa: PTH111, PTH207
     paths = {path.parent for folder in folders for name in RECORDS for path in folder.glob(name)}
     if not paths:
         raise UsageError(f"no finished run in {', '.join(patterns)}; set runs=[...] to folders of runs")
@@ -85,9 +87,15 @@ def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tu
         if not (path / name).exists():
             raise UsageError(f"{path} {problem}: it has no {name}")
     record = read_record(path / "record.json")
-    settings = parse_run(_complete(_read_config(path / "config.yaml"), data_location))
+    config_file = path / "config.yaml"
+    settings = _parse_saved(partial(OmegaConf.load, config_file), config_file, data_location)
     if record["config"] != settings.directory.identity:
-        raise UsageError(f"{path / 'config.yaml'} and record.json disagree: they belong to different runs")
+        raise UsageError(f"{config_file} and record.json disagree: they belong to different runs")
+    if not 1 <= record["best_epoch"] <= settings.trainer.epochs:
+        raise UsageError(
+            f"{path / 'record.json'} is damaged: its best_epoch is {record['best_epoch']}, but the run has epochs 1 to "
+            f"{settings.trainer.epochs}"
+        )
     return replace(settings, directory=RunDirectory(path.parent, record["config"])), record  # it may have been moved
 
 
@@ -107,7 +115,7 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         info = _read_info(weights)
         if info is None:
             raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
-        settings = parse_run(_complete(OmegaConf.create(info["config"]), data_location))
+        settings = _parse_saved(partial(OmegaConf.create, info["config"]), weights, data_location)
     else:
         settings, record = read_run_folder(path, data_location)
         weights = path / "model.safetensors"
@@ -116,13 +124,16 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
             return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
         if info["config"] != record["config"]:
             raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
-    input_format = InputFormat(**info["input_format"])
     plain = {**settings.model, "arrangement": {}, "layer": None}
     for name in ("pretrained", "random_layers"):
         plain.pop(name, None)
-    model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
+    input_format: InputFormat = info["input_format"]
+    try:
+        model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
+    except ValueError as error:
+        raise UsageError(f"{weights} does not describe a network: {format_error(error)}") from error
     if settings.trainer.precision in ("64-true", "64"):
-        model.double()
+        model.double().register_forward_pre_hook(_cast_to_dtype_of_parameters)
     try:
         acl.load(model, weights)
     except ValueError as error:
@@ -148,9 +159,21 @@ def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
     """The AKPs before training and after each epoch; empty for a run without analytic layers."""
     file = run.path / "akps.safetensors"
     try:
-        return load_file(file) if file.exists() else {}
+        history = load_file(file) if file.exists() else {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} is corrupt ({error}); move it away to continue without the AKP history") from error
+    shapes = {
+        f"{name}/{symbol}/{akp}": (run.settings.trainer.epochs + 1, *values.shape)
+        for name, layer in acl.analytic_layers(run.model).items()
+        for symbol, akps in layer.akps().items()
+        for akp, values in akps.items()
+    }
+    for name in (shapes.keys() | history.keys()) if file.exists() else ():
+        values = history.get(name, torch.empty(()))
+        if values.shape != shapes.get(name) or not (values.is_floating_point() and values.isfinite().all()):
+            expected = f"hold finite numbers {shapes[name]}" if name in shapes else "be absent"
+            raise UsageError(f"{file} is not the AKP history of this run: {name} should {expected}")
+    return history
 
 
 def _read_info(weights: Path) -> dict[str, Any] | None:
@@ -162,30 +185,37 @@ def _read_info(weights: Path) -> dict[str, Any] | None:
         info = acl.read_info(weights)["info"]
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{weights} is not a readable file of weights: {format_error(error)}") from error
-    if not isinstance(info, dict) or not {"config", "input_format"} <= info.keys():
+    if not isinstance(info, dict) or not all(isinstance(info.get(key), dict) for key in ("config", "input_format")):
         raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
-    return info
-
-
-def _read_config(file: Path) -> DictConfig:
     try:
-        config = OmegaConf.load(file)
-        if isinstance(config, DictConfig) and isinstance(config.get("data"), DictConfig):
-            return config
-        problem = "it has no section data"
-    except (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        problem = format_error(error)
-    raise UsageError(f"{file} is not the configuration of a run: {problem}")
+        return {**info, "input_format": construct(InputFormat, info["input_format"], "input_format")}
+    except UsageError as error:
+        raise UsageError(f"{weights} is damaged: {error}") from error
 
 
-def _complete(saved: DictConfig, data_location: DataLocation | None) -> DictConfig:
-    """Adds the options that a saved configuration lacks: those added since, and those that no result depends on."""
-    current = compose([f"data={saved.data.get('name')}"])
-    OmegaConf.set_struct(current, False)
-    new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
-    cfg = OmegaConf.merge(current, saved, {"data": new_location})
-    assert isinstance(cfg, DictConfig)
-    return cfg
+def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocation | None) -> RunSettings:
+    """Validates a saved configuration, with the options that it lacks: new ones, and those that no result depends on.
+
+    Raises:
+        UsageError: if the configuration is damaged; it names ``file``, which holds it.
+    """
+    try:
+        saved = load()
+        if not isinstance(saved, DictConfig) or not isinstance(saved.get("data"), DictConfig):
+            raise UsageError("it has no section data")
+        current = compose([f"data={saved.data.get('name')}"])
+        OmegaConf.set_struct(current, False)
+        new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
+        cfg = OmegaConf.merge(current, saved, {"data": new_location})
+        assert isinstance(cfg, DictConfig)
+        return parse_run(cfg)
+    except Exception as error:  # OmegaConf and YAML raise errors of many types for damaged content
+        raise UsageError(f"{file} does not hold the configuration of a run: {format_error(error)}") from error
+
+
+def _cast_to_dtype_of_parameters(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward pre-hook, because data are normalized to float32."""
+    return tuple(x.to(next(model.parameters()).dtype) for x in inputs)
 
 
 def _load_from_plain_file(settings: RunSettings, weights: Path) -> tuple[InputFormat, nn.Module]:
@@ -194,8 +224,8 @@ def _load_from_plain_file(settings: RunSettings, weights: Path) -> tuple[InputFo
     seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
     if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
         settings = replace(settings, model={**settings.model, "pretrained": False})  # its file may be gone
-    model = create_network(settings, data.channels, data.classes)
     try:
+        model = create_network(settings, data.channels, data.classes)
         # Earlier versions stored an empty parameter for layers without plain kernels.
         model.load_state_dict({name: tensor for name, tensor in load_file(weights).items() if tensor.numel()})
     except Exception as error:

@@ -2,10 +2,14 @@
 
 import csv
 import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
@@ -49,6 +53,39 @@ class Logger:
         """Logs the record of the finished run."""
 
 
+@contextmanager
+def report_refusals() -> Iterator[None]:
+    """Turns errors of W&B into one line."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.Error, ValidationError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, ValidationError):
+            reason = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        elif isinstance(error, wandb.errors.CommError):
+            reason += "; set WANDB_MODE=offline to log without a connection"
+        raise UsageError(f"W&B error: {reason}") from error
+
+
+def _choose_mode() -> Any:
+    """The mode of the environment or of ``wandb offline``; otherwise online, or offline without an API key."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+    return mode if mode != "online" or wandb.login(prompt=False) else "offline"
+
+
+def check_logger(settings: LoggerSettings) -> None:
+    """Raises UsageError if W&B refuses the options or the API key, or cannot be reached, before a run does any work."""
+    if settings.name == "wandb":
+        import wandb
+
+        with report_refusals():
+            wandb.Settings(project=settings.project, run_tags=tuple(settings.tags), mode=_choose_mode())
+
+
 class WandbLogger(Logger):
     """Logs to Weights & Biases, or offline in the run's folder if there is no API key.
 
@@ -60,23 +97,24 @@ class WandbLogger(Logger):
     ) -> None:
         import wandb
 
-        self.layers = analytic_layers(model)
+        self.directory, self.layers = directory, analytic_layers(model)
         self.epochs = config["trainer"]["epochs"]
         self.pictures_every = settings.pictures_every
         data_name = config["data"]["name"]
-        self.run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            id=directory.id,
-            group=settings.group,
-            name=settings.title or f"{data_name} seed {config['seed']}",
-            tags=[data_name, config["model"]["backbone"], *settings.tags],
-            config={**config, "row": settings.row},
-            dir=str(directory.path),
-            resume="allow",
-            mode=None if wandb.login(prompt=False) else "offline",
-            reinit="create_new",
-        )
+        with report_refusals():
+            self.run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                id=directory.id,
+                group=settings.group,
+                name=settings.title or f"{data_name} seed {config['seed']}",
+                tags=[*settings.tags, data_name, config["model"]["backbone"]],
+                config={**config, "row": settings.row},
+                dir=str(directory.path),
+                resume="allow",
+                mode=_choose_mode(),
+                reinit="create_new",
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -93,7 +131,16 @@ class WandbLogger(Logger):
         self.run.log({**metrics, **(self._draw_layers() if draws_layers else {})}, step=epoch)
 
     def finish(self, record: dict[str, Any]) -> None:
+        import wandb
+
         self.run.summary.update({key: value for key, value in record.items() if key != "config"})
+        weights = self.directory.path / "model.safetensors"
+        if not weights.exists():
+            print(f"{weights} is missing, so W&B gets the metrics without the weights", file=sys.stderr)
+            return
+        artifact = wandb.Artifact(self.directory.id, "model")
+        artifact.add_file(str(weights), skip_cache=True)
+        self.run.log_artifact(artifact)
 
     def _draw_layers(self) -> dict[str, Any]:
         """The mosaic of each analytic layer, and histograms of its AKPs in natural units."""
@@ -129,14 +176,17 @@ def log_recorded_run(
     """Logs a run that is recorded already: its metrics of each epoch, and its record.
 
     Raises:
-        UsageError: if its metrics.csv is missing or corrupt.
+        UsageError: if its metrics.csv is missing or corrupt, or W&B refuses the run.
     """
     history_file = directory.path / "metrics.csv"
     try:
         lines = csv.DictReader(history_file.read_text("utf-8").splitlines())
         history = [{key: float(value) for key, value in line.items()} for line in lines]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(f"cannot read the metrics in {history_file}: {error}") from error
+    epochs = config["trainer"]["epochs"]
+    if [metrics.get("epoch") for metrics in history] != list(range(1, epochs + 1)):
+        raise UsageError(f"{history_file} is damaged: its column epoch should count from 1 to {epochs}")
     no_layers = nn.Module()  # the network of each epoch is no longer available to be drawn
     with open_logger(settings, directory, config, no_layers) as logger:
         for metrics in history:

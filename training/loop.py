@@ -25,7 +25,7 @@ from training.distributed import all_reduce, build_fabric, is_main_process, sync
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.finished_run import serialize_weights
-from training.loggers import Logger, open_logger
+from training.loggers import Logger, check_logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment
 from training.run_directory import RECORD_FORMAT, RunDirectory, serialize
@@ -49,6 +49,8 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
     settings = parse_run(cfg)
     if (record := settings.directory.load_record(settings.fresh)) is not None:
         return record, False
+    if is_main_process():
+        check_logger(settings.logger)
     fabric = build_fabric(settings.trainer)
     if settings.trainer.precision in ("16-mixed", "16") and fabric.device.type == "cpu":
         raise UsageError(f"trainer.precision={settings.trainer.precision} needs a GPU; use bf16-mixed on a CPU")

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,35 @@ UNFINISHED = ".unfinished-"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file next to ``path``, then moves it into place.
+    """Writes one file; see ``write_together``."""
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, str | bytes]) -> None:
+    """Writes temporary files next to all files, then moves them into place.
+
+    Symbolic links stay, and devices and pipes are written to directly.
 
     Raises:
-        UsageError: if the disk is full or the folder is not writable; an existing file at ``path`` is untouched.
+        UsageError: if the disk is full or a folder is not writable; existing files are untouched.
     """
-    temporary = path.with_name(f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-{path.name}")
+    temporaries: dict[Path, Path] = {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            target = path
+            if path.is_file() or not path.exists():
+                real = Path(os.path.realpath(path))
+                target = temporaries[real] = real.with_name(
+                    f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-{real.name}"
+                )
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with suppress(OSError):  # not there, or on a read-only file system
+                temporary.unlink()
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 

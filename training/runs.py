@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import os
 import tempfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -83,7 +84,8 @@ def create_smoke_folder() -> Path:
 
 def open_run_directory(cfg: DictConfig) -> RunDirectory:
     """The folder of the run that a configuration describes; nothing is written."""
-    return RunDirectory(Path(cfg.paths.runs) if cfg.get("debug") is None else create_smoke_folder(), identity(cfg))
+    runs = Path(os.path.expanduser(cfg.paths.runs)) if cfg.get("debug") is None else create_smoke_folder()  # noqa: PTH111
+    return RunDirectory(runs, identity(cfg))
 
 
 def parse_run(cfg: DictConfig) -> RunSettings:

@@ -1,6 +1,7 @@
 """Turns sections of a configuration into validated objects; invalid values become one-line errors."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,7 +18,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_
 def _check_is_path(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("should be the path of a file or folder")
-    return value
+    return os.path.expanduser(value)  # noqa: PTH111 - Path.expanduser raises RuntimeError for an unknown user
 
 
 def _check_is_no_folder(path: Path) -> Path:
@@ -85,5 +86,13 @@ def check_arguments(function: Callable[..., object], options: Mapping[str, Any],
 
 
 def format_value(value: object) -> str:
-    """Formats a value as on the command line, in one line."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), " ".join(str(value).split()))
+    """Formats a value as on the command line, in one line; text that looks like another type is in quotes."""
+    text = " ".join(str(value).split())
+    if not isinstance(value, str):
+        return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+    if text.lower() not in ("", "null", "true", "false"):
+        try:
+            float(text)
+        except ValueError:
+            return text
+    return f"'{text}'"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -432,3 +433,31 @@ def test_sparse_tensor_cannot_be_saved(tmp_path: Path) -> None:
     model.register_buffer("mask", torch.eye(2).to_sparse())
     with pytest.raises(ValueError, match="cannot save mask: it is sparse"):
         acl.save(model, tmp_path / "sparse.safetensors")
+
+
+def test_save_writes_into_pipe_and_to_target_of_symlink(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    link, target, pipe = tmp_path / "link", tmp_path / "folder/target", tmp_path / "pipe"
+    target.parent.mkdir()
+    link.symlink_to("folder/target")
+    acl.save(model, link)
+    assert link.is_symlink() and target.read_bytes() == acl.serialize(model) and not target.is_symlink()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    acl.save(model, pipe)
+    assert os.read(reader, 10**5) == acl.serialize(model) and pipe.is_fifo()
+    os.close(reader)
+    assert {path.name for path in tmp_path.rglob("*")} == {"link", "folder", "target", "pipe"}
+
+
+def test_save_to_read_only_folder_names_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, *_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    def fail_to_remove(*_: object, **__: object) -> None:
+        raise OSError(30, "cannot remove")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "unlink", fail_to_remove)
+    with pytest.raises(OSError, match="Read-only file system"):
+        acl.save(nn.Conv2d(1, 2, 3), tmp_path / "file")

@@ -141,6 +141,12 @@ def test_npy_file_loads_into_first_convolution_of_its_shape(tmp_path: Path) -> N
         models.create_model("resnet18", 3, 5, {}, pretrained=str(file))
 
 
+def test_home_folder_in_path_of_weights_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "conv1.npy", np.ones((4, 3, 7, 7)))
+    assert read_kernels(Path("~/conv1.npy")).shape == (4, 3, 7, 7)
+
+
 def test_read_kernels_returns_float32_tensor(tmp_path: Path) -> None:
     file = tmp_path / "conv1.npy"
     weight = np.random.default_rng(0).normal(size=(4, 3, 7, 7))
@@ -265,3 +271,43 @@ def test_torchvision_weights_load_from_its_cache(tmp_path: Path, monkeypatch: py
 def test_torchvision_network_rejects_grayscale_images() -> None:
     with pytest.raises(ValueError, match="resnet18 takes images with 3 channels, not 1"):
         models.create_model("resnet18", 1, 10, {})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1j, 1e300])
+def test_weights_that_are_not_finite_real_numbers_are_rejected(tmp_path: Path, value: complex) -> None:
+    state = make_small_network().state_dict()
+    dtype = torch.complex128 if isinstance(value, complex) else torch.float64
+    state["0.weight"] = state["0.weight"].to(dtype)
+    state["0.weight"][0, 0, 0, 1] = value
+    torch.save(state, tmp_path / "net.pth")
+    np.save(tmp_path / "net.npy", state["0.weight"].numpy())
+    problem = "complex numbers" if isinstance(value, complex) else "numbers that are not finite in float32"
+    for name, where in (("net.pth", "0.weight has "), ("net.npy", "it has ")):
+        model = make_small_network()
+        before = model[0].weight.clone()
+        with pytest.raises(ValueError, match=f"cannot read weights from .*{name}: {where}{problem}") as error:
+            load_weights(model, tmp_path / name)
+        assert "\n" not in str(error.value) and torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match=problem):
+        read_kernels(tmp_path / "net.npy")
+
+
+def test_checkpoint_with_other_objects_is_rejected_by_their_name(tmp_path: Path) -> None:
+    file = tmp_path / "net.pth"
+    torch.save({"state_dict": make_small_network().state_dict(), "accuracy": np.float64(0.5)}, file)
+    with pytest.raises(ValueError) as error:
+        load_weights(make_small_network(), file)
+    assert str(error.value).startswith(f"cannot read weights from {file}: weights_only=True blocked loading")
+    assert "multiarray.scalar" in str(error.value) and str(error.value).endswith(". Save the state dict alone.")
+
+
+def test_long_reason_for_unreadable_weights_is_cut_between_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("word " * 100)
+
+    monkeypatch.setattr(np, "load", fail)
+    (tmp_path / "net.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r": word( word)+ \.\.\.$"):
+        read_kernels(tmp_path / "net.npy")

@@ -1,7 +1,9 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from acl.explain import attribute
 from reporting.measurements import (
     ATTACK_SIZES,
+    MEASUREMENTS,
     iterate_pairs,
     measure_akp_travel,
     measure_attacks,
@@ -42,6 +45,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return load_trained(folder, "model=ana_four_layer", "arrangement.all=G50%_P50%", "trainer.epochs=2")
 
 
+@pytest.fixture(scope="module")
+def double_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    options = ["model=ana_four_layer", "arrangement.all=G50%_P50%", "trainer.epochs=1", "trainer.batch_size=16"]
+    options += ["trainer.precision=64-true", "+data.max_images=16"]
+    return load_trained(tmp_path_factory.mktemp("runs"), *options)
+
+
 def test_transforms_compare_three_ways(run: FinishedRun) -> None:
     values = measure_transforms(run, load_run_data(run.settings))
     assert [*values["rotation"], *values["scale"]] == [f"{value:g}" for value in (*ROTATIONS, *SCALES)]
@@ -59,10 +69,17 @@ def test_transforms_compare_three_ways(run: FinishedRun) -> None:
 
 
 def test_akp_travel_is_mean_distance_from_initial_value_to_best_epoch(tmp_path: Path, run: FinishedRun) -> None:
-    theta, wavelength = torch.tensor([[0.0, 1.0], [0.5, 0.0], [9.0, 9.0]]), torch.tensor([[3.0], [2.0], [9.0]])
-    save_file({"conv1/G/theta": theta, "conv2/G/wavelength": wavelength}, tmp_path / "akps.safetensors")
+    history = {name: torch.zeros(3, len(values)) for name, values in snapshot_akps(run.model).items()}
+    history["conv1/G/theta"][1], history["conv2/G/wavelength"][:2] = 0.5, torch.tensor([[3.0], [2.0]])
+    save_file(
+        {name: values.index_fill(0, torch.tensor([2]), 9.0) for name, values in history.items()},
+        tmp_path / "akps.safetensors",
+    )
     made_up = replace(run, path=tmp_path, record={"best_epoch": 1})
-    expected = {"G/theta": math.degrees((0.5 + 1.0) / 2), "G/wavelength": 1.0}
+    num_kernels = {layer: len(history[f"{layer}/G/theta"][0]) for layer in ("conv1", "conv2", "conv3", "conv4")}
+    shares = {layer: number / sum(num_kernels.values()) for layer, number in num_kernels.items()}
+    expected = dict.fromkeys((f"G/{name}" for name in ("psi", "sigma", "theta", "wavelength")), 0.0)
+    expected |= {"G/theta": math.degrees(0.5) * shares["conv1"], "G/wavelength": shares["conv2"]}
     assert measure_akp_travel(made_up, load_run_data(run.settings)) == pytest.approx(expected)
 
 
@@ -133,3 +150,8 @@ def test_larger_attack_is_at_least_as_harmful(tmp_path: Path) -> None:
     assert list(accuracies) == ["0", *(f"{size:g}" for size in ATTACK_SIZES)]
     assert accuracies["0"] == pytest.approx(run.record["test"]["top1"])
     assert sorted(accuracies.values(), reverse=True) == list(accuracies.values()) and accuracies["4"] < accuracies["0"]
+
+
+@pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
+def test_run_in_double_precision_is_measured(double_run: FinishedRun, measure: Callable[..., dict[str, Any]]) -> None:
+    assert measure(double_run, load_run_data(double_run.settings))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import acl
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
 from training.finished_run import load_finished_run
@@ -139,3 +140,43 @@ def test_exported_network_gives_logits_of_run(run_path: Path, tmp_path: Path, ru
         expected = finished.model(images)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_page_of_record_without_versions_says_unknown(tmp_path: Path, call_script: RunScript) -> None:
+    path = train_run(tmp_path, "arrangement.conv1=G6", "data.train_share=0.2")
+    record = json.loads((path / "record.json").read_text())
+    (path / "record.json").write_text(json.dumps({**record, "versions": {}}))
+    done = call_script("explain.py", f"run={path}", "split=null")
+    assert done.returncode == 0, done.stderr
+    assert "torch unknown" in (path / "report.html").read_text()
+
+
+def test_run_in_double_precision_is_explained_and_exported(tmp_path: Path, call_script: RunScript) -> None:
+    path = train_run(tmp_path / "runs", "arrangement.conv1=G6", "trainer.precision=64-true")
+    done = call_script("explain.py", f"run={path}", "images=5", "single=false")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        finished = load_finished_run(path)
+        data = load_run_data(finished.settings)
+        images = data.normalize(data.test.images[:7])
+        expected = finished.model(images.double())
+        assert expected.dtype == torch.double and torch.equal(finished.model(images), expected)
+    done = call_script("export.py", f"run={path}", f"file={tmp_path}/net.onnx")
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected.float(), rtol=0, atol=1e-4)
+
+
+def test_export_refuses_network_whose_logits_are_not_finite(
+    run_path: Path, tmp_path: Path, call_script: RunScript
+) -> None:
+    copy = Path(shutil.copytree(run_path, tmp_path / run_path.name))
+    weights = copy / "model.safetensors"
+    finished = load_finished_run(copy)
+    next(finished.model.parameters()).data[0] = torch.nan
+    acl.save(finished.model, weights, acl.read_info(weights)["info"])
+    done = call_script("export.py", f"run={copy}", f"file={tmp_path}/net.onnx")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ONNX Runtime's logits differ from torch's by nan; nothing was written")
+    assert not (tmp_path / "net.onnx").exists()

@@ -1,3 +1,4 @@
+import shlex
 from typing import Any
 
 import pytest
@@ -42,6 +43,16 @@ def test_invalid_override_raises_one_line_error(override: str, message: str) -> 
     with pytest.raises(UsageError, match=message) as error:
         compose([override])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["~/x", "a=b", "a#b", "a(b)", "b\u00fccher", "a;b", "a!b", "it's", 'a"b', "a$(b)"])
+def test_error_says_how_to_quote_value_with_special_characters(value: str) -> None:
+    with pytest.raises(UsageError, match="quote") as error:
+        compose([f"data.root={value}"])
+    message = str(error.value)
+    assert message.startswith(f"cannot read data.root={value}") and "\n" not in message
+    (override,) = shlex.split(message.partition(" in quotes, inside those of the shell: ")[2])
+    assert compose([override]).data.root == value
 
 
 def test_allow_new_keys_adds_prefix_below_roots_only() -> None:

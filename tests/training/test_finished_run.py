@@ -1,18 +1,29 @@
 import json
+import math
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import acl
 from tests.training.configurations import compose_run
 from tests.training.trees import write_imagefolder
 from training.errors import UsageError
 from training.evaluate import evaluate
-from training.finished_run import FinishedRun, load_finished_run, resolve_run_path
+from training.finished_run import (
+    FinishedRun,
+    find_finished_runs,
+    load_akp_history,
+    load_finished_run,
+    resolve_run_path,
+)
 from training.loop import run
 from training.runs import load_run_data, open_run_directory, parse_run
 
@@ -94,6 +105,14 @@ def test_resolve_run_path_finds_id_in_runs_folder(tmp_path: Path, monkeypatch: p
     assert resolve_run_path(Path("missing")) == Path("missing")
 
 
+def test_home_folder_in_globs_of_runs_is_expanded(
+    finished_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(finished_path.parent))
+    assert find_finished_runs("~") == find_finished_runs(["~/*"]) == [finished_path]
+    assert open_run_directory(compose_run(Path("'~'"), *SHORT)).path == finished_path
+
+
 def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:
     assert get_error(tmp_path) == f"{tmp_path} is not the folder of a run: it has no config.yaml"
     (tmp_path / "config.yaml").write_text("seed: 0\n")
@@ -106,6 +125,137 @@ def test_corrupt_file_of_a_run_is_named(run_path: Path, name: str, content: byte
     file = run_path / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content == b"half" else content)
     assert str(file) in get_error(run_path)
+
+
+MISSING = object()
+NONSENSE = [MISSING, None, True, "", "text", -1, 0, 0.5, 10**12, 1e300, math.nan, [], [1], {}, {"a": 1}]
+
+
+def list_key_paths(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The keys and indices that lead to each value in nested dictionaries and lists."""
+    if path:
+        yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        yield from list_key_paths(child, (*path, key))
+
+
+def replace_value(node: Any, path: tuple[str | int, ...], value: Any) -> Any:
+    """A copy of nested dictionaries and lists with one value replaced or removed."""
+    first, *rest = path
+    items = dict(node) if isinstance(node, dict) else list(node)
+    if rest:
+        items[first] = replace_value(items[first], tuple(rest), value)
+    elif value is MISSING:
+        del items[first]
+    else:
+        items[first] = value
+    return items
+
+
+def write_info(file: Path, info: Any) -> None:
+    """Replaces what a file of weights says about its network."""
+    description = {**acl.read_info(file), "info": info}
+    save_file(load_file(file), file, {"acl": json.dumps(description)})
+
+
+def test_nonsense_in_input_format_of_weights_is_refused(run_path: Path) -> None:
+    file = Path(shutil.move(run_path / "model.safetensors", run_path.parent))
+    info = acl.read_info(file)["info"]
+    valid = [("mean", [1]), ("std", [1]), *(("mean", 0, value) for value in (-1, 0, 0.5, 10**12))]
+    valid += [("std", 0, value) for value in (0.5, 10**12)]
+    for path in list_key_paths(info["input_format"], ("input_format",)):
+        for value in NONSENSE:
+            if (*path[1:], value) not in valid:
+                write_info(file, replace_value(info, path, value))
+                assert get_error(file).startswith(f"{file} "), (path, value)
+
+
+def test_nonsense_in_info_of_weights_is_refused(run_path: Path) -> None:
+    file = Path(shutil.move(run_path / "model.safetensors", run_path.parent))
+    info = acl.read_info(file)["info"]
+    for path in ((), ("config",)):
+        for value in NONSENSE:
+            write_info(file, replace_value({"": info}, ("", *path), value).get(""))
+            assert get_error(file).startswith(f"{file} "), (path, value)
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [], [1], {"a": 1}], ids=str)
+@pytest.mark.parametrize("section", ["data", "model", "arrangement"])
+def test_nonsense_in_saved_configuration_is_refused(run_path: Path, section: str, value: Any) -> None:
+    file = Path(shutil.copy(run_path / "model.safetensors", run_path.parent))
+    info = acl.read_info(file)["info"]
+    write_info(file, replace_value(info, ("config", section), value))
+    config = yaml.safe_load((run_path / "config.yaml").read_text())
+    (run_path / "config.yaml").write_text(yaml.safe_dump({**config, section: value}))
+    for path, damaged in ((file, file), (run_path, run_path / "config.yaml")):
+        assert get_error(path).startswith(f"{damaged} ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("model", "backbone"), "timm/nope", "timm has no model 'nope'"),
+        (("model", "kernel_size"), 5, "unknown option model.kernel_size=5"),
+        (("trainer", "precision"), "8-bit", "trainer.precision=8-bit is invalid"),
+        (("seed",), "${nope}", "Interpolation key 'nope' not found"),
+        (("arrangement", "conv1"), "G", "arrangement.conv1=G is invalid"),
+    ],
+)
+def test_configuration_that_does_not_describe_network_is_refused(
+    run_path: Path, path: tuple[str, ...], value: Any, problem: str
+) -> None:
+    file = Path(shutil.move(run_path / "model.safetensors", run_path.parent))
+    info = acl.read_info(file)["info"]
+    if path[0] == "model":
+        info["config"]["model"].setdefault(path[1], None)
+    write_info(file, replace_value(info, ("config", *path), value))
+    message = get_error(file)
+    assert message.startswith(f"{file} ") and problem in message
+
+
+def test_recursive_alias_in_configuration_is_refused(run_path: Path) -> None:
+    with (run_path / "config.yaml").open("a") as file:
+        file.write("again: &again {again: *again}\n")
+    assert get_error(run_path).startswith(f"{run_path / 'config.yaml'} ")
+
+
+@pytest.mark.parametrize("best_epoch", [-1, 0, 2, 999])
+def test_best_epoch_that_run_does_not_have_is_refused(run_path: Path, best_epoch: int) -> None:
+    record = json.loads((run_path / "record.json").read_text())
+    (run_path / "record.json").write_text(json.dumps({**record, "best_epoch": best_epoch}))
+    message = f"{run_path / 'record.json'} is damaged: its best_epoch is {best_epoch}, but the run has epochs 1 to 1"
+    assert get_error(run_path) == message
+
+
+History = dict[str, Tensor]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda history: {},
+        lambda history: {"x": torch.zeros(2, 1)},
+        lambda history: {**history, "conv9/G/theta": torch.zeros(2, 1)},
+        lambda history: {f"conv9{name}": values for name, values in history.items()},
+        lambda history: dict(list(history.items())[1:]),
+        lambda history: {name: values[:1] for name, values in history.items()},
+        lambda history: {name: values[:, :-1] for name, values in history.items()},
+        lambda history: {name: values[..., None] for name, values in history.items()},
+        lambda history: {name: values[0] for name, values in history.items()},
+        lambda history: {name: values.new_tensor(0.0) for name, values in history.items()},
+        lambda history: {name: values * math.nan for name, values in history.items()},
+        lambda history: {name: values / 0 for name, values in history.items()},
+        lambda history: {name: values.long() for name, values in history.items()},
+        lambda history: {name: values.to(torch.complex64) for name, values in history.items()},
+    ],
+)
+def test_akp_history_that_does_not_fit_network_is_refused(run_path: Path, damage: Callable[[History], History]) -> None:
+    finished, file = load_finished_run(run_path), run_path / "akps.safetensors"
+    save_file({name: values.contiguous() for name, values in damage(load_akp_history(finished)).items()}, file)
+    with pytest.raises(UsageError, match=rf"^{file} is not the AKP history of this run: ") as error:
+        load_akp_history(finished)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_weights_are_named(run_path: Path) -> None:

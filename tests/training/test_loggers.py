@@ -74,7 +74,7 @@ def read_finished_records(path: Path, timeout: float = 60) -> list[Any]:
 
 def read_log(path: Path) -> dict[str, Any]:
     """The run, configuration, history and summary of a finished run in a .wandb file."""
-    log: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+    log: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "artifacts": []}
     for record in read_finished_records(path):
         record_type = record.WhichOneof("record_type")
         if record_type == "run":
@@ -84,7 +84,18 @@ def read_log(path: Path) -> dict[str, Any]:
             log["history"].append(unflatten(record.history.item))
         elif record_type == "summary":
             log["summary"] |= unflatten(record.summary.update)
+        elif record_type == "request" and record.request.HasField("log_artifact"):
+            log["artifacts"].append(record.request.log_artifact.artifact)
+        elif record_type == "artifact":
+            log["artifacts"].append(record.artifact)
     return log
+
+
+def read_weights(log: dict[str, Any]) -> dict[str, int]:
+    """The names and sizes of the files in a log's only artifact, the weights of the run."""
+    (artifact,) = log["artifacts"]
+    assert (artifact.type, artifact.name) == ("model", log["run"].run_id)
+    return {entry.path: entry.size for entry in artifact.manifest.contents}
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +103,7 @@ def _remove_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb_data"))  # for copies of artifacts
 
 
 def test_each_table_run_is_one_wandb_run(tmp_path: Path) -> None:
@@ -112,6 +124,7 @@ def test_each_table_run_is_one_wandb_run(tmp_path: Path) -> None:
         assert log["run"].display_name == f"{row}, seed {record['config']['seed']}"
         assert log["config"]["row"] == row
         assert set(log["run"].tags) == {"digits", "lenet", "mine"}
+        assert read_weights(log) == {"model.safetensors": (folder / "model.safetensors").stat().st_size}
         assert record["config"]["optim"].items() <= log["config"]["optim"].items()
         assert log["config"]["seed"] == record["config"]["seed"]
         steps = {int(entry["_step"]): entry for entry in log["history"]}
@@ -162,6 +175,7 @@ def test_recorded_run_is_logged_again_with_metrics_and_record(
     (path,) = (tmp_path / "moved").glob("*/wandb/offline-run-*/*.wandb")
     log = read_log(path)
     assert (log["run"].run_id, log["run"].project, log["run"].entity) == (record["id"], "mine", "us")
+    assert read_weights(log) == {"model.safetensors": (path.parents[2] / "model.safetensors").stat().st_size}
     assert [entry["epoch"] for entry in log["history"]] == [1, 2]
     assert log["summary"]["test"] == record["test"]
 
@@ -183,3 +197,82 @@ def test_runs_that_cannot_be_read_are_skipped(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(UsageError, match="no run could be read"):
         upload_runs.main(UploadSettings(runs=str(tmp_path), logger={"name": "wandb"}))
     assert capsys.readouterr().err == f"skipped: {folder} is not the folder of a run: it has no config.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (
+            f"logger.tags=[ok,{'x' * 70}]",
+            "run_tags: Tag 'xxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxx' is 70 characters",
+        ),
+        ("logger.tags=[ok,'']", "run_tags: Tag at index 1 is empty"),
+        ("logger.project=a/b", "Invalid project name 'a/b': cannot contain characters"),
+    ],
+)
+def test_options_that_wandb_refuses_are_reported_before_data_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, reason: str
+) -> None:
+    monkeypatch.setattr(loop, "load_run_data", None)
+    with pytest.raises(UsageError) as error:
+        run(compose(["model=lenet", "logger=wandb", option, f"paths.runs={tmp_path / 'runs'}"]))
+    assert str(error.value).startswith(f"W&B error: {reason}") and "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unreachable_wandb_is_reported_before_data_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def fail(**_: Any) -> bool:
+        raise wandb.errors.AuthenticationError("Failed to authenticate:\nno route to host")
+
+    monkeypatch.setattr(wandb, "login", fail)
+    monkeypatch.setattr(loop, "load_run_data", None)
+    message = "W&B error: Failed to authenticate: no route to host; set WANDB_MODE=offline to log "
+    with pytest.raises(UsageError, match=f"^{message}without a connection$"):
+        run(compose(["model=lenet", "logger=wandb", f"paths.runs={tmp_path / 'runs'}"]))
+    with pytest.raises(UsageError, match=f"^{message}"):
+        settings = construct(TableSettings, resolve(compose(["table=digits"], "reproduce_table").table), "table")
+        Table("digits", settings, ["logger=wandb", f"paths.runs={tmp_path / 'runs'}"]).reproduce()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_mode_of_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(UsageError, match=r"^W&B error: mode: Input should be 'online', 'offline'"):
+        run(compose(["model=lenet", "logger=wandb", f"paths.runs={tmp_path / 'runs'}"]))
+
+
+def test_mode_of_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    options = ["model=lenet", "trainer.epochs=1", "trainer.batch_size=600", "logger=wandb"]
+    run(compose([*options, f"paths.runs={tmp_path / 'runs'}"]))
+    (record,) = (tmp_path / "runs").glob("*/record.json")
+    assert not (record.parent / "wandb").exists()
+
+
+def test_run_with_damaged_metrics_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for seed in (0, 1):
+        options = ["model=lenet", "trainer.epochs=2", "trainer.batch_size=600", "data.train_share=0.5", f"seed={seed}"]
+        run(compose([*options, f"paths.runs={tmp_path}"]))
+    file = min(tmp_path.glob("*/metrics.csv"))  # the first run; the second one is intact
+    header, first, second = file.read_text().splitlines()
+    for lines in (
+        [header.replace("epoch", "time"), first, second],
+        [header, f"nan{first[1:]}", second],
+        [header, second],
+        [header, first, first],
+        [header, f"{first},9", second],
+        [header],
+        [],
+    ):
+        file.write_text("\n".join(lines))
+        capsys.readouterr()
+        upload_runs.main(UploadSettings(runs=str(tmp_path), logger={"name": "wandb"}))
+        done = capsys.readouterr()
+        assert done.out.endswith("1 runs logged to W&B project anann\n"), lines
+        (skipped,) = [line for line in done.err.splitlines() if line.startswith("skipped")]
+        assert str(file) in skipped

@@ -11,7 +11,15 @@ from tests.training.processes import run_in_child
 from training.config import compose, identity
 from training.errors import BusyError, UsageError
 from training.loop import run
-from training.run_directory import UNFINISHED, RunDirectory, compute_run_id, read_record, serialize, write_atomic
+from training.run_directory import (
+    UNFINISHED,
+    RunDirectory,
+    compute_run_id,
+    read_record,
+    serialize,
+    write_atomic,
+    write_together,
+)
 from training.runs import open_run_directory
 
 
@@ -220,6 +228,53 @@ def test_write_atomic_creates_folders_and_replaces_file(tmp_path: Path) -> None:
     write_atomic(path, "text")
     write_atomic(path, b"bytes")
     assert path.read_bytes() == b"bytes" and list(path.parent.iterdir()) == [path]
+
+
+def test_read_only_folder_raises_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(UsageError, match=rf"cannot write {tmp_path}/file: Read-only file system"):
+        write_atomic(tmp_path / "file", "text")
+
+
+def test_write_atomic_writes_into_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, "text")
+    assert os.read(reader, 10) == b"text" and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    os.close(reader)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_write_atomic_writes_to_target_of_symlink(tmp_path: Path, is_new: bool) -> None:
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder/target"
+    link.symlink_to("folder/target")
+    if not is_new:
+        target.write_text("before")
+    write_atomic(link, "after")
+    assert link.is_symlink() and target.read_text() == "after" and not target.is_symlink()
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_files_written_together_stay_as_they_were_if_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_together({first: "1", second: b"2"})
+    write_bytes = Path.write_bytes
+
+    def fail_for_second(path: Path, content: bytes) -> int:
+        if path.name.endswith(second.name):
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_for_second)
+    with pytest.raises(UsageError, match=f"cannot write {second}: No space left on device"):
+        write_together({first: "3", second: "4"})
+    assert (first.read_text(), second.read_text()) == ("1", "2") and len(list(tmp_path.iterdir())) == 2
 
 
 # Checkpoints

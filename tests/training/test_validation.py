@@ -87,6 +87,24 @@ def assert_invalid(section: Section, key: str, value: Any) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *((None, "null"), (True, "true"), (False, "false"), (1, "1"), (0.5, "0.5"), (["a", 1], "['a', 1]")),
+        *(("None", "None"), ("True", "'True'"), ("null", "'null'"), ("1", "'1'"), ("1e-3", "'1e-3'"), ("nan", "'nan'")),
+        *(("fast", "fast"), ("two words", "two words"), ("two\nlines", "two lines"), ("", "''"), ("[a", "[a")),
+    ],
+)
+def test_value_is_formatted_as_on_command_line(value: Any, expected: str) -> None:
+    assert format_value(value) == expected
+
+
+def test_home_folder_in_paths_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    message = get_error(IMAGEFOLDER, {**IMAGEFOLDER.options, "root": "~/photos"})
+    assert message.startswith(f"no folder {tmp_path / 'photos' / 'train'}")
+
+
 @pytest.mark.parametrize("section", SETTINGS)
 def test_valid_options_are_kept(section: Section) -> None:
     settings = vars(construct(section.factory, section.options, section.name))
