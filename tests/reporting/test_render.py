@@ -75,8 +75,7 @@ def test_latex_shows_cells_of_markdown() -> None:
 
 def test_latex_escapes_special_characters() -> None:
     name = r"50% of $x_1$ & {a}^#~\b"
-    row = make_row(name, 90.0)
-    row.records[0]["config"]["arrangement"] = {"conv_1": "G50%_P50%"}
+    row = Row(name, [], records=[make_record(0, 90.0, config={"arrangement": {"conv_1": "G50%_P50%"}})])
     text = render_latex("100%\nof it", [row, make_row("b", 91.0)], None)
     escaped = r"50\% of \$x\_1\$ \& \{a\}\textasciicircum \#\textasciitilde \textbackslash b"
     cells = check_latex(text, 6, 2)
@@ -94,9 +93,9 @@ def test_format_difference_omits_missing_interval(low: float, high: float, text:
 
 def test_describe_runs_lists_machines_and_short_commits_once() -> None:
     records = [
-        {**make_record(0, 90.0), "commit": "0123456789abcdef"},
-        {**make_record(1, 91.0), "commit": "0123456789abcdef-dirty"},
-        {**make_record(2, 92.0), "commit": "0123456789abcdef", "machine": {"device": "GPU", "threads": 4}},
+        make_record(0, 90.0, commit="0123456789abcdef"),
+        make_record(1, 91.0, commit="0123456789abcdef-dirty"),
+        make_record(2, 92.0, commit="0123456789abcdef", machine={"device": "GPU", "threads": 4}),
         make_record(3, 93.0),
     ]
     assert describe_runs(records) == (
@@ -166,7 +165,7 @@ def test_markdown_command_gives_run_id_of_record(rendered_table: tuple[Table, Pa
     assert list(commands) == [row.name for row in table.rows]
     for row in table.rows:
         cfg = compose(commands[row.name])
-        ids = {record["config"]["seed"]: record["id"] for record in row.records}
+        ids = {record.seed: record.id for record in row.records}
         assert cfg.seed == table.settings.seeds[0]
         assert open_run_directory(cfg).id == ids[cfg.seed]
 

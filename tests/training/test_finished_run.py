@@ -14,6 +14,7 @@ from training.errors import UsageError
 from training.evaluate import evaluate
 from training.finished_run import FinishedRun, load_finished_run, resolve_run_path
 from training.loop import run
+from training.record import read_record
 from training.runs import load_run_data, open_run_directory, parse_run
 
 SHORT = ("trainer.epochs=1", "trainer.batch_size=200")
@@ -50,7 +51,7 @@ def has_weights(finished: FinishedRun, weights: dict[str, Tensor]) -> bool:
 def test_finished_run_has_settings_record_and_weights(finished_path: Path) -> None:
     finished = load_finished_run(finished_path)
     assert finished.path == finished_path and not finished.model.training
-    assert finished.record == json.loads((finished_path / "record.json").read_text())
+    assert finished.record == read_record(finished_path / "record.json")
     assert finished.settings.config == parse_run(compose_run(finished_path.parent, *SHORT)).config
     assert finished.settings.directory.path == finished_path
     assert finished.input_format == load_run_data(finished.settings).input_format
@@ -65,7 +66,7 @@ def test_finished_run_with_auto_arrangement_needs_neither_data_nor_initial_weigh
     assert len(set(finished.model.conv2.slot_kinds)) > 1
     assert finished.record is not None
     data = load_run_data(finished.settings)
-    assert evaluate(finished.model, data, data.test)["top1"] == finished.record["test"]["top1"]
+    assert evaluate(finished.model, data, data.test)["top1"] == finished.record.test.top1
 
 
 @pytest.mark.parametrize("overrides", [(), ("model=lenet", "arrangement=plain"), ("trainer.precision=64-true",)])
@@ -78,10 +79,26 @@ def test_weights_alone_describe_their_network(tmp_path: Path, overrides: tuple[s
     assert finished.settings.directory.identity == load_finished_run(path).settings.directory.identity
 
 
+def save_as_earlier_versions_did(weights: dict[str, torch.Tensor], run_path: Path) -> None:
+    """Replaces the weights of a run by a file without a description, and removes their digest from the record."""
+    save_file(weights, run_path / "model.safetensors")
+    record = json.loads((run_path / "record.json").read_text())
+    del record["weights"]
+    (run_path / "record.json").write_text(json.dumps(record))
+
+
+def test_weights_that_record_does_not_stand_for_are_rejected(run_path: Path) -> None:
+    weights = run_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # one bit of a weight
+    weights.write_bytes(content)
+    assert get_error(run_path).startswith(f"{weights} is not the file that record.json stands for")
+
+
 def test_weights_without_description_load_with_their_data(run_path: Path) -> None:
     described = load_finished_run(run_path)
     weights = load_file(run_path / "model.safetensors")
-    save_file(weights, run_path / "model.safetensors")  # as earlier versions did
+    save_as_earlier_versions_did(weights, run_path)
     finished = load_finished_run(run_path)
     assert has_weights(finished, weights) and finished.input_format == described.input_format
 
@@ -124,7 +141,7 @@ def test_files_of_different_runs_are_rejected(run_path: Path, tmp_path: Path) ->
 
 def test_weights_of_another_network_are_rejected(run_path: Path) -> None:
     weights = run_path / "model.safetensors"
-    save_file({"fc9.weight": torch.zeros(1)}, weights)
+    save_as_earlier_versions_did({"fc9.weight": torch.zeros(1)}, run_path)
     assert get_error(run_path).startswith(f"{weights} does not fit the network of {run_path}: ")
 
 
@@ -137,6 +154,6 @@ def test_weights_without_description_need_no_pretrained_file(tmp_path: Path) -> 
     model[-1] += str(tmp_path / "source.safetensors")
     path = train_run(tmp_path / "runs", *data, "data.crop=32", *model, "trainer.batch_size=6")
     weights = load_file(path / "model.safetensors")
-    save_file(weights, path / "model.safetensors")  # as earlier versions did
+    save_as_earlier_versions_did(weights, path)
     (tmp_path / "source.safetensors").unlink()
     assert has_weights(load_finished_run(path), weights)
