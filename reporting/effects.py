@@ -15,6 +15,7 @@ from reporting.json_lines import parse_json_lines
 from reporting.measurements import Measurement, read_measurements
 from reporting.settings import find_plain_row
 from reporting.statistics import compute_conv_ratio, interval_of_mean, t_quantile, top1_by_seed
+from training.errors import UsageError
 from training.record import Record, Recorded, read_bytes
 
 COMPETITIVE = -1.0
@@ -189,6 +190,9 @@ def summarize_approximations(file: Path) -> list[Effect]:
         "an approximation",
         lambda line: f"{line.method}, {line.numbers} numbers per kernel",
     )
+    lists = [(line.output_error_percent, line.probe_correct, line.refitted_probe_correct) for line in lines]
+    if len({len(values) for of_line in lists for values in of_line}) > 1:
+        raise UsageError(f"{file} is corrupt: its lists differ in length")
     original, *approximations = lines
     data = next((word.removeprefix("data=") for word in original.overrides if word.startswith("data=")), "digits")
     source = f"evidence/{file.name}"

@@ -72,8 +72,8 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
             {
                 "row": row.name,
                 "arrangement": "; ".join(f"{k}: {v}" for k, v in arrangement.items() if v) or "plain",
-                "conv_params": round(mean_conv_parameters(row.records)),
-                "params": round(pd.Series([record.parameters.total for record in row.records]).mean()),
+                "conv_params": round(mean_num_parameters(row.records)),
+                "params": round(mean_num_parameters(row.records, "total")),
                 "conv_ratio": compute_conv_ratio(reference.records, row.records),
                 "seeds": len(top1),
                 "top1_mean": top1.mean(),
@@ -121,15 +121,15 @@ def correct_p_values(p_values: Sequence[float]) -> list[float]:
 
 
 def top1_by_seed(records: Sequence[Record], split: str = "test") -> "pd.Series[Any]":
-    return pd.Series({record.seed: getattr(record, split).top1 for record in records}, dtype=float)
+    return pd.Series({record.seed: record.results[split].top1 for record in records}, dtype=float)
 
 
-def mean_conv_parameters(records: Sequence[Record]) -> float:
+def mean_num_parameters(records: Sequence[Record], name: str = "conv") -> float:
     """The mean over runs, since ``auto`` chooses other kernels for every seed."""
-    return sum(record.parameters.conv for record in records) / len(records)
+    return sum(getattr(record.parameters, name) for record in records) / len(records)
 
 
 def compute_conv_ratio(reference: Sequence[Record], records: Sequence[Record]) -> float | None:
     """How many times more convolution parameters the reference has; None if the others have none."""
-    mean = mean_conv_parameters(records)
-    return mean_conv_parameters(reference) / mean if mean else None
+    mean = mean_num_parameters(records)
+    return mean_num_parameters(reference) / mean if mean else None

@@ -86,12 +86,8 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         verdict: Verdict = "reproduced"
         details = []
         # Without the same trainer.test, only one of the two has a test result.
-        splits = [
-            split for split in num_images if all(getattr(record, split) is not None for record in (*befores, *afters))
-        ]
-        if any(
-            getattr(b, split) != getattr(a, split) for b, a in zip(befores, afters, strict=True) for split in splits
-        ):
+        splits = [split for split in num_images if all(split in record.results for record in (*befores, *afters))]
+        if any(b.results[split] != a.results[split] for b, a in zip(befores, afters, strict=True) for split in splits):
             verdict = "consistent"
             for split in splits:
                 difference = paired_difference(top1_by_seed(afters, split), top1_by_seed(befores, split), confidence)
@@ -122,7 +118,7 @@ def seed_spread(records: Records, split: str, n: int, confidence: float) -> floa
 
     The variance is pooled over the rows, since the seeds of one row are few. NaN if every row has one seed.
     """
-    rows = pd.DataFrame([(record.row, getattr(record, split).top1) for record in records]).groupby(0)[1]
+    rows = pd.DataFrame([(record.row, record.results[split].top1) for record in records]).groupby(0)[1]
     degrees = int((rows.size() - 1).sum())
     if degrees == 0:
         return math.nan

@@ -104,6 +104,11 @@ class Record(Recorded):
     def epochs(self) -> int:
         return self.config["trainer"]["epochs"]
 
+    @property
+    def results(self) -> dict[str, Result]:
+        """The results by split, without those that the run does not have."""
+        return {"val": self.val} | ({} if self.test is None else {"test": self.test})
+
     @model_validator(mode="before")
     @classmethod
     def _check_format(cls, values: dict[str, Any]) -> dict[str, Any]:

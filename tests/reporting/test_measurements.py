@@ -95,7 +95,7 @@ def test_akp_history_that_is_not_of_the_network_is_refused(
         {name: history[name][:, :-1]},
         {"conv9/G/theta": history[name]},
     ):
-        save_file({key: values.contiguous() for key, values in {**history, **change}.items()}, file)
+        save_file({key: values.clone() for key, values in {**history, **change}.items()}, file)
         with pytest.raises(
             UsageError, match=rf"{file} is of another run: its {min(change)} at epoch \d are not those of"
         ):

@@ -104,6 +104,23 @@ def test_describe_runs_lists_machines_and_short_commits_once() -> None:
     )
 
 
+def test_row_whose_runs_differ_in_size_shows_range_and_mean() -> None:
+    sizes = (2277, 2276, 2487)
+    records = [make_record(seed, 90.0, conv) for seed, conv in enumerate(sizes)]
+    rows = [make_row("plain", 90.0, 91.0, 92.0), Row("auto", [], records=records)]
+    frame = summarize(rows)
+    mean = sum(sizes) / 3
+    assert tuple(frame.loc[1, ["conv_params", "params", "conv_ratio"]]) == (round(mean), round(2 * mean), 100 / mean)
+    text = render_markdown("Title", rows, None, None, {"plain": [], "auto": []})
+    assert "| plain | plain | 100 | 1.00 |" in text and "| auto | plain | 2,276 to 2,487 | 0.04 |" in text
+
+
+def test_network_without_convolutions_has_no_ratio() -> None:
+    rows = [make_row("plain", 90.0, 91.0), Row("none", [], records=[make_record(s, 90.0, 0) for s in (0, 1)])]
+    assert "| none | plain | 0 |  | 90.00" in render_markdown("Title", rows, None, None, {"plain": [], "none": []})
+    draw_table(summarize(rows), "Title", "test")
+
+
 def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
     frame = summarize([make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)])
     figure = draw_table(frame, "Title", "test")

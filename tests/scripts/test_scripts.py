@@ -303,10 +303,10 @@ def test_verify_exits_with_status_of_comparison(tmp_path: Path, call_script: Run
     assert call_script("reproduce_table.py", *table, "--verify").returncode == 0
     file = tmp_path / "tables/digits.jsonl"
     record = json.loads(file.read_text())
-    record["test"]["top1"] -= 50
+    record["test"]["top1"] += 50
     file.write_text(json.dumps(record) + "\n")
     done = call_script("reproduce_table.py", *table, "--verify")
-    assert done.returncode == 1 and "plain: differs, test +50.00 points" in done.stdout
+    assert done.returncode == 1 and "plain: differs, test -50.00 points" in done.stdout
 
 
 def test_claims_refuses_folder_without_records(tmp_path: Path, call_script: RunScript) -> None:
