@@ -18,13 +18,7 @@ def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:
 def parse_json_lines(
     content: bytes, file: Path, factory: Callable[..., T], description: str, name: Callable[[T], str]
 ) -> list[T]:
-    """Parses the objects of a file, as ``parse_json`` does.
-
-    Args:
-        content: the content of the file.
-        file: the file, for errors.
-        factory, description: as in ``parse_json``.
-        name: what tells an object from the others of the file.
+    """Parses the objects of a file, as ``parse_json`` does; ``name`` tells them from each other.
 
     Raises:
         UsageError: for a file without lines, and the first line that is invalid or repeats the name of another.

@@ -356,11 +356,7 @@ def _group_by_row_and_name(lines: Sequence[Line]) -> Iterable[tuple[str, str, "p
 
 
 def read_measurements(file: Path, measurement: type[Measurement]) -> list[Line]:
-    """Reads a file that ``scripts/measure.py`` wrote.
-
-    Raises:
-        UsageError: as ``read_bytes`` and ``parse_json_lines`` do.
-    """
+    """Reads a file that ``scripts/measure.py`` wrote. Raises UsageError as ``parse_json_lines`` does."""
     return parse_json_lines(
         read_bytes(file),
         file,
@@ -383,14 +379,10 @@ def write_measurement(file: Path, measurement: type[Measurement], line: Line) ->
 
 
 def is_current(line: Line, record: Record, path: Path) -> bool:
-    """Whether a line still stands for a run, as far as is known.
-
-    Args:
-        line: the line.
-        record: the run's record.
-        path: the run's folder.
-    """
+    """Whether a line still stands for the run in the folder ``path``, as far as is known."""
     if not line.values and line.weights is None and any(flatten(record.config["arrangement"]).values()):
         return False  # earlier versions recorded a missing akps.safetensors as a network without AKPs
     digests = ((line.weights, "model.safetensors"), (line.akps, "akps.safetensors"))
-    return line.is_of(record) and all(digest in (None, digest_file(path / name)) for digest, name in digests)
+    return line.is_of(record) and all(
+        digest is None or digest_file(path / name) in (None, digest) for digest, name in digests
+    )

@@ -62,15 +62,11 @@ def _keep(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 class Record(Recorded):
-    """The record of a finished run.
-
-    Raises:
-        UsageError: for a newer format, or values that contradict each other.
-    """
+    """The record of a finished run. Raises UsageError for values that contradict each other."""
 
     row: str | None = None
     """The row of the table whose records it is among."""
-    format: int = Field(ge=1)
+    format: int = Field(ge=1, le=RECORD_FORMAT)
     id: str
     config: Annotated[_RecordedConfig, WrapValidator(_keep)]
     """The part of the run's configuration that determines its result; the id is its hash."""
@@ -109,16 +105,6 @@ class Record(Recorded):
         """The results by split, without those that the run does not have."""
         return {"val": self.val} | ({} if self.test is None else {"test": self.test})
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_format(cls, values: dict[str, Any]) -> dict[str, Any]:
-        number = values.get("format")
-        if isinstance(number, int) and number > RECORD_FORMAT:
-            raise UsageError(
-                f"format={number}, but this version reads formats up to {RECORD_FORMAT}; use a newer version"
-            )
-        return values
-
     @model_validator(mode="after")
     def _check_consistency(self) -> "Record":
         expected_id = compute_run_id(self.config)
@@ -148,13 +134,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def parse_json(content: bytes, factory: Callable[..., T], description: str, source: str) -> T:
-    """Parses an object of JSON.
-
-    Args:
-        content: the object.
-        factory: validates its keys and values, as in ``construct``.
-        description: what it should be, for errors.
-        source: where it comes from, for errors.
+    """Parses an object of JSON with ``construct``; errors say that ``source`` is not ``description``.
 
     Raises:
         UsageError: if the content is not such an object.
@@ -169,9 +149,5 @@ def parse_json(content: bytes, factory: Callable[..., T], description: str, sour
 
 
 def read_record(file: Path) -> Record:
-    """Reads the record of a finished run.
-
-    Raises:
-        UsageError: if the file is unreadable, or its content is not a record or has a newer format.
-    """
+    """Reads the record of a finished run. Raises UsageError if the file is unreadable or not a record."""
     return parse_json(read_bytes(file), Record, "a record of a run", str(file))

@@ -136,6 +136,12 @@ def test_line_is_current_unless_its_run_changed(
     assert is_current(line, record, run.path) is expected
 
 
+def test_line_of_deleted_weights_is_current(tmp_path: Path, run: FinishedRun) -> None:
+    assert run.record is not None
+    line = Line(row="a", id=run.record.id, seed=0, values={"G": 1.0}, weights=run.record.weights)
+    assert is_current(line, run.record, tmp_path)
+
+
 def test_line_without_digest_is_current_if_record_has_none(run: FinishedRun) -> None:
     assert run.record is not None
     line = Line(row="a", id=run.record.id, seed=0, values={"G": 1.0})

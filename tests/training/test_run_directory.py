@@ -123,7 +123,10 @@ def test_read_record_names_file_and_problem(
     [
         ("{}", "is not a record of a run"),
         ("{", "is not a record of a run"),
-        ('{"format": 99, "config": {}}', "is not a record of a run: format=99, but this version reads formats up to 1"),
+        (
+            '{"format": 99, "config": {}}',
+            "is not a record of a run: format=99 is invalid: it should be less than or equal to 1",
+        ),
         (json.dumps(RECORD), "belongs to another configuration"),
     ],
 )
