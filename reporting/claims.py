@@ -1,5 +1,6 @@
 """A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,22 @@ from matplotlib.figure import Figure
 
 from reporting.effects import (
     COMPETITIVE,
-    PLAIN_ROWS,
     Effect,
     PairedRows,
     compare_rows,
     summarize_approximations,
     summarize_fit,
     summarize_measurements,
+)
+from reporting.measurements import (
+    AkpTravel,
+    Attacks,
+    Corruptions,
+    Measurement,
+    ReplacedAkps,
+    Shapley,
+    Transforms,
+    read_measurements,
 )
 from reporting.statistics import correct_p_values
 from reporting.table import read_results
@@ -33,15 +43,14 @@ class Claim:
     source: str
     rule: str
     pairs: tuple[PairedRows, ...] = ()
-    measurements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The name of a measurement -> the tables whose networks it was made on."""
+    measurements: Mapping[type[Measurement], tuple[str, ...]] = field(default_factory=dict)
+    """A measurement -> the tables whose networks it was made on."""
     files: Mapping[str, tuple[Callable[[Path], list[Effect]], str]] = field(default_factory=dict)
     """Another file of records, relative to ``results/`` -> what summarizes it, and the script that writes it."""
     min_ratio: float = 0.0
     """Effects with a smaller ratio of parameters are counted separately: they bear on a part of the claim only."""
 
 
-_PLAIN, _SCRATCH, _ALEXNET = PLAIN_ROWS["flowers17"], "plain, from scratch", "AlexNet, plain, from scratch"
 _LENET_TABLES = ("mnist", "fashion_mnist")
 _LENET_ROWS = ("all Gabor", "mosaic, no plain kernel", "mosaic, with amplitude", "half plain")
 _FOUR_LAYER_ROWS = (
@@ -51,16 +60,16 @@ _FOUR_LAYER_ROWS = (
     "mosaic, with amplitude",
     "half plain",
 )
-_PHOTOGRAPH_ROWS = {
-    "exp1: Gabor, pretrained": _PLAIN,
-    "exp1 fitted, with amplitude, pretrained": _PLAIN,
-    "exp1 fitted, extended, with amplitude, pretrained": _PLAIN,
-    "exp2: mosaic, no plain kernel, pretrained": _PLAIN,
-    "exp3: the paper's, half plain, pretrained": _PLAIN,
-    "exp3 fitted, pretrained": _PLAIN,
-    "auto, extended, with amplitude, pretrained": _PLAIN,
-    "exp3: the paper's, half plain, from scratch": _SCRATCH,
-    "AlexNet, exp3, from scratch": _ALEXNET,
+_PHOTOGRAPH_ROWS: dict[str, str | None] = {
+    "exp1: Gabor, pretrained": None,
+    "exp1 fitted, with amplitude, pretrained": None,
+    "exp1 fitted, extended, with amplitude, pretrained": None,
+    "exp2: mosaic, no plain kernel, pretrained": None,
+    "exp3: the paper's, half plain, pretrained": None,
+    "exp3 fitted, pretrained": None,
+    "auto, extended, with amplitude, pretrained": None,
+    "exp3: the paper's, half plain, from scratch": "plain, from scratch",
+    "AlexNet, exp3, from scratch": "AlexNet, plain, from scratch",
 }
 _FITTED_GABOR = "exp1 fitted, with amplitude, pretrained"
 _FITTED_EXTENDED = "exp1 fitted, extended, with amplitude, pretrained"
@@ -78,12 +87,12 @@ CLAIMS = (
         f"The accuracy is competitive if the whole interval of the paired difference is above {COMPETITIVE:g} points. "
         "*Reference / row* says how many times fewer convolution parameters the whole network has.",
         (
-            *(PairedRows(table, row, PLAIN_ROWS[table]) for table in _LENET_TABLES for row in _LENET_ROWS),
+            *(PairedRows(table, row) for table in _LENET_TABLES for row in _LENET_ROWS),
             *(PairedRows("fashion_mnist_shares", f"{share}% plain", "100% plain") for share in (75, 50, 25, 0)),
-            *(PairedRows("cifar10_jpeg", row, PLAIN_ROWS["cifar10_jpeg"]) for row in _FOUR_LAYER_ROWS),
+            *(PairedRows("cifar10_jpeg", row) for row in _FOUR_LAYER_ROWS),
             PairedRows("cifar10_jpeg", "mosaic, with amplitude", "all Gabor, with amplitude"),
             *(PairedRows("flowers17", row, against) for row, against in _PHOTOGRAPH_ROWS.items()),
-            *(PairedRows("imagenette", row, _PLAIN) for row, against in _PHOTOGRAPH_ROWS.items() if against == _PLAIN),
+            *(PairedRows("imagenette", row) for row, against in _PHOTOGRAPH_ROWS.items() if against is None),
         ),
         min_ratio=2.0,
     ),
@@ -109,8 +118,8 @@ CLAIMS = (
             PairedRows("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
         ),
         {
-            "replaced_akps": ("fashion_mnist", "flowers17_choices", "imagenette"),
-            "akp_travel": ("flowers17", "flowers17_choices"),
+            ReplacedAkps: ("fashion_mnist", "flowers17_choices", "imagenette"),
+            AkpTravel: ("flowers17", "flowers17_choices"),
         },
     ),
     Claim(
@@ -133,7 +142,7 @@ CLAIMS = (
         "Every kind of kernel contributes measurably.",
         "the paper",
         "The Shapley value of the kind, in points of validation accuracy, is above 0.",
-        measurements={"shapley": ("fashion_mnist", "flowers17")},
+        measurements={Shapley: ("fashion_mnist", "flowers17")},
     ),
     Claim(
         "C5",
@@ -147,7 +156,7 @@ CLAIMS = (
             for row in ("all Gabor", "mosaic", "half plain")
             for share in (1, 3, 10, 30)
         ),
-        measurements={"corruptions": ("fashion_mnist", "flowers17"), "attacks": ("fashion_mnist", "flowers17")},
+        measurements={Corruptions: ("fashion_mnist", "flowers17"), Attacks: ("fashion_mnist", "flowers17")},
     ),
     Claim(
         "C6",
@@ -156,7 +165,7 @@ CLAIMS = (
         "On rotated and rescaled images, a network whose formulas are moved is more accurate than one whose kernels "
         "are resampled, and than one that is left unchanged, and the outputs of its first analytic layer have a "
         "smaller error: the interval is above 0.",
-        measurements={"transforms": ("cifar10_jpeg_choices", "flowers17")},
+        measurements={Transforms: ("cifar10_jpeg_choices", "flowers17")},
     ),
 )
 
@@ -183,20 +192,33 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
         elif effect := compare_rows(pair, read_results(file)):
             effects.append(effect)
         else:
-            missing[f"'{pair.row}' against '{pair.against}' in table {pair.table}"] = None
-    for name, tables in claim.measurements.items():
+            missing[f"'{pair.row}' against '{pair.reference}' in table {pair.table}"] = None
+    for measurement, tables in claim.measurements.items():
         for table in tables:
-            file = results / "evidence" / f"{table}_{name}.jsonl"
+            file = results / "evidence" / f"{table}_{measurement.name}.jsonl"
+            command = f"`scripts/measure.py table={table} measurement={measurement.name}`"
             if file.exists():
-                effects += _summarize(partial(summarize_measurements, name, table), file)
+                _check_measurements(measurement, file, results / "tables" / f"{table}.jsonl", command)
+                effects += _summarize(partial(summarize_measurements, measurement, table), file)
             else:
-                missing[f"`scripts/measure.py table={table} measurement={name}`"] = None
+                missing[command] = None
     for path, (summarize, script) in claim.files.items():
         if (results / path).exists():
             effects += _summarize(summarize, results / path)
         else:
             missing[f"`scripts/{script}`"] = None
-    return _correct_for_multiplicity(effects), list(missing)
+    missing |= {f"{effect.what} ({effect.data}): no seed in common": None for effect in effects if not effect.n}
+    return _correct_for_multiplicity([effect for effect in effects if effect.n]), list(missing)
+
+
+def _check_measurements(measurement: type[Measurement], file: Path, table_file: Path, command: str) -> None:
+    """Raises UsageError for a line that was measured on other weights than those of the table's run."""
+    records = {(r.row, r.seed): r for r in read_results(table_file)} if table_file.exists() else {}
+    for number, line in enumerate(read_measurements(file, measurement), 1):
+        if (record := records.get((line.row, line.seed))) is not None and not line.is_of(record):
+            raise UsageError(
+                f"{file}, line {number}, was not measured on the run in {table_file}; {command} replaces it"
+            )
 
 
 def _summarize(summarize: Callable[[Path], list[Effect]], file: Path) -> list[Effect]:
@@ -268,11 +290,12 @@ def _count_verdicts(effects: Sequence[Effect]) -> str:
 def _format_effect(effect: Effect) -> str:
     number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
     mean, low, high = (number.format(value) for value in (effect.mean, effect.low, effect.high))
+    interval = "" if math.isnan(effect.low) else f" [{low}, {high}]"  # of a single seed
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
     verdict = f"**{effect.verdict}**" if effect.survives_correction else effect.verdict
     to_decide = "" if effect.num_to_decide is None else f"about {effect.num_to_decide:,} {effect.sampled}"
     return (
-        f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean} [{low}, {high}] {effect.unit} "
+        f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean}{interval} {effect.unit} "
         f"| {effect.n} {effect.sampled} | {verdict} | {to_decide} |"
     )
 

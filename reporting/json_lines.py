@@ -1,35 +1,34 @@
 """Files with an object of JSON in each line."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from training.errors import UsageError
+from training.record import parse_json
+
+T = TypeVar("T")
 
 
 def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def read_json_lines(file: Path, keys: set[str], description: str) -> list[dict[str, Any]]:
-    """Reads a file of objects that have at least ``keys``; errors call them ``description``.
+def parse_json_lines(
+    content: bytes, file: Path, factory: Callable[..., T], description: str, name: Callable[[T], str]
+) -> list[T]:
+    """Parses the objects of a file, as ``parse_json`` does; ``name`` tells them from each other.
 
     Raises:
-        UsageError: if the file cannot be read or has no lines, or for the first line that is not JSON or lacks a key.
+        UsageError: for a file without lines, and the first line that is invalid or repeats the name of another.
     """
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{file}, line {number}, is not JSON: {error}") from error
-        if not isinstance(value, dict) or not keys <= value.keys():
-            raise UsageError(f"{file}, line {number}, is not {description}: it needs {', '.join(sorted(keys))}")
+    values: list[T] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        value = parse_json(line, factory, description, f"{file}, line {number},")
+        if (first := lines.setdefault(name(value), number)) != number:
+            raise UsageError(f"{file}, line {number}, repeats line {first}: {name(value)}; delete one of them")
         values.append(value)
     if not values:
         raise UsageError(f"{file} is empty")

@@ -2,30 +2,96 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
+from filelock import FileLock
+from pydantic import Field, create_model
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from acl.explain import attribute
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
-from reporting.json_lines import read_json_lines
+from reporting.json_lines import parse_json_lines, to_json_lines
 from reporting.transforms import measure_transforms
+from training.config import flatten
 from training.corruptions import CORRUPTIONS, SEVERITIES
 from training.data import Data
 from training.datasets import Split
+from training.errors import UsageError
 from training.finished_run import FinishedRun, evaluate_run, load_akp_history
+from training.loop import snapshot_akps
+from training.provenance import digest_file
+from training.record import Percent, Record, Recorded, read_bytes
+from training.run_directory import write_atomic
+from training.validation import Seed
 
 ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)
 """The largest change of a pixel by an attack, of 255."""
 MAX_ATTACKED = 1000
 """Images to attack."""
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Line(Recorded):
+    """The values of a measurement on one run, in a file of ``results/evidence``."""
+
+    row: str
+    id: str
+    seed: Seed
+    values: Any
+    weights: str | None = None
+    """The digest of model.safetensors; this and the following are None in lines of code that did not store them."""
+    akps: str | None = None
+    """The digest of akps.safetensors, if it was used."""
+
+    def is_of(self, record: Record) -> bool:
+        """Whether the line was measured on the weights that a record stands for, as far as is known."""
+        return self.id == record.id and record.weights in (None, self.weights)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values of one row that have a mean and an interval."""
+
+    row: str
+    what: str
+    values: "pd.Series[Any]"
+    """By seed."""
+    threshold: float | None
+    """None: a description, without a verdict."""
+    unit: str = "points"
+
+
+class Measurement:
+    """Something that is measured on a trained network. A new measurement is a subclass, and an entry in the claims."""
+
+    name: ClassVar[str]
+    values: ClassVar[Any]
+    """The type of what ``measure`` returns."""
+    uses_akp_history: ClassVar[bool] = False
+    is_against_plain: ClassVar[bool] = False
+    """Whether summaries are compared with those of the table's plain row."""
+
+    @classmethod
+    def make_line_type(cls) -> type[Line]:
+        return create_model("Line", __base__=Line, values=(cls.values, ...))
+
+    @staticmethod
+    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
+        """What is written to ``results/evidence``; empty if it does not apply to the network."""
+        raise NotImplementedError
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        raise NotImplementedError
 
 
 def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
@@ -34,125 +100,291 @@ def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch.images, batch.labels
 
 
-def measure_akp_travel(run: FinishedRun, _: Data) -> dict[str, Any]:
-    """The mean distance between the AKPs' values before training and at the best epoch.
+def load_own_akp_history(run: FinishedRun) -> dict[str, Tensor]:
+    """The AKPs before training and after each epoch; empty for a network without AKPs.
 
-    Returns:
-        ``<kind>/<akp>`` -> mean over all kernels of the network, in px or degrees (or without a unit, as the AKP).
+    Raises:
+        UsageError: if the history is missing, or the AKPs of the best epoch are not those of the network.
     """
     assert run.record is not None
-    distances: dict[str, list[Tensor]] = {}
-    for name, history in load_akp_history(run).items():
-        symbol, akp = name.split("/")[-2:]
-        factor = 180 / math.pi if KINDS[symbol].get_unit(akp) == "rad" else 1.0
-        distance = (history[run.record["best_epoch"]] - history[0]).abs() * factor
-        distances.setdefault(f"{symbol}/{akp}", []).append(distance)
-    return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
+    history, trained, best = load_akp_history(run), snapshot_akps(run.model), run.record.best_epoch
+    file = run.path / "akps.safetensors"
+    if trained and not history:
+        raise UsageError(f"{file} is missing; delete {run.path} and train again")
+    # The network of a run with half precision may be rebuilt with full precision.
+    tolerance = 0.02 if run.settings.trainer.precision in ("16-true", "bf16-true") else 1e-4
+    for name in history.keys() | trained.keys():
+        if (
+            name not in history
+            or name not in trained
+            or history[name].shape != (run.record.epochs + 1, *trained[name].shape)
+            or not torch.allclose(history[name][best].float(), trained[name], rtol=tolerance, atol=tolerance)
+        ):
+            raise UsageError(f"{file} is of another run: its {name} at epoch {best} are not those of model.safetensors")
+    return history
 
 
-def measure_replaced_akps(run: FinishedRun, data: Data) -> dict[str, Any]:
-    """Validation accuracy (percent) with all AKPs of the network replaced, and everything else as trained.
+class AkpTravel(Measurement):
+    """The mean distance between the AKPs' values before training and at the best epoch."""
+
+    name = "akp_travel"
+    values = dict[str, NonNegative]
+    uses_akp_history = True
+
+    @staticmethod
+    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
+        """Returns ``<kind>/<akp>`` -> mean over the network, in px or degrees (or without a unit, as the AKP)."""
+        assert run.record is not None
+        distances: dict[str, list[Tensor]] = {}
+        for name, history in load_own_akp_history(run).items():
+            symbol, akp = name.split("/")[-2:]
+            factor = 180 / math.pi if KINDS[symbol].get_unit(akp) == "rad" else 1.0
+            distance = (history[run.record.best_epoch] - history[0]).abs() * factor
+            distances.setdefault(f"{symbol}/{akp}", []).append(distance)
+        return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        for row, name, values in _group_by_row_and_name(lines):
+            symbol, akp = name.split("/")
+            unit = KINDS[symbol].get_unit(akp).replace("rad", "degrees")
+            what = f"distance traveled by {akp} of {KINDS[symbol].name} in {row}"
+            yield Summary(row, what, values, None, unit)
+
+
+class ReplacedAkps(Measurement):
+    """Validation accuracy with all AKPs of the network replaced, and everything else as trained.
 
     Source: Zhang, Bengio and Singer, Are All Layers Created Equal?, JMLR 2022.
-
-    Returns:
-        ``trained``, ``initial`` (the AKPs before training) and ``redrawn`` (new random AKPs) -> accuracy. Empty for a
-        network without analytic layers.
-    """
-    history = load_akp_history(run)
-    if not history:
-        return {}
-    initial, redrawn = copy.deepcopy(run.model), copy.deepcopy(run.model)
-    for name, layer in analytic_layers(initial).items():
-        for symbol, akps in layer.akps().items():
-            layer.set_akps(symbol, {akp: history[f"{name}/{symbol}/{akp}"][0] for akp in akps})
-    torch.manual_seed(int(run.settings.directory.id, 16))  # not the seed that the initial AKPs were drawn with
-    for layer in analytic_layers(redrawn).values():
-        layer.sample_akps()
-    models = {"trained": run.model, "initial": initial, "redrawn": redrawn}
-    return {akps: evaluate_run(replace(run, model=model), data, "val")["top1"] for akps, model in models.items()}
-
-
-def measure_shapley(run: FinishedRun, data: Data) -> dict[str, Any]:
-    """The Shapley value of each kind of kernel in points of validation accuracy, with removed kernels set to zero.
-
-    Empty for a network without analytic layers.
-    """
-    if not analytic_layers(run.model):
-        return {}
-    attribution = attribute(run.model, partial(iterate_pairs, data, data.val))
-    values = attribution.shapley()
-    return {symbol: values[symbol] for symbol in attribution.kinds}
-
-
-def measure_corruptions(run: FinishedRun, data: Data) -> dict[str, Any]:
-    """Test accuracy (percent) for every corruption at every severity.
-
-    Returns:
-        Corruption -> list of accuracies, from severity 1 to 5; ``none`` -> accuracy on the images as they are.
     """
 
-    def compute_accuracy(images: Tensor) -> float:
-        return evaluate_run(run, replace(data, test=Split(images, data.test.labels)), "test")["top1"]
+    name = "replaced_akps"
+    values = dict[str, Percent]
+    uses_akp_history = True
 
-    accuracies: dict[str, Any] = {"none": compute_accuracy(data.test.images)}
-    for name, corrupt in CORRUPTIONS.items():
-        accuracies[name] = [compute_accuracy(corrupt(data.test.images, severity)) for severity in SEVERITIES]
-    return accuracies
+    @staticmethod
+    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
+        """Returns the accuracy with ``trained`` AKPs, ``initial`` ones (before training) and ``redrawn`` ones."""
+        history = load_own_akp_history(run)
+        if not history:
+            return {}
+        initial, redrawn = copy.deepcopy(run.model), copy.deepcopy(run.model)
+        for name, layer in analytic_layers(initial).items():
+            for symbol, akps in layer.akps().items():
+                layer.set_akps(symbol, {akp: history[f"{name}/{symbol}/{akp}"][0] for akp in akps})
+        torch.manual_seed(int(run.settings.directory.id, 16))  # not the seed that the initial AKPs were drawn with
+        for layer in analytic_layers(redrawn).values():
+            layer.sample_akps()
+        models = {"trained": run.model, "initial": initial, "redrawn": redrawn}
+        return {akps: evaluate_run(replace(run, model=model), data, "val")["top1"] for akps, model in models.items()}
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        """Compares trained AKPs with initial ones, and, without a verdict, with redrawn ones."""
+        accuracies = {(row, akps): values for row, akps, values in _group_by_row_and_name(lines)}
+        for row in dict.fromkeys(row for row, _ in accuracies):
+            for akps, threshold in (("initial", 0.0), ("redrawn", None)):
+                difference = accuracies[row, "trained"] - accuracies[row, akps]
+                yield Summary(row, f"{row}: AKPs trained, against {akps} ones", difference, threshold)
 
 
-def measure_attacks(run: FinishedRun, data: Data) -> dict[str, Any]:
-    """Test accuracy (percent) under projected gradient descent: L-infinity, 10 steps from a random start.
+class Shapley(Measurement):
+    """The Shapley value of each kind of kernel in points of validation accuracy, with removed kernels set to zero."""
+
+    name = "shapley"
+    values = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+
+    @staticmethod
+    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
+        if not analytic_layers(run.model):
+            return {}
+        attribution = attribute(run.model, partial(iterate_pairs, data, data.val))
+        values = attribution.shapley()
+        return {symbol: values[symbol] for symbol in attribution.kinds}
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        for row, symbol, values in _group_by_row_and_name(lines):
+            yield Summary(row, f"{KINDS[symbol].name} in {row}", values, 0.0)
+
+
+class Corruptions(Measurement):
+    """Test accuracy for every corruption at every severity."""
+
+    name = "corruptions"
+    values = dict[str, Percent | Annotated[list[Percent], Field(min_length=1)]]
+    is_against_plain = True
+
+    @staticmethod
+    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
+        """Returns corruption -> accuracies from severity 1 to 5; ``none`` -> accuracy on the images as they are."""
+
+        def compute_accuracy(images: Tensor) -> float:
+            return evaluate_run(run, replace(data, test=Split(images, data.test.labels)), "test")["top1"]
+
+        accuracies: dict[str, Any] = {"none": compute_accuracy(data.test.images)}
+        for name, corrupt in CORRUPTIONS.items():
+            accuracies[name] = [compute_accuracy(corrupt(data.test.images, severity)) for severity in SEVERITIES]
+        return accuracies
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        """The accuracy averaged over corruptions, which has the verdict, then under each corruption."""
+        names = [name for name in lines[0].values if name != "none"]
+        groups: list[tuple[str, list[str], float | None]] = [("corruptions", names, 0.0)]
+        groups += [(name, [name], None) for name in names]
+        for title, members, threshold in groups:
+            for row, by_seed in _group_by_row(lines):
+                means = {
+                    seed: sum(sum(values[name]) / len(values[name]) for name in members) / len(members)
+                    for seed, values in by_seed.items()
+                }
+                yield Summary(row, f"under {title}", pd.Series(means), threshold)
+
+
+class Attacks(Measurement):
+    """Test accuracy under projected gradient descent: L-infinity, 10 steps from a random start.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
-
-    Returns:
-        The largest change of a pixel, of 255 -> accuracy on ``MAX_ATTACKED`` random test images. Once it is 0, it is
-        taken to be 0 under larger changes too.
     """
-    from art.attacks.evasion import ProjectedGradientDescentPyTorch  # imported here because it takes seconds
-    from art.estimators.classification import PyTorchClassifier
 
-    test = data.test.sample(MAX_ATTACKED)
-    images = data.augmentation.center_crop(test.images).float().div(255).numpy()
-    labels = test.labels.numpy()
-    moments = tuple((moment / 255).flatten(1)[0].view(-1, 1, 1).numpy() for moment in (data.mean, data.std))
-    classifier = PyTorchClassifier(
-        run.model, nn.CrossEntropyLoss(), images.shape[1:], data.classes, clip_values=(0, 1), preprocessing=moments
-    )
-    accuracies = {"0": _compute_accuracy(classifier, images, labels)}
-    for size in ATTACK_SIZES:
-        if 0.0 in accuracies.values():
-            accuracies[f"{size:g}"] = 0.0
-            continue
-        np.random.seed(run.settings.seed)  # the library draws the random starts from it
-        step = size / 255 / 4
-        attack = ProjectedGradientDescentPyTorch(
-            classifier, eps=size / 255, eps_step=step, max_iter=10, num_random_init=1, batch_size=100, verbose=False
+    name = "attacks"
+    values = dict[str, Percent]
+    is_against_plain = True
+
+    @staticmethod
+    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
+        """Returns the largest change of a pixel, of 255 -> accuracy on ``MAX_ATTACKED`` random test images.
+
+        Once it is 0, it is taken to be 0 under larger changes too.
+        """
+        from art.attacks.evasion import ProjectedGradientDescentPyTorch  # imported here because it takes seconds
+        from art.estimators.classification import PyTorchClassifier
+
+        test = data.test.sample(MAX_ATTACKED)
+        images = data.augmentation.center_crop(test.images).float().div(255).numpy()
+        labels = test.labels.numpy()
+        moments = tuple((moment / 255).flatten(1)[0].view(-1, 1, 1).numpy() for moment in (data.mean, data.std))
+        classifier = PyTorchClassifier(
+            run.model, nn.CrossEntropyLoss(), images.shape[1:], data.classes, clip_values=(0, 1), preprocessing=moments
         )
-        accuracies[f"{size:g}"] = _compute_accuracy(classifier, attack.generate(images, labels), labels)
-    return accuracies
+        accuracies = {"0": _compute_accuracy(classifier, images, labels)}
+        for size in ATTACK_SIZES:
+            if 0.0 in accuracies.values():
+                accuracies[f"{size:g}"] = 0.0
+                continue
+            np.random.seed(run.settings.seed)  # the library draws the random starts from it
+            step = size / 255 / 4
+            attack = ProjectedGradientDescentPyTorch(
+                classifier, eps=size / 255, eps_step=step, max_iter=10, num_random_init=1, batch_size=100, verbose=False
+            )
+            accuracies[f"{size:g}"] = _compute_accuracy(classifier, attack.generate(images, labels), labels)
+        return accuracies
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        for row, by_seed in _group_by_row(lines):
+            means = {
+                seed: sum(values[size] for size in values if size != "0") / (len(values) - 1)
+                for seed, values in by_seed.items()
+            }
+            yield Summary(row, "under attacks", pd.Series(means), 0.0)
 
 
 def _compute_accuracy(classifier: Any, images: np.ndarray, labels: np.ndarray) -> float:
     return 100 * float((classifier.predict(images).argmax(1) == labels).mean())
 
 
-MEASUREMENTS: dict[str, Callable[[FinishedRun, Data], dict[str, Any]]] = {
-    "akp_travel": measure_akp_travel,
-    "replaced_akps": measure_replaced_akps,
-    "shapley": measure_shapley,
-    "corruptions": measure_corruptions,
-    "attacks": measure_attacks,
-    "transforms": measure_transforms,
-}
-"""Each takes a finished run and its data, and returns what is written to ``results/evidence``."""
+class _MovedResult(TypedDict):
+    top1: Percent
+    error: NonNegative
 
 
-def read_measurements(file: Path) -> list[dict[str, Any]]:
-    """Reads a file that ``scripts/measure.py`` wrote: a row, the id of a run, its seed and the values in each line.
+class Transforms(Measurement):
+    """Accuracy on rotated and rescaled images, with the network's formulas moved alike."""
 
-    Raises:
-        UsageError: as ``read_json_lines`` does.
-    """
-    return read_json_lines(file, {"row", "id", "seed", "values"}, "a measurement")
+    name = "transforms"
+    values = dict[str, dict[str, dict[str, _MovedResult]]]
+    measure = staticmethod(measure_transforms)
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        """Compares formulas that are moved with kernels that are resampled, and with a network left unchanged."""
+        frame = pd.DataFrame(
+            [
+                (line.row, line.seed, transform, float(amount), way, values["top1"], values["error"])
+                for line in lines
+                for transform, by_amount in line.values.items()
+                for amount, ways in by_amount.items()
+                for way, values in ways.items()
+            ],
+            columns=["row", "seed", "transform", "amount", "way", "top1", "error"],
+        )
+        for row, of_row in frame.groupby("row", sort=False):
+            # At 90 degrees, moved and resampled kernels are the same: no pixel is interpolated.
+            is_oblique = (of_row["transform"] == "rotation") & (of_row["amount"] < 90)
+            angles = of_row["amount"][is_oblique]
+            groups = {f"rotated by {angles.min():g} to {angles.max():g} degrees": is_oblique}
+            for factor in sorted(of_row["amount"][of_row["transform"] == "scale"].unique()):
+                groups[f"scaled by {factor:g}"] = (of_row["transform"] == "scale") & (of_row["amount"] == factor)
+            for title, is_member in groups.items():
+                if "closed form" not in set(of_row["way"][is_member]):  # the formulas were too fine
+                    continue
+                means = of_row[is_member].groupby(["seed", "way"])[["top1", "error"]].mean().unstack()
+                prefix = f"{row}, images {title}:"
+                for way in ("resampled", "unchanged"):
+                    difference = means["top1", "closed form"] - means["top1", way]
+                    yield Summary(row, f"{prefix} formulas moved, against kernels {way}", difference, 0.0)
+                difference = means["error", "resampled"] - means["error", "closed form"]
+                what = f"{prefix} error of outputs, kernels resampled, against formulas moved"
+                yield Summary(row, what, difference, 0.0, "%")
+
+
+MEASUREMENTS = {measurement.name: measurement for measurement in Measurement.__subclasses__()}
+
+
+def _group_by_row(lines: Sequence[Line]) -> Iterable[tuple[str, dict[int, Any]]]:
+    """Yields each row with its values by seed."""
+    for row in dict.fromkeys(line.row for line in lines):
+        yield row, {line.seed: line.values for line in lines if line.row == row}
+
+
+def _group_by_row_and_name(lines: Sequence[Line]) -> Iterable[tuple[str, str, "pd.Series[Any]"]]:
+    """Yields each row and name of a value, with the values by seed."""
+    values = [(line.row, line.seed, name, value) for line in lines for name, value in line.values.items()]
+    frame = pd.DataFrame(values, columns=["row", "seed", "name", "value"]).set_index("seed")
+    for (row, name), group in frame.groupby(["row", "name"], sort=False):
+        yield row, name, group["value"]
+
+
+def read_measurements(file: Path, measurement: type[Measurement]) -> list[Line]:
+    """Reads a file that ``scripts/measure.py`` wrote. Raises UsageError as ``parse_json_lines`` does."""
+    return parse_json_lines(
+        read_bytes(file),
+        file,
+        measurement.make_line_type(),
+        f"a measurement of {measurement.name}",
+        lambda line: f"row '{line.row}', seed {line.seed}",
+    )
+
+
+def write_measurement(file: Path, measurement: type[Measurement], line: Line) -> None:
+    """Adds a line to a file, or replaces that of the same row and seed; other processes may do so at the same time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            lines = read_measurements(file, measurement) if file.exists() else []
+            by_run = {(other.row, other.seed): other for other in lines} | {(line.row, line.seed): line}
+            write_atomic(file, to_json_lines(other.to_dict() for other in by_run.values()))
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def is_current(line: Line, record: Record, path: Path) -> bool:
+    """Whether a line still stands for the run in the folder ``path``, as far as is known."""
+    if not line.values and line.weights is None and any(flatten(record.config["arrangement"]).values()):
+        return False  # earlier versions recorded a missing akps.safetensors as a network without AKPs
+    digests = ((line.weights, "model.safetensors"), (line.akps, "akps.safetensors"))
+    return line.is_of(record) and all(
+        digest is None or digest_file(path / name) in (None, digest) for digest, name in digests
+    )

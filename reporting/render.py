@@ -3,13 +3,13 @@
 import math
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from reporting.statistics import DIFFERENCE, Row, summarize
+from training.record import Machine, Record
 
 NUM_FIRST_COLUMNS = 5
 """Columns before those of differences."""
@@ -30,16 +30,17 @@ def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
             "" if line.row == names[i] else format_difference(*frame.loc[i, DIFFERENCE])
             for names, frame in zip(references, comparisons, strict=True)
         ]
-        lines.append(
-            [line.row, line.arrangement, f"{line.conv_params:,}", f"{line.conv_ratio:.2f}", top1, *differences]
-        )
+        counts = [record.parameters.conv for record in rows[i].records]  # auto chooses other kernels for every seed
+        conv_params = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+        ratio = "" if math.isnan(line.conv_ratio) else f"{line.conv_ratio:.2f}"
+        lines.append([line.row, line.arrangement, conv_params, ratio, top1, *differences])
     headings = [
         f"points against {names[0] if len(set(names)) == 1 else 'the reference of the row'}" for names in references
     ]
     arrangements = dict(zip(comparisons[0]["row"], comparisons[0]["arrangement"], strict=True))
     is_plain = all(arrangements[name] == "plain" for name in references[0])
-    ratio, accuracy = f"{'plain' if is_plain else 'reference'} / row", f"top-1 {SPLIT_NAMES[rows[0].split]} %"
-    return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", ratio, accuracy, *headings])
+    ratio_heading, accuracy = f"{'plain' if is_plain else 'reference'} / row", f"top-1 {SPLIT_NAMES[rows[0].split]} %"
+    return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", ratio_heading, accuracy, *headings])
 
 
 def render_markdown(
@@ -134,22 +135,22 @@ def _describe_references(rows: Sequence[Row]) -> str:
     return f" References: {'; '.join(parts)}."
 
 
-def describe_runs(records: Sequence[dict[str, Any]]) -> str:
+def describe_runs(records: Sequence[Record]) -> str:
     """Lists epochs, time, machines, commits and versions of the runs behind a table, in one line."""
-    machines = sorted({describe_machine(r["machine"]) for r in records})
-    commits = sorted({_shorten_commit(r["commit"]) for r in records})
-    versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
-    epochs = sorted({r["config"]["trainer"]["epochs"] for r in records})
-    minutes = round(sum(r["seconds"] for r in records) / 60)
+    machines = sorted({describe_machine(r.machine) for r in records})
+    commits = sorted({_shorten_commit(r.commit) for r in records})
+    versions = ", ".join(f"{name} {number}" for name, number in records[0].versions.items())
+    epochs = sorted({r.epochs for r in records})
+    minutes = round(sum(r.seconds for r in records) / 60)
     return (
         f"{' or '.join(map(str, epochs))} epochs per run; {minutes} {'minute' if minutes == 1 else 'minutes'} "
         f"for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
     )
 
 
-def describe_machine(machine: dict[str, Any]) -> str:
-    """Names a machine of ``describe_environment`` and its threads."""
-    return f"{machine['device']}, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
+def describe_machine(machine: Machine) -> str:
+    """Names a machine and its threads."""
+    return f"{machine.device}, {machine.threads} {'thread' if machine.threads == 1 else 'threads'}"
 
 
 def _shorten_commit(commit: str | None) -> str:
@@ -180,7 +181,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     differences.axvline(0.0, color="black", linewidth=0.8)
     differences.set_xlabel("points against the reference of the row (95% interval)")
     accuracies.set_xscale("log")
-    accuracies.set_xlim(frame["conv_params"].min() / 1.5, frame["conv_params"].max() * 1.5)
+    accuracies.set_xlim(max(frame["conv_params"].min(), 1) / 1.5, max(frame["conv_params"].max(), 1) * 1.5)
     accuracies.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     accuracies.xaxis.set_major_formatter(EngFormatter())
     accuracies.xaxis.set_minor_formatter(NullFormatter())

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from acl import AnalyticConv2d, analytic_layers, plot
 from acl.explain import Attribution
 from acl.kernels import KINDS
+from training.record import Record
 
 MAX_KERNELS = 600
 """The most kernels of a layer that the page shows one by one; of larger layers, those with the most energy."""
@@ -23,7 +24,7 @@ TEMPLATE = Path(__file__).with_name("run_page.html")
 
 
 def render_run_page(
-    record: Mapping[str, Any],
+    record: Record,
     model: nn.Module,
     initial_model: nn.Module | None,
     akp_history: Mapping[str, Tensor],

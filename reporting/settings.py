@@ -1,5 +1,6 @@
 """The settings of a table."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import field
@@ -8,8 +9,9 @@ from typing import Any, NotRequired
 from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import TypedDict
 
+from training.config import compose, resolve
 from training.errors import UsageError
-from training.validation import STRICT, Seed
+from training.validation import STRICT, Seed, construct
 
 
 class RowSettings(TypedDict):
@@ -43,6 +45,8 @@ class TableSettings:
     """Names of rows to leave out."""
     also_against: str | None = None
     """The name of a row; adds a second column of differences, from this row."""
+    plain: str | None = None
+    """The name of the row that measurements of robustness compare all rows with."""
     backbone: str | None = None
     """Used by interpolations in the overrides."""
 
@@ -73,6 +77,17 @@ class TableSettings:
         groups = [self.overrides, *(row["overrides"] for row in self.rows), *candidates]
         if override := next((word for words in groups for word in words if is_seed(word)), None):
             raise UsageError(f"the table's override {override} has no effect; list the seeds in table.seeds")
+
+
+@functools.cache
+def find_plain_row(table: str) -> str:
+    """The plain row of a table of configs/table. Raises UsageError if it names none."""
+    settings = construct(TableSettings, resolve(compose([f"table={table}"], "reproduce_table"))["table"], "table")
+    if settings.plain is None:
+        raise UsageError(
+            f"table {table} has no plain row to compare with; name it as plain in configs/table/{table}.yaml"
+        )
+    return settings.plain
 
 
 def is_seed(override: str) -> bool:

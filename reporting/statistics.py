@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from training.errors import UsageError
+from training.record import Record
 
 DIFFERENCE = ["diff_mean", "diff_ci95_low", "diff_ci95_high"]
 COLUMNS = [
@@ -35,17 +36,17 @@ class Row:
     """The name of the row it is compared with; None: the first row."""
     chosen: list[str] | None = None
     """Overrides with the chosen hyperparameters; None until the search is done."""
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     """One per seed."""
 
     @property
     def split(self) -> str:
         """The split whose accuracy is listed: ``test``, or ``val`` if the runs do not evaluate the test set."""
-        return "test" if self.records[0]["test"] else "val"
+        return "test" if self.records[0].test else "val"
 
 
 def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
-    """Computes the columns ``COLUMNS``, one line per row.
+    """Computes the columns ``COLUMNS``, one line per row; numbers of parameters are means over its runs.
 
     Accuracies are in percent. Differences are in points, paired by seed, with a 95% t-interval.
 
@@ -54,7 +55,7 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
         against: the name of the row to compare all rows with; None: the row that each row names.
 
     Raises:
-        UsageError: for a row without records.
+        UsageError: for a row without records, or without a seed that its reference has.
     """
     by_name = {row.name: row for row in rows}
     lines: list[dict[str, Any]] = []
@@ -64,22 +65,23 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
         reference = by_name[against or row.against or rows[0].name]
         top1 = top1_by_seed(row.records, row.split)
         mean, low, high = paired_difference(top1, top1_by_seed(reference.records, row.split))
-        record = row.records[0]
-        arrangement = record["config"]["arrangement"]
+        if math.isnan(mean):
+            raise UsageError(f"rows '{row.name}' and '{reference.name}' have no seed in common")
+        arrangement = row.records[0].config["arrangement"]
         lines.append(
             {
                 "row": row.name,
                 "arrangement": "; ".join(f"{k}: {v}" for k, v in arrangement.items() if v) or "plain",
-                "conv_params": record["parameters"]["conv"],
-                "params": record["parameters"]["total"],
-                "conv_ratio": reference.records[0]["parameters"]["conv"] / record["parameters"]["conv"],
+                "conv_params": round(mean_num_parameters(row.records)),
+                "params": round(mean_num_parameters(row.records, "total")),
+                "conv_ratio": compute_conv_ratio(reference.records, row.records),
                 "seeds": len(top1),
                 "top1_mean": top1.mean(),
                 "top1_std": top1.std(),
                 "diff_mean": mean,
                 "diff_ci95_low": low,
                 "diff_ci95_high": high,
-                "epochs": record["config"]["trainer"]["epochs"],
+                "epochs": row.records[0].epochs,
             }
         )
     return pd.DataFrame(lines, columns=COLUMNS)
@@ -118,5 +120,16 @@ def correct_p_values(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def top1_by_seed(records: Sequence[dict[str, Any]], split: str = "test") -> "pd.Series[Any]":
-    return pd.Series({record["config"]["seed"]: record[split]["top1"] for record in records})
+def top1_by_seed(records: Sequence[Record], split: str = "test") -> "pd.Series[Any]":
+    return pd.Series({record.seed: record.results[split].top1 for record in records}, dtype=float)
+
+
+def mean_num_parameters(records: Sequence[Record], name: str = "conv") -> float:
+    """The mean over runs, since ``auto`` chooses other kernels for every seed."""
+    return sum(getattr(record.parameters, name) for record in records) / len(records)
+
+
+def compute_conv_ratio(reference: Sequence[Record], records: Sequence[Record]) -> float | None:
+    """How many times more convolution parameters the reference has; None if the others have none."""
+    mean = mean_num_parameters(records)
+    return mean_num_parameters(reference) / mean if mean else None

@@ -1,12 +1,13 @@
 """Turns the rows of a table into runs, which any number of workers share."""
 
+import functools
 import re
+import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
@@ -14,16 +15,17 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
-from reporting.json_lines import to_json_lines
+from reporting.json_lines import parse_json_lines, to_json_lines
 from reporting.render import draw_table, render_latex, render_markdown
 from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
-from training.config import compose, is_in_identity, resolve
+from training.config import compose, flatten, is_in_identity, resolve
 from training.errors import BusyError, UsageError
 from training.loggers import check_logger
 from training.loop import run
 from training.provenance import digest_sources
-from training.run_directory import RunDirectory, parse_record, write_atomic
+from training.record import Record, read_bytes
+from training.run_directory import RunDirectory, write_atomic
 from training.runs import build_model, create_smoke_folder, load_run_data, open_run_directory, parse_run
 from training.validation import construct
 
@@ -37,7 +39,7 @@ class PlannedRun:
     cfg: DictConfig
     directory: RunDirectory
 
-    def load_record(self) -> dict[str, Any] | None:
+    def load_record(self) -> Record | None:
         return self.directory.load_record(self.cfg.fresh)
 
     @property
@@ -137,7 +139,7 @@ class Table:
         for index, trial in enumerate(self._plan_trials(row)):
             record = trial.load_record()
             if record is not None:
-                scores.append((record["val"]["top1"], -record["val"]["loss"], -index))
+                scores.append((record.val.top1, -record.val.loss, -index))
             elif not self._has_failed(trial):
                 return None
         return self._candidates[-max(scores)[2]] if scores else None
@@ -186,7 +188,7 @@ class Table:
     def count_outdated(self) -> tuple[int, int]:
         """Counts the runs that were recorded with other than the current code, and all recorded runs."""
         records = [record for planned in self.plan_runs() if (record := planned.directory.load_record()) is not None]
-        return sum(record.get("sources") != digest_sources() for record in records), len(records)
+        return sum(record.sources != digest_sources() for record in records), len(records)
 
     def reproduce(self) -> pd.DataFrame:
         """Performs the runs that are not recorded, waits for those of other workers, and writes the table.
@@ -218,10 +220,10 @@ class Table:
                 planned.directory.failure_file.unlink(missing_ok=True)
                 reported.add(planned.title)
                 progress.update()
-                split, result = ("test", record["test"]) if record["test"] else ("validation", record["val"])
-                note = f"{record['seconds']:.0f} s" if is_new else "recorded before"
+                split, result = ("test", record.test) if record.test else ("validation", record.val)
+                note = f"{record.seconds:.0f} s" if is_new else "recorded before"
                 counter = f"[{len(reported)}/{len(self)}]"
-                progress.write(f"{counter} {planned.title}: {split} {result['top1']:.2f}% ({note})")
+                progress.write(f"{counter} {planned.title}: {split} {result.top1:.2f}% ({note})")
             if not is_waiting and not made_progress:
                 break
             if not made_progress:
@@ -243,7 +245,7 @@ class Table:
     def _write_trials(self) -> None:
         """Writes the records of the search trials to <name>_search.jsonl."""
         trials = [
-            {"row": row.name, "candidate": candidate, **record}
+            {"row": row.name, "candidate": candidate, **record.to_dict()}
             for row in self.rows
             for candidate, trial in zip(self._candidates, self._plan_trials(row), strict=True)
             if (record := trial.load_record()) is not None
@@ -260,14 +262,14 @@ class Table:
         file = self.path.with_suffix(".jsonl")
         entries = read_results(file)
         for row in self.rows:
-            row.records = [entry for entry in entries if entry["row"] == row.name]
+            row.records = [entry for entry in entries if entry.row == row.name]
             row.chosen = self._find_recorded_candidate(row)
             if row.chosen is None:
                 raise UsageError(f"{file} has no complete row '{row.name}' as configured in table {self.name}")
 
     def _find_recorded_candidate(self, row: Row) -> list[str] | None:
         """The candidate that the records of a row were made with; None if there is none."""
-        recorded_ids = {record["id"] for record in row.records}
+        recorded_ids = {record.id for record in row.records}
         for candidate in self._candidates or [[]]:
             planned_runs = self._plan_seeds(replace(row, chosen=candidate))
             if {planned.directory.id for planned in planned_runs} == recorded_ids:
@@ -291,7 +293,7 @@ class Table:
             row.name: [word for word in (*row.overrides, *(row.chosen or []), seed) if word not in local_overrides]
             for row in self.rows
         }
-        records = [{"row": row.name, **record} for row in self.rows for record in row.records]
+        records = [{"row": row.name, **record.to_dict()} for row in self.rows for record in row.records]
         title, also_against = self.settings.title, self.settings.also_against
         figure = draw_table(frame, title, self.rows[0].split)
         contents: dict[str, str | bytes] = {
@@ -329,25 +331,54 @@ def open_table(cfg: DictConfig, *script_keys: str) -> Table:
     return Table(hydra.runtime.choices["table"], settings, run_overrides)
 
 
-def read_results(file: Path) -> list[dict[str, Any]]:
+def read_results(file: Path) -> Sequence[Record]:
     """Reads the records of a table, each with the name of its row, from its .jsonl file.
 
+    Says on stderr, once, if other code made some of a row's records than the rest.
+
     Raises:
-        UsageError: if there is no such file, for the first line that is not the record of a run with its row, or if
-            only some of the runs evaluated the test set.
+        UsageError: if there is no such file, for a line that is not the record of a run with its row or repeats the row
+            and seed of another, and if only some runs have a test result, or a row's runs differ in more than the seed.
     """
-    try:
-        lines = file.read_bytes().splitlines()
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no {file}; reproduce the table first") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    entries: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        entry = parse_record(line, f"{file}, line {number},")
-        if not isinstance(entry.get("row"), str):
+    if not file.exists():
+        raise UsageError(f"there is no {file}; reproduce the table first")
+    return _parse_results(file, read_bytes(file))
+
+
+@functools.cache
+def _parse_results(file: Path, content: bytes) -> Sequence[Record]:
+    records = parse_json_lines(
+        content, file, Record, "a record of a run", lambda record: f"row '{record.row}', seed {record.seed}"
+    )
+    first_of_row: dict[str, tuple[int, Record]] = {}
+    mixed_rows: dict[str, None] = {}
+    for number, record in enumerate(records, 1):
+        if record.row is None:
             raise UsageError(f"{file}, line {number}, names no row")
-        if entries and (entry["test"] is None) != (entries[0]["test"] is None):
+        if (record.test is None) != (records[0].test is None):
             raise UsageError(f"{file}: only one of the lines 1 and {number} has a test result")
-        entries.append(entry)
-    return entries
+        first_number, first = first_of_row.setdefault(record.row, (number, record))
+        if changes := [change for change in describe_changes(first, record) if not change.startswith("seed=")]:
+            raise UsageError(
+                f"{file}, line {number}, differs from line {first_number} of row '{record.row}' in more than the seed: "
+                f"{', '.join(changes)}"
+            )
+        if record.sources != first.sources:
+            mixed_rows[record.row] = None
+    if mixed_rows:
+        print(f"{file}: rows whose runs were not all made with the same code: {', '.join(mixed_rows)}", file=sys.stderr)
+    return records
+
+
+def describe_changes(before: Record, after: Record) -> list[str]:
+    """Lists what differs in the configuration and the digests of two records, with its new and old values."""
+    old, new = (
+        {**flatten(r.config), "digest of data": r.data and r.data.get("digest"), "digest of pretrained": r.pretrained}
+        for r in (before, after)
+    )
+    is_unknown = {key for key in old if key.startswith("digest") and None in (old[key], new[key])}
+    return [
+        f"{key}={new.get(key, 'none')} instead of {old.get(key, 'none')}"
+        for key in old | new
+        if key not in is_unknown and new.get(key, "none") != old.get(key, "none")
+    ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, rotate
+from tqdm import tqdm
 
 import acl
 from acl.inspection import analytic_layers
@@ -33,14 +34,15 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
     """Measures a network on rotated and rescaled images, with its analytic layers rotated and rescaled alike.
 
     There are three ways: ``closed form`` moves the formulas (``acl.rotate``, ``acl.rescale``), ``resampled`` moves the
-    same kernels by bicubic interpolation, and ``unchanged`` leaves them. Plain layers are not moved. If there are some,
-    the strides of rescaled layers are multiplied, so that plain layers see features of the size that they were trained
-    on.
+    same kernels by bicubic interpolation, with antialiasing for smaller images, and ``unchanged`` leaves them. Plain
+    layers are not moved. If there are some, the strides of rescaled layers are multiplied, so that plain layers see
+    features of the size that they were trained on.
 
     Returns:
         ``rotation`` (degrees) and ``scale`` (factor) -> way -> ``top1``, the test accuracy in percent on
         ``MAX_CLASSIFIED`` random images, and ``error``, the squared error of the outputs of the first analytic layer,
-        in percent of the transformed outputs on the images as they are. Empty for a network without analytic layers.
+        in percent of the transformed outputs on the images as they are. Formulas that ``acl.rescale`` refuses have no
+        ``closed form``. Empty for a network without analytic layers.
 
     Raises:
         UsageError: for a network that takes images of one size only, such as LeNet-5.
@@ -88,11 +90,25 @@ def _compare_ways(
     data: Data,
     errors: Mapping[str, float],
 ) -> dict[str, dict[str, float]]:
-    moved = {way: move(copy.deepcopy(network)) for way, network in networks.items()}
+    moved = _move_where_possible(networks, move)
     return {
         way: {"top1": evaluate_run(replace(run, model=model), data, "test")["top1"], "error": errors[way]}
         for way, model in {**moved, "unchanged": run.model}.items()
+        if way in errors
     }
+
+
+def _move_where_possible(
+    networks: Mapping[str, nn.Module], move: Callable[[nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Copies networks and moves them, without those whose formulas ``acl.rescale`` refuses."""
+    moved = {}
+    for way, network in networks.items():
+        try:
+            moved[way] = move(copy.deepcopy(network))
+        except acl.UnsuitableFormulas as error:
+            tqdm.write(str(error))
+    return moved
 
 
 def _resize_test_images(data: Data, factor: float) -> Data:
@@ -135,8 +151,7 @@ def _compute_errors(
     growth = max(moved_features.shape[-1] / features.shape[-1], 1.0)
     margin = math.ceil(max(original.kernel_size) * growth)
     errors = {}
-    moved = {way: move(copy.deepcopy(layer)) for way, layer in layers.items()}
-    for way, moved_layer in {**moved, "unchanged": original}.items():
+    for way, moved_layer in {**_move_where_possible(layers, move), "unchanged": original}.items():
         output = moved_layer(moved_features)
         rows, columns = (min(a, b) for a, b in zip(output.shape[-2:], expected.shape[-2:], strict=True))
         inside = _make_disk(rows, columns, min(rows, columns) / 2 - margin).to(output.device)

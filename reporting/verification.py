@@ -4,21 +4,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 from scipy.special import stdtrit
 
 from reporting.render import format_difference
 from reporting.statistics import paired_difference, top1_by_seed
-from reporting.table import Table, read_results
-from training.config import flatten
+from reporting.table import Table, describe_changes, read_results
+from training.record import Record
 from training.runs import load_run_data, parse_run
 
 ERROR_RATE = 0.05
 """The probability that any row of a rerun that differs only by chance is reported to differ."""
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[Record]
 Verdict = Literal["reproduced", "consistent", "differs", "incomplete"]
 
 
@@ -76,7 +76,7 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         committed, rerun: records of finished runs, each with the name of its row.
         num_images: the number of images of each split to compare.
     """
-    old, new = ({(record["row"], record["config"]["seed"]): record for record in group} for group in (committed, rerun))
+    old, new = ({(record.row or "", record.seed): record for record in group} for group in (committed, rerun))
     rows = list(dict.fromkeys(row for row, _ in (*old, *new)))
     confidence = 1 - ERROR_RATE / (2 * len(num_images) * len(rows))  # two intervals per split and row
     comparisons = []
@@ -86,8 +86,8 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         verdict: Verdict = "reproduced"
         details = []
         # Without the same trainer.test, only one of the two has a test result.
-        splits = [split for split in num_images if all(record[split] is not None for record in (*befores, *afters))]
-        if any(b[split] != a[split] for b, a in zip(befores, afters, strict=True) for split in splits):
+        splits = [split for split in num_images if all(split in record.results for record in (*befores, *afters))]
+        if any(b.results[split] != a.results[split] for b, a in zip(befores, afters, strict=True) for split in splits):
             verdict = "consistent"
             for split in splits:
                 difference = paired_difference(top1_by_seed(afters, split), top1_by_seed(befores, split), confidence)
@@ -105,9 +105,10 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
             if seeds:
                 verdict = "differs" if verdict == "differs" else "incomplete"
                 details.append(f"{problem}: seed {seeds}")
-        if changes := describe_changes(befores, afters):
+        changes = [change for b, a in zip(befores, afters, strict=True) for change in describe_changes(b, a)]
+        if changes:
             verdict = "differs"
-            details.append(f"other configuration: {', '.join(changes)}")
+            details.append(f"other configuration: {', '.join(dict.fromkeys(changes))}")
         comparisons.append(Comparison(row, verdict, "; ".join(details)))
     return comparisons
 
@@ -117,20 +118,9 @@ def seed_spread(records: Records, split: str, n: int, confidence: float) -> floa
 
     The variance is pooled over the rows, since the seeds of one row are few. NaN if every row has one seed.
     """
-    rows = pd.DataFrame([(record["row"], record[split]["top1"]) for record in records]).groupby(0)[1]
+    rows = pd.DataFrame([(record.row, record.results[split].top1) for record in records]).groupby(0)[1]
     degrees = int((rows.size() - 1).sum())
     if degrees == 0:
         return math.nan
     variance = float((rows.var() * (rows.size() - 1)).sum()) / degrees
     return float(stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(2 * variance / n)
-
-
-def describe_changes(befores: Records, afters: Records) -> list[str]:
-    """Lists the keys of the configuration that differ between pairs of records, with their new and old values."""
-    changes: dict[str, None] = {}
-    for before, after in zip(befores, afters, strict=True):
-        old, new = flatten(before["config"]), flatten(after["config"])
-        for key in old | new:
-            if (value := new.get(key, "none")) != (old_value := old.get(key, "none")):
-                changes[f"{key}={value} instead of {old_value}"] = None
-    return list(changes)

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from training.config import run_script
 from training.errors import UsageError
 from training.finished_run import find_finished_runs
-from training.run_directory import read_record, write_atomic
+from training.record import read_record
+from training.run_directory import write_atomic
 from training.validation import STRICT, OutputFile
 
 
@@ -25,7 +26,7 @@ def main(settings: CollectSettings) -> None:
     records = []
     for path in find_finished_runs(settings.runs):
         try:
-            records.append(read_record(path / "record.json"))
+            records.append(read_record(path / "record.json").to_dict(exclude={"correct"}))
         except UsageError as error:
             print(f"skipped: {error}", file=sys.stderr)
     if not records:

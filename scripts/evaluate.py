@@ -33,8 +33,8 @@ def main(settings: EvaluateSettings) -> None:
         run_settings = replace(run_settings, data=parse_data(options))
     data = normalize_as_trained(load_run_data(run_settings), run)
     result = evaluate_run(run, data, settings.split)
-    recorded = None if run.record is None or is_other_data else run.record.get(settings.split)
-    note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
+    recorded = None if run.record is None or is_other_data else run.record.results.get(settings.split)
+    note = f" (recorded: {recorded.top1:.2f}%, loss {recorded.loss:.6f})" if recorded else ""
     images = len(getattr(data, settings.split))
     print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {images:,} images{note}")
 

@@ -1,6 +1,7 @@
 """Measures the trained networks of a table: python scripts/measure.py table=digits measurement=shapley
 
-Adds a line per run to results/evidence/<table>_<measurement>.jsonl. Runs that have a line are not measured again.
+Adds a line per run to results/evidence/<table>_<measurement>.jsonl. Runs that have a line are measured again only if
+their weights have changed since; the line is then replaced. Any number of processes may write to one file.
 """
 
 import json
@@ -9,14 +10,13 @@ from omegaconf import DictConfig
 from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
-from reporting.json_lines import to_json_lines
-from reporting.measurements import MEASUREMENTS, read_measurements
+from reporting.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
 from reporting.table import open_table
 from training.config import resolve, run_script
 from training.errors import UsageError
 from training.finished_run import DataLocation, build_run_fabric, load_finished_run
-from training.provenance import describe_environment
-from training.run_directory import write_atomic
+from training.provenance import describe_environment, digest_file
+from training.record import read_record
 from training.runs import load_run_data
 from training.validation import STRICT, construct
 
@@ -31,7 +31,8 @@ class MeasureOptions:
 
 def main(cfg: DictConfig) -> None:
     options = construct(MeasureOptions, {name: resolve(cfg)[name] for name in ("measurement", "only")})
-    if options.measurement not in MEASUREMENTS:
+    measurement = MEASUREMENTS.get(options.measurement)
+    if measurement is None:
         raise UsageError(f"measurement={options.measurement} is invalid; known: {', '.join(MEASUREMENTS)}")
     table = open_table(cfg, "worker", "measurement", "only")
     names = [row.name for row in table.rows]
@@ -42,18 +43,22 @@ def main(cfg: DictConfig) -> None:
     if not runs:
         raise UsageError(f"table {table.name} has no finished run in these rows; run scripts/reproduce_table.py first")
     file = table.path.parents[1] / "evidence" / f"{table.name}_{options.measurement}.jsonl"
-    lines = read_measurements(file) if file.exists() else []
-    known = {line["id"] for line in lines}
-    for row, planned in tqdm(runs, desc=options.measurement, unit="run", disable=None):
-        if planned.directory.id in known:
+    for row, planned in tqdm(runs, desc=measurement.name, unit="run", disable=None):
+        data, path, seed = planned.cfg.data, planned.directory.path, planned.cfg.seed
+        lines = read_measurements(file, measurement) if file.exists() else []  # another process may have added some
+        record = read_record(planned.directory.record_file)
+        if any((line.row, line.seed) == (row, seed) and is_current(line, record, path) for line in lines):
             continue
-        data = planned.cfg.data
-        run = load_finished_run(planned.directory.path, DataLocation(root=data.root, cache=data.get("cache")))
-        values = MEASUREMENTS[options.measurement](run, load_run_data(run.settings))
-        run_key = {"row": row, "id": planned.directory.id, "seed": run.settings.seed}
-        lines.append({**run_key, "values": values, **describe_environment(build_run_fabric(run).device)})
-        write_atomic(file, to_json_lines(lines))
-        tqdm.write(f"{row}, seed {run.settings.seed}: {json.dumps(values)}")
+        digests = {"weights": digest_file(path / "model.safetensors")}
+        if measurement.uses_akp_history:
+            digests["akps"] = digest_file(path / "akps.safetensors")
+        run = load_finished_run(path, DataLocation(root=data.root, cache=data.get("cache")))
+        values = measurement.measure(run, load_run_data(run.settings))
+        key = {"row": row, "id": record.id, "seed": seed, "values": values}
+        environment = describe_environment(build_run_fabric(run).device)
+        line = construct(measurement.make_line_type(), {**key, **digests, **environment})
+        write_measurement(file, measurement, line)
+        tqdm.write(f"{row}, seed {seed}: {json.dumps(values)}")
     print(file)
 
 

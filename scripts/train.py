@@ -19,25 +19,24 @@ def main(cfg: DictConfig) -> float:
     record, is_new = run(cfg)
     if cfg.debug is not None:
         rank_zero_only(print)("the network trains and evaluates; nothing was recorded")
-        return float(record["val"]["top1"])
+        return record.val.top1
     if not is_new and "WANDB_SWEEP_ID" in os.environ:  # the sweep needs the result of every run that it proposes
         settings = parse_run(cfg)
         log_recorded_run(settings.logger, settings.directory, settings.config, record)
-    result = f"validation {record['val']['top1']:.2f}%"
-    if record["test"] is not None:
-        result = f"test {record['test']['top1']:.2f}%, {result}"
+    result = f"validation {record.val.top1:.2f}%"
+    if record.test is not None:
+        result = f"test {record.test.top1:.2f}%, {result}"
     if is_new:
         note = ""
-    elif record.get("sources") == digest_sources():
+    elif record.sources == digest_sources():
         note = " (recorded before)"
     else:
         note = " (recorded before, with other code; fresh=true reruns it)"
-    parameters = record["parameters"]
     rank_zero_only(print)(
-        f"{open_run_directory(cfg).path}{note}: {result} (epoch {record['best_epoch']}), "
-        f"{parameters['conv']:,} convolution parameters of {parameters['total']:,}, {record['seconds']:.0f} s"
+        f"{open_run_directory(cfg).path}{note}: {result} (epoch {record.best_epoch}), "
+        f"{record.parameters.conv:,} convolution parameters of {record.parameters.total:,}, {record.seconds:.0f} s"
     )
-    return float(record["val"]["top1"])
+    return record.val.top1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from training.data import Data, InputFormat
 from training.distributed import build_fabric
 from training.errors import UsageError
 from training.evaluate import evaluate
-from training.run_directory import RunDirectory, read_record
+from training.provenance import digest_file
+from training.record import Record, read_record
+from training.run_directory import RunDirectory
 from training.runs import RunSettings, create_network, load_run_data, parse_run
 from training.validation import construct
 
@@ -43,7 +45,7 @@ class DataLocation(TypedDict):
 class FinishedRun:
     path: Path  # the run's folder, or the file of its weights
     settings: RunSettings
-    record: dict[str, Any] | None  # None: loaded from the file of its weights alone
+    record: Record | None  # None: loaded from the file of its weights alone
     input_format: InputFormat
     model: nn.Module  # with the weights of its best epoch, in eval mode
 
@@ -77,7 +79,7 @@ def find_finished_runs(runs: str | list[str]) -> list[Path]:
     return sorted(paths)
 
 
-def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tuple[RunSettings, dict[str, Any]]:
+def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tuple[RunSettings, Record]:
     """Reads the configuration and the record of a finished run.
 
     Raises:
@@ -89,14 +91,9 @@ def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tu
     record = read_record(path / "record.json")
     config_file = path / "config.yaml"
     settings = _parse_saved(partial(OmegaConf.load, config_file), config_file, data_location)
-    if record["config"] != settings.directory.identity:
+    if record.config != settings.directory.identity:
         raise UsageError(f"{config_file} and record.json disagree: they belong to different runs")
-    if not 1 <= record["best_epoch"] <= settings.trainer.epochs:
-        raise UsageError(
-            f"{path / 'record.json'} is damaged: its best_epoch is {record['best_epoch']}, but the run has epochs 1 to "
-            f"{settings.trainer.epochs}"
-        )
-    return replace(settings, directory=RunDirectory(path.parent, record["config"])), record  # it may have been moved
+    return replace(settings, directory=RunDirectory(path.parent, record.config)), record  # it may have been moved
 
 
 def load_finished_run(path: Path, data_location: DataLocation | None = None) -> FinishedRun:
@@ -120,10 +117,12 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         settings, record = read_run_folder(path, data_location)
         weights = path / "model.safetensors"
         info = _read_info(weights)
+        if info is not None and info["config"] != record.config:
+            raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
+        if record.weights is not None and record.weights != digest_file(weights):
+            raise UsageError(f"{weights} is not the file that record.json stands for; delete {path} and train again")
         if info is None:
             return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
-        if info["config"] != record["config"]:
-            raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
     plain = {**settings.model, "arrangement": {}, "layer": None}
     for name in ("pretrained", "random_layers"):
         plain.pop(name, None)

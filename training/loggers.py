@@ -15,6 +15,7 @@ from torch import nn
 
 from acl import analytic_layers
 from training.errors import UsageError
+from training.record import Record
 from training.run_directory import RunDirectory
 from training.validation import STRICT
 
@@ -49,7 +50,7 @@ class Logger:
     def log(self, metrics: dict[str, float]) -> None:
         """Logs the metrics of one epoch."""
 
-    def finish(self, record: dict[str, Any]) -> None:
+    def finish(self, record: Record) -> None:
         """Logs the record of the finished run."""
 
 
@@ -130,10 +131,10 @@ class WandbLogger(Logger):
         draws_layers = epoch == self.epochs or epoch % self.pictures_every == 0
         self.run.log({**metrics, **(self._draw_layers() if draws_layers else {})}, step=epoch)
 
-    def finish(self, record: dict[str, Any]) -> None:
+    def finish(self, record: Record) -> None:
         import wandb
 
-        self.run.summary.update({key: value for key, value in record.items() if key != "config"})
+        self.run.summary.update(record.to_dict(exclude={"config", "correct"}))
         weights = self.directory.path / "model.safetensors"
         if not weights.exists():
             print(f"{weights} is missing, so W&B gets the metrics without the weights", file=sys.stderr)
@@ -170,9 +171,7 @@ def open_logger(settings: LoggerSettings, directory: RunDirectory, config: dict[
     return WandbLogger(settings, directory, config, model) if settings.name == "wandb" else Logger()
 
 
-def log_recorded_run(
-    settings: LoggerSettings, directory: RunDirectory, config: dict[str, Any], record: dict[str, Any]
-) -> None:
+def log_recorded_run(settings: LoggerSettings, directory: RunDirectory, config: dict[str, Any], record: Record) -> None:
     """Logs a run that is recorded already: its metrics of each epoch, and its record.
 
     Raises:

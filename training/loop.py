@@ -27,14 +27,16 @@ from training.evaluate import evaluate
 from training.finished_run import serialize_weights
 from training.loggers import Logger, check_logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
-from training.provenance import describe_environment
-from training.run_directory import RECORD_FORMAT, RunDirectory, serialize
+from training.provenance import describe_environment, digest_file
+from training.record import RECORD_FORMAT, Record
+from training.run_directory import RunDirectory, serialize
 from training.runs import RunSettings, build_model, load_run_data, parse_run
+from training.validation import construct
 
 CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device
 
 
-def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
+def run(cfg: DictConfig) -> tuple[Record, bool]:
     """Trains, validates and tests the run that ``cfg`` (configs/train.yaml) describes, unless it is already recorded.
 
     An interrupted run is resumed from its last checkpoint and gives the same result as one that never stopped.
@@ -75,9 +77,7 @@ def run(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
         return train(settings, fabric, model, data.to(fabric.device), environment), True
 
 
-def train(
-    settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, environment: dict[str, Any]
-) -> dict[str, Any]:
+def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, environment: dict[str, Any]) -> Record:
     """Trains a model from the start or from the last checkpoint, tests it, and writes the record.
 
     Args:
@@ -151,7 +151,7 @@ def train(
         if trainer.test:
             model.load_state_dict(load_file(directory.path / "model.safetensors"))
             test = evaluate(parallel_model, data, data.test, fabric)
-        record = {
+        values = {
             "format": RECORD_FORMAT,
             "id": directory.id,
             "config": directory.identity,
@@ -162,7 +162,9 @@ def train(
             "random_layers": models.find_random_layers(model),
             "seconds": round(checkpointer.elapsed, 2),
             **environment,
+            "weights": digest_file(directory.path / "model.safetensors"),
         }
+        record = construct(Record, values)
         if fabric.is_global_zero:
             directory.write_record(record)
             directory.delete_checkpoints()

@@ -47,6 +47,11 @@ def digest_sources() -> str:
     return digest.hexdigest()[:12]
 
 
+def digest_file(file: Path) -> str | None:
+    """12 hexadecimal digits: a hash of a file; None if there is no such file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else None
+
+
 def _describe_cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():

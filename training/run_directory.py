@@ -13,15 +13,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as validated_dataclass
-from typing_extensions import TypedDict
 
 from training.errors import BusyError, UsageError
 from training.provenance import digest_sources
-from training.validation import construct
+from training.record import Record, compute_run_id, read_record
 
-RECORD_FORMAT = 1
 UNFINISHED = ".unfinished-"
 """Prefix of files that are being written."""
 
@@ -66,93 +62,6 @@ def serialize(state: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def compute_run_id(identity: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits: a hash of the part of a configuration that determines a run's result."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-class _RecordedTrainer(TypedDict):
-    epochs: int
-
-
-class _RecordedConfig(TypedDict):
-    seed: int
-    arrangement: dict[str, Any]
-    trainer: _RecordedTrainer
-
-
-class _Accuracy(TypedDict):
-    top1: float
-    loss: float
-
-
-class _NumParameters(TypedDict):
-    conv: int
-    total: int
-
-
-class _Machine(TypedDict):
-    device: str
-    threads: int
-
-
-@validated_dataclass(frozen=True, config=ConfigDict(strict=True, extra="ignore"))
-class _Record:
-    """The values of a record that are read from other runs' files; a record has more."""
-
-    id: str
-    config: _RecordedConfig
-    test: _Accuracy | None
-    val: _Accuracy
-    best_epoch: int
-    parameters: _NumParameters
-    seconds: float
-    commit: str | None
-    machine: _Machine
-    versions: dict[str, str]
-
-
-def parse_record(content: bytes, source: str) -> dict[str, Any]:
-    """Parses the record of a finished run.
-
-    Args:
-        content: the record in JSON.
-        source: where it comes from, for errors.
-
-    Raises:
-        UsageError: if the content is not a record, or has a newer format.
-    """
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"{source} is not a record of a run: {error}") from error
-    if not isinstance(record, dict) or type(record.get("format")) is not int:
-        raise UsageError(f"{source} is not a record of a run: it is not a JSON object with a format number")
-    if record["format"] > RECORD_FORMAT:
-        raise UsageError(
-            f"{source} has format {record['format']}, but this version reads formats up to {RECORD_FORMAT}; "
-            "use a newer version"
-        )
-    try:
-        construct(_Record, record)
-    except UsageError as error:
-        raise UsageError(f"{source} is not a record of a run: {error}") from error
-    return record
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """Reads the record of a finished run.
-
-    Raises:
-        UsageError: if the file is unreadable; and as ``parse_record`` does.
-    """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-    return parse_record(content, str(file))
-
-
 class RunDirectory:
     """The folder ``<runs>/<id>`` of one run.
 
@@ -183,7 +92,7 @@ class RunDirectory:
                 problem = "was modified" if file.exists() else "is missing"
                 raise UsageError(f"{file} {problem}; delete {self.path} and run the same command to train again")
 
-    def load_record(self, fresh: bool = False) -> dict[str, Any] | None:
+    def load_record(self, fresh: bool = False) -> Record | None:
         """Loads the record of the finished run; None if there is none, or if ``fresh`` and other code produced it.
 
         Raises:
@@ -195,12 +104,12 @@ class RunDirectory:
             record = read_record(self.record_file)
         except UsageError as error:
             raise UsageError(f"{error}; move it away to run this configuration") from error
-        if record["config"] != self.identity:
+        if record.config != self.identity:
             raise UsageError(f"{self.record_file} belongs to another configuration; move it away to run this one")
-        return None if fresh and record.get("sources") != digest_sources() else record
+        return None if fresh and record.sources != digest_sources() else record
 
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        self.write(self.record_file.name, json.dumps(record, indent=1) + "\n")
+    def write_record(self, record: Record) -> None:
+        self.write(self.record_file.name, json.dumps(record.to_dict(), indent=1) + "\n")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

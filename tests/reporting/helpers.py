@@ -9,15 +9,19 @@ import reporting.table
 from reporting.settings import TableSettings
 from reporting.table import Table
 from training.config import compose, resolve
+from training.record import Record, compute_run_id
 from training.validation import construct
 
 
-def make_record(seed: int, top1: float, conv: int = 100) -> dict[str, Any]:
+def make_record(
+    seed: int, top1: float, conv: int = 100, config: dict[str, Any] | None = None, **changes: Any
+) -> Record:
     """A run's record, with its validation result and its losses set to constants."""
-    return {
+    full_config = {"seed": seed, "arrangement": {}, "trainer": {"epochs": 3}, **(config or {})}
+    values = {
         "format": 1,
-        "id": f"{seed:012x}",
-        "config": {"seed": seed, "arrangement": {}, "trainer": {"epochs": 3}},
+        "id": compute_run_id(full_config),
+        "config": full_config,
         "test": {"top1": top1, "loss": 0.5},
         "val": {"top1": 90.0, "loss": 0.5},
         "best_epoch": 3,
@@ -27,6 +31,7 @@ def make_record(seed: int, top1: float, conv: int = 100) -> dict[str, Any]:
         "machine": {"device": "CPU", "threads": 2},
         "versions": {"torch": "2.6"},
     }
+    return construct(Record, {**values, **changes})
 
 
 def load_settings(name: str, **changes: Any) -> TableSettings:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,19 @@ from scipy import stats
 from reporting.claims import CLAIMS, Claim, collect_effects, draw_effects, render_claims
 from reporting.effects import Effect, PairedRows
 from reporting.json_lines import to_json_lines
+from reporting.measurements import (
+    MEASUREMENTS,
+    AkpTravel,
+    Attacks,
+    Corruptions,
+    Line,
+    Measurement,
+    ReplacedAkps,
+    Shapley,
+    Summary,
+    Transforms,
+    read_measurements,
+)
 from reporting.statistics import interval_of_mean, t_quantile
 from tests.reporting.helpers import load_settings, make_record
 from training.errors import UsageError
@@ -24,7 +38,7 @@ def make_effect(low: float, high: float, threshold: float | None = -1.0, n: int 
 def write_table(folder: Path, **accuracies: list[float]) -> None:
     """Writes records of a table ``toy``, whose row names and accuracies by seed are given."""
     records = [
-        {"row": row, **make_record(seed, top1, conv=len(row))}
+        make_record(seed, top1, conv=len(row), row=row).to_dict()
         for row, values in accuracies.items()
         for seed, top1 in enumerate(values)
     ]
@@ -117,7 +131,7 @@ def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
 
 
 def test_table_without_test_results_gives_no_effect(tmp_path: Path) -> None:
-    records = [{"row": row, **make_record(0, 90.0), "test": None} for row in ("plain", "analytic")]
+    records = [make_record(0, 90.0, row=row, test=None).to_dict() for row in ("plain", "analytic")]
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(records))
     effects, missing = collect_effects(make_claim(PairedRows("toy", "analytic", "plain")), tmp_path)
@@ -129,7 +143,7 @@ def test_missing_records_are_listed_with_their_command(tmp_path: Path) -> None:
     claim = make_claim(
         PairedRows("toy", "analytic", "plain"),
         PairedRows("other", "analytic", "plain"),
-        measurements={"shapley": ("toy",)},
+        measurements={Shapley: ("toy",)},
     )
     effects, missing = collect_effects(claim, tmp_path)
     assert effects == []
@@ -143,7 +157,7 @@ def test_missing_records_are_listed_with_their_command(tmp_path: Path) -> None:
 def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     write_measurements(tmp_path, "shapley", {"mosaic": [{"G": 1.0, "P": 4.0}, {"G": 3.0, "P": 4.0}], "plain": [{}]})
     write_measurements(tmp_path, "akp_travel", {"mosaic": [{"G/theta": 10.0, "G/sigma": 0.1}]})
-    claim = make_claim(measurements={"shapley": ("toy",), "akp_travel": ("toy",)})
+    claim = make_claim(measurements={Shapley: ("toy",), AkpTravel: ("toy",)})
     effects, _ = collect_effects(claim, tmp_path)
     assert [(e.what, e.mean, e.unit, e.n) for e in effects] == [
         ("Gabor in mosaic", 2.0, "points", 2),
@@ -157,7 +171,7 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
 def test_replaced_akps_are_compared_with_trained_ones_by_seed(tmp_path: Path) -> None:
     trained = [{"trained": 90.0, "initial": 80.0, "redrawn": 10.0}, {"trained": 92.0, "initial": 92.0, "redrawn": 14.0}]
     write_measurements(tmp_path, "replaced_akps", {"plain": [{}], "mosaic": trained})
-    effects, _ = collect_effects(make_claim(measurements={"replaced_akps": ("toy",)}), tmp_path)
+    effects, _ = collect_effects(make_claim(measurements={ReplacedAkps: ("toy",)}), tmp_path)
     assert [(e.what, e.mean, e.n, e.threshold) for e in effects] == [
         ("mosaic: AKPs trained, against initial ones", 5.0, 2, 0.0),
         ("mosaic: AKPs trained, against redrawn ones", 79.0, 2, None),
@@ -176,7 +190,7 @@ def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -
     )
     write_measurements(tmp_path, "corruptions", corrupted, "mnist")
     write_measurements(tmp_path, "attacks", attacked, "mnist")
-    effects, _ = collect_effects(make_claim(measurements={"corruptions": ("mnist",), "attacks": ("mnist",)}), tmp_path)
+    effects, _ = collect_effects(make_claim(measurements={Corruptions: ("mnist",), Attacks: ("mnist",)}), tmp_path)
     assert [(e.what, e.mean, e.verdict) for e in effects] == [
         ("all Gabor, under corruptions, against LeNet-5 plain", 3.0, "holds"),
         ("all Gabor, under noise, against LeNet-5 plain", 1.5, ""),
@@ -202,7 +216,7 @@ def test_transforms_compare_closed_form_with_other_ways(tmp_path: Path) -> None:
         for seed in range(3)
     ]
     write_measurements(tmp_path, "transforms", {"plain": [{}], "all Gabor": values})
-    effects, _ = collect_effects(make_claim(measurements={"transforms": ("toy",)}), tmp_path)
+    effects, _ = collect_effects(make_claim(measurements={Transforms: ("toy",)}), tmp_path)
     assert [(e.mean, e.unit, e.verdict) for e in effects] == [
         (10.0, "points", "holds"),
         (31.0, "points", "holds"),
@@ -243,22 +257,118 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
     ]
 
 
+INVALID = r", line 1, is not a measurement of {name}: "
+
+
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "values", "message"),
     [
-        ("shapley", []),
-        ("shapley", {"X": 1.0}),
-        ("akp_travel", {"G/x": 1.0}),
-        ("replaced_akps", {"initial": 1.0}),
-        ("corruptions", {"none": 1.0}),
-        ("attacks", {"0": 1.0}),
-        ("transforms", {"scale": {"2": {"closed form": {"top1": 1.0}}}}),
+        ("shapley", [], INVALID),
+        ("shapley", {"G": math.nan}, INVALID + "values.G=nan is invalid: it should be a finite number"),
+        ("shapley", {"X": 1.0}, " is corrupt: 'X'"),
+        ("akp_travel", {"G/x": 1.0}, " is corrupt: "),
+        ("akp_travel", {"G/theta": math.inf}, INVALID),
+        ("replaced_akps", {"initial": 1.0}, " is corrupt: "),
+        ("replaced_akps", {"trained": 250.0, "initial": 1.0}, INVALID + "values.trained=250.0 is invalid"),
+        ("corruptions", {"none": 1.0}, " is corrupt: division by zero"),
+        ("corruptions", {"none": 1.0, "noise": []}, INVALID),
+        ("attacks", {"0": 1.0}, " is corrupt: division by zero"),
+        ("transforms", {"scale": {"2": {"closed form": {"top1": 1.0}}}}, INVALID),
     ],
 )
-def test_corrupt_values_raise_one_line_error(tmp_path: Path, name: str, values: Any) -> None:
+def test_invalid_values_raise_one_line_error(tmp_path: Path, name: str, values: Any, message: str) -> None:
     write_measurements(tmp_path, name, {"LeNet-5 plain": [values], "all Gabor": [values]}, "mnist")
-    with pytest.raises(UsageError, match=rf"mnist_{name}.jsonl is corrupt: [^\n]+$"):
-        collect_effects(make_claim(measurements={name: ("mnist",)}), tmp_path)
+    with pytest.raises(UsageError, match=rf"mnist_{name}\.jsonl{message.format(name=name)}[^\n]*$"):
+        collect_effects(make_claim(measurements={MEASUREMENTS[name]: ("mnist",)}), tmp_path)
+
+
+def test_repeated_measurement_raises_one_line_error(tmp_path: Path) -> None:
+    write_measurements(tmp_path, "shapley", {"mosaic": [{"G": 1.0}, {"G": 2.0}]})
+    file = tmp_path / "evidence/toy_shapley.jsonl"
+    file.write_text(2 * file.read_text())
+    with pytest.raises(
+        UsageError, match=r"toy_shapley\.jsonl, line 3, repeats line 1: row 'mosaic', seed 0; delete one"
+    ):
+        collect_effects(make_claim(measurements={Shapley: ("toy",)}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("record", "line", "is_refused"),
+    [
+        ({}, {}, False),
+        ({}, {"weights": "a"}, False),  # the record is older than digests
+        ({"weights": "a"}, {"weights": "a"}, False),
+        ({"weights": "a"}, {"weights": "b"}, True),
+        ({"weights": "a"}, {}, True),  # only an earlier version writes no digest, so the run was trained again
+        ({}, {"id": "0" * 12}, True),
+    ],
+)
+def test_measurement_of_other_weights_than_those_of_table_is_refused(
+    tmp_path: Path, record: dict[str, str], line: dict[str, str], is_refused: bool
+) -> None:
+    run = make_record(0, 90.0, row="mosaic", **record)
+    for folder, name, values in (
+        ("tables", "toy", run.to_dict()),
+        ("evidence", "toy_shapley", {"row": "mosaic", "id": run.id, "seed": 0, "values": {"G": 1.0}, **line}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.jsonl").write_text(to_json_lines([values]))
+    claim = make_claim(measurements={Shapley: ("toy",)})
+    if is_refused:
+        with pytest.raises(
+            UsageError, match=r"toy_shapley\.jsonl, line 1, was not measured on the run in .*measure\.py"
+        ):
+            collect_effects(claim, tmp_path)
+    else:
+        assert len(collect_effects(claim, tmp_path)[0]) == 1
+
+
+def test_rows_without_common_seed_give_no_effect(tmp_path: Path) -> None:
+    records = [make_record(seed, 90.0, row=row) for row, seed in (("plain", 0), ("plain", 1), ("analytic", 2))]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
+    write_measurements(tmp_path, "attacks", {"all Gabor": [{"0": 99.0, "1": 50.0}]}, "mnist")
+    claim = make_claim(PairedRows("toy", "analytic", "plain"), measurements={Attacks: ("mnist",)})
+    assert collect_effects(claim, tmp_path) == (
+        [],
+        [
+            "analytic, against plain (toy): no seed in common",
+            "all Gabor, under attacks, against LeNet-5 plain (mnist): no seed in common",
+        ],
+    )
+
+
+def test_page_of_single_seed_and_network_without_convolutions_has_no_nan(tmp_path: Path) -> None:
+    records = [make_record(0, 90.0, conv=conv, row=row) for row, conv in (("plain", 9), ("none", 0))]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
+    effects, _ = collect_effects(make_claim(PairedRows("toy", "none", "plain")), tmp_path)
+    page = render_claims({claim.name: (effects, []) for claim in CLAIMS})
+    assert "| none, against plain |  | +0.00 points | 1 seeds | undecided |" in page and "nan" not in page
+
+
+def test_ratio_of_parameters_is_of_means_over_seeds(tmp_path: Path) -> None:
+    rows = {"plain": (100, 100), "auto": (20, 30)}
+    records = [make_record(s, 90.0, conv, row=row) for row, counts in rows.items() for s, conv in enumerate(counts)]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
+    (effect,), _ = collect_effects(make_claim(PairedRows("toy", "auto", "plain")), tmp_path)
+    assert effect.ratio == 4.0
+
+
+def test_new_measurement_is_one_class(tmp_path: Path) -> None:
+    class Sharpness(Measurement):
+        name = "sharpness"
+        values = dict[str, float]
+
+        @staticmethod
+        def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+            yield Summary("mosaic", "sharpness", pd.Series({line.seed: line.values["x"] for line in lines}), None)
+
+    write_measurements(tmp_path, "sharpness", {"mosaic": [{"x": 1.0}, {"x": 2.0}]})
+    (effect,), missing = collect_effects(make_claim(measurements={Sharpness: ("toy", "other")}), tmp_path)
+    assert (effect.what, effect.mean, effect.n) == ("sharpness", 1.5, 2)
+    assert missing == ["`scripts/measure.py table=other measurement=sharpness`"]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"row": "plain"}'])
@@ -266,12 +376,19 @@ def test_corrupt_measurement_raises_one_line_error(tmp_path: Path, line: str) ->
     write_measurements(tmp_path, "shapley", {})
     (tmp_path / "evidence/toy_shapley.jsonl").write_text(line)
     with pytest.raises(UsageError, match=r"toy_shapley.jsonl, line 1, is not [^\n]*$"):
-        collect_effects(make_claim(measurements={"shapley": ("toy",)}), tmp_path)
+        collect_effects(make_claim(measurements={Shapley: ("toy",)}), tmp_path)
 
 
 def test_committed_page_equals_page_from_committed_records() -> None:
     effects_of = {claim.name: collect_effects(claim, ROOT / "results") for claim in CLAIMS}
     assert render_claims(effects_of) == (ROOT / "results/CLAIMS.md").read_text("utf-8")
+
+
+def test_committed_measurements_are_rewritten_byte_by_byte() -> None:
+    for name, measurement in MEASUREMENTS.items():
+        for file in (ROOT / "results/evidence").glob(f"*_{name}.jsonl"):
+            lines = read_measurements(file, measurement)
+            assert to_json_lines(line.to_dict() for line in lines) == file.read_text()
 
 
 def test_figure_shows_effects_in_points_that_have_a_verdict() -> None:
@@ -285,4 +402,4 @@ def test_every_pair_names_rows_of_its_table() -> None:
     for claim in CLAIMS:
         for pair in claim.pairs:
             rows = [row["name"] for row in load_settings(pair.table).rows]
-            assert pair.row in rows and pair.against in rows
+            assert pair.row in rows and pair.reference in rows

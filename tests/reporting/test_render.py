@@ -75,8 +75,7 @@ def test_latex_shows_cells_of_markdown() -> None:
 
 def test_latex_escapes_special_characters() -> None:
     name = r"50% of $x_1$ & {a}^#~\b"
-    row = make_row(name, 90.0)
-    row.records[0]["config"]["arrangement"] = {"conv_1": "G50%_P50%"}
+    row = Row(name, [], records=[make_record(0, 90.0, config={"arrangement": {"conv_1": "G50%_P50%"}})])
     text = render_latex("100%\nof it", [row, make_row("b", 91.0)], None)
     escaped = r"50\% of \$x\_1\$ \& \{a\}\textasciicircum \#\textasciitilde \textbackslash b"
     cells = check_latex(text, 6, 2)
@@ -94,15 +93,32 @@ def test_format_difference_omits_missing_interval(low: float, high: float, text:
 
 def test_describe_runs_lists_machines_and_short_commits_once() -> None:
     records = [
-        {**make_record(0, 90.0), "commit": "0123456789abcdef"},
-        {**make_record(1, 91.0), "commit": "0123456789abcdef-dirty"},
-        {**make_record(2, 92.0), "commit": "0123456789abcdef", "machine": {"device": "GPU", "threads": 4}},
+        make_record(0, 90.0, commit="0123456789abcdef"),
+        make_record(1, 91.0, commit="0123456789abcdef-dirty"),
+        make_record(2, 92.0, commit="0123456789abcdef", machine={"device": "GPU", "threads": 4}),
         make_record(3, 93.0),
     ]
     assert describe_runs(records) == (
         "3 epochs per run; 6 minutes for these runs on CPU, 2 threads; GPU, 4 threads; "
         "commit 0123456789ab, 0123456789ab-dirty, none; torch 2.6."
     )
+
+
+def test_row_whose_runs_differ_in_size_shows_range_and_mean() -> None:
+    sizes = (2277, 2276, 2487)
+    records = [make_record(seed, 90.0, conv) for seed, conv in enumerate(sizes)]
+    rows = [make_row("plain", 90.0, 91.0, 92.0), Row("auto", [], records=records)]
+    frame = summarize(rows)
+    mean = sum(sizes) / 3
+    assert tuple(frame.loc[1, ["conv_params", "params", "conv_ratio"]]) == (round(mean), round(2 * mean), 100 / mean)
+    text = render_markdown("Title", rows, None, None, {"plain": [], "auto": []})
+    assert "| plain | plain | 100 | 1.00 |" in text and "| auto | plain | 2,276 to 2,487 | 0.04 |" in text
+
+
+def test_network_without_convolutions_has_no_ratio() -> None:
+    rows = [make_row("plain", 90.0, 91.0), Row("none", [], records=[make_record(s, 90.0, 0) for s in (0, 1)])]
+    assert "| none | plain | 0 |  | 90.00" in render_markdown("Title", rows, None, None, {"plain": [], "none": []})
+    draw_table(summarize(rows), "Title", "test")
 
 
 def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
@@ -166,7 +182,7 @@ def test_markdown_command_gives_run_id_of_record(rendered_table: tuple[Table, Pa
     assert list(commands) == [row.name for row in table.rows]
     for row in table.rows:
         cfg = compose(commands[row.name])
-        ids = {record["config"]["seed"]: record["id"] for record in row.records}
+        ids = {record.seed: record.id for record in row.records}
         assert cfg.seed == table.settings.seeds[0]
         assert open_run_directory(cfg).id == ids[cfg.seed]
 

@@ -42,6 +42,12 @@ def test_summarize_rejects_row_without_records() -> None:
         summarize([Row("empty", [])])
 
 
+def test_summarize_rejects_rows_without_common_seed() -> None:
+    rows = [Row(name, [], records=[make_record(seed, 90.0)]) for seed, name in enumerate(("plain", "other"))]
+    with pytest.raises(UsageError, match="rows 'other' and 'plain' have no seed in common"):
+        summarize(rows)
+
+
 def test_paired_difference_uses_common_seeds_only() -> None:
     mean, low, high = paired_difference(pd.Series({0: 2.0, 1: 5.0, 7: 90.0}), pd.Series({1: 4.0, 0: 2.0, 8: 10.0}))
     expected = stats.ttest_rel([2.0, 5.0], [2.0, 4.0]).confidence_interval(0.95)

@@ -19,6 +19,7 @@ from tests.training.processes import run_in_child, start_process, wait_for
 from training.config import CONFIGS, compose
 from training.errors import UsageError
 from training.provenance import digest_sources
+from training.record import Record
 from training.run_directory import write_atomic
 from training.runs import open_run_directory, parse_run
 
@@ -126,26 +127,48 @@ def test_load_results_rejects_missing_and_mismatched_records(searched_table_copy
         create_table(searched_table_copy, "optim.weight_decay=0.5", search=SEARCH).load_results()
 
 
+def make_line(seed: int, **changes: Any) -> bytes:
+    """A line of a table's .jsonl file."""
+    return json.dumps(make_record(seed, 90.0, **{"row": "LeNet-5 plain", **changes}).to_dict()).encode()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", r"digits\.jsonl, line 2, is not a record of a run: "),
-        (b"", r"digits\.jsonl, line 2, is not a record of a run: "),
-        (b"\xff", r"digits\.jsonl, line 2, is not a record of a run: "),
-        (json.dumps(make_record(0, 90.0)).encode(), r"digits\.jsonl, line 2, names no row"),
+        (b"{", r", line 2, is not a record of a run: "),
+        (b"", r", line 2, is not a record of a run: "),
+        (b"\xff", r", line 2, is not a record of a run: "),
+        (make_line(1).replace(b"90.0", b"NaN", 1), r", line 2, is not a record of a run: test\.top1=nan is invalid"),
+        (make_line(1).replace(b"90.0", b"250", 1), r", line 2, is not a record of a run: test\.top1=250 is invalid"),
+        (make_line(1, row=None), r", line 2, names no row"),
+        (make_line(1, test=None), r": only one of the lines 1 and 2 has a test result"),
+        (make_line(0), r", line 2, repeats line 1: row 'LeNet-5 plain', seed 0; delete one of them"),
         (
-            json.dumps({"row": "LeNet-5 plain", **make_record(0, 90.0), "test": None}).encode(),
-            r"digits\.jsonl: only one of the lines 1 and 2 has a test result",
+            make_line(1, config={"trainer": {"epochs": 9}}),
+            r", line 2, differs from line 1 of row 'LeNet-5 plain' in .*: trainer\.epochs=9 instead of 3",
+        ),
+        (
+            make_line(1, data={"digest": "b"}, pretrained="c"),
+            r", line 2, differs from line 1 of row 'LeNet-5 plain' .*: digest of data=b instead of a$",
         ),
     ],
 )
-def test_corrupt_line_of_results_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_invalid_line_of_results_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     table = create_table(tmp_path)
     table.path.parent.mkdir(parents=True)
-    entry = json.dumps({"row": "LeNet-5 plain", **make_record(0, 90.0)}).encode()
-    table.path.with_suffix(".jsonl").write_bytes(b"\n".join([entry, line, entry]))
-    with pytest.raises(UsageError, match=message):
+    lines = [make_line(0, data={"digest": "a"}), line, make_line(2)]
+    table.path.with_suffix(".jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(UsageError, match=rf"digits\.jsonl{message}"):
         table.load_results()
+
+
+def test_rows_of_mixed_code_are_announced_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"a": ("1", "2"), "b": ("1", "1"), "c": ("2", None)}
+    lines = [make_line(i, row=row, sources=sources) for row, pair in rows.items() for i, sources in enumerate(pair)]
+    file = tmp_path / "toy.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    assert len(read_results(file)) == len(read_results(file)) == 6
+    assert capsys.readouterr().err == f"{file}: rows whose runs were not all made with the same code: a, c\n"
 
 
 def test_status_names_corrupt_record(tmp_path: Path) -> None:
@@ -163,7 +186,7 @@ def test_status_names_corrupt_record(tmp_path: Path) -> None:
 def test_reproduce_reuses_records(searched_table_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
-    def run_recorded(cfg: Any) -> tuple[dict[str, Any], bool]:
+    def run_recorded(cfg: Any) -> tuple[Record, bool]:
         record, is_new = original(cfg)
         assert not is_new, "a recorded run was run again"
         return record, is_new
@@ -177,7 +200,7 @@ def test_reproduce_reuses_records(searched_table_copy: Path, monkeypatch: pytest
 def test_interrupted_table_keeps_whole_records_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = reporting.table.run, 0
 
-    def run_interrupted(cfg: Any) -> tuple[dict[str, Any], bool]:
+    def run_interrupted(cfg: Any) -> tuple[Record, bool]:
         nonlocal count
         count += 1
         if count == 3:
@@ -206,8 +229,8 @@ def test_seed_of_a_table_is_rejected_before_any_run(tmp_path: Path, monkeypatch:
 def test_table_without_test_split_lists_validation_accuracy(tmp_path: Path) -> None:
     frame = create_table(tmp_path, "trainer.test=false").reproduce()
     records = read_results(tmp_path / "results/tables/digits.jsonl")
-    assert all(record["test"] is None for record in records)
-    assert frame["top1_mean"][0] == pytest.approx(sum(record["val"]["top1"] for record in records[:2]) / 2)
+    assert all(record.test is None for record in records)
+    assert frame["top1_mean"][0] == pytest.approx(sum(record.val.top1 for record in records[:2]) / 2)
     assert "| top-1 validation % |" in (tmp_path / "results/tables/digits.md").read_text()
 
 
@@ -288,11 +311,11 @@ def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monk
     def work() -> None:
         original = reporting.table.run
 
-        def run_and_log(cfg: Any) -> tuple[dict[str, Any], bool]:
+        def run_and_log(cfg: Any) -> tuple[Record, bool]:
             record, is_new = original(cfg)
             if is_new:
                 with log.open("a") as file:
-                    file.write(record["id"] + "\n")
+                    file.write(record.id + "\n")
             return record, is_new
 
         reporting.table.run = run_and_log
@@ -315,7 +338,7 @@ def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monk
 def test_failed_run_is_reported_and_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
-    def run_or_fail(cfg: Any) -> tuple[dict[str, Any], bool]:
+    def run_or_fail(cfg: Any) -> tuple[Record, bool]:
         if cfg.seed == 0 and cfg.model.layer is not None:
             raise RuntimeError("out of memory")
         return original(cfg)
@@ -354,7 +377,7 @@ def test_failed_run_is_tried_once_even_if_the_clock_of_the_files_is_behind(
 def test_search_ignores_failed_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
-    def run_or_fail(cfg: Any) -> tuple[dict[str, Any], bool]:
+    def run_or_fail(cfg: Any) -> tuple[Record, bool]:
         if cfg.optim.lr == 0.02:
             raise UsageError("the loss is nan at step 3")
         return original(cfg)
@@ -422,7 +445,7 @@ def test_fresh_does_not_reuse_an_outdated_record_if_the_rerun_fails(
     make_outdated(path)
     original = reporting.table.run
 
-    def run_or_fail(cfg: Any) -> tuple[dict[str, Any], bool]:
+    def run_or_fail(cfg: Any) -> tuple[Record, bool]:
         if reporting.table.open_run_directory(cfg).path == path.parent:
             raise RuntimeError("out of memory")
         return original(cfg)

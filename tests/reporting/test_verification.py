@@ -7,20 +7,18 @@ import pytest
 from reporting.verification import compare_records, verify_table
 from tests.reporting.helpers import create_table, make_record
 from training.errors import UsageError
+from training.record import Record
 
 IMAGES = {"test": 1000, "val": 1000}  # an image is 0.1 points
 TOP1 = (90.0, 91.0, 92.0)
 
 
-def make_row(*top1: float, name: str = "a", first_seed: int = 0, **config: Any) -> list[dict[str, Any]]:
+def make_row(*top1: float, name: str = "a", first_seed: int = 0, **changes: Any) -> list[Record]:
     """The records of a row, by seed."""
-    records = [{"row": name, **make_record(seed, value)} for seed, value in enumerate(top1, first_seed)]
-    for record in records:
-        record["config"].update(config)
-    return records
+    return [make_record(seed, value, row=name, **changes) for seed, value in enumerate(top1, first_seed)]
 
 
-def compare(committed: list[dict[str, Any]], rerun: list[dict[str, Any]]) -> tuple[str, str]:
+def compare(committed: list[Record], rerun: list[Record]) -> tuple[str, str]:
     (comparison,) = compare_records(committed, rerun, IMAGES)
     assert comparison.is_confirmed == (comparison.verdict in ("reproduced", "consistent"))
     return comparison.verdict, comparison.details
@@ -33,7 +31,8 @@ def test_equal_results_are_reproduced() -> None:
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_other_loss_at_same_accuracy_is_consistent(split: str) -> None:
     rerun = make_row(*TOP1)
-    rerun[0][split] = {**rerun[0][split], "loss": 0.5 + 1e-9}
+    result = getattr(rerun[0], split).model_copy(update={"loss": 0.5 + 1e-9})
+    rerun[0] = rerun[0].model_copy(update={split: result})
     assert compare(make_row(*TOP1), rerun)[0] == "consistent"
 
 
@@ -52,9 +51,7 @@ def test_verdict_weighs_shift_against_spread(rerun: tuple[float, ...], verdict: 
 
 
 def test_shift_of_validation_accuracy_differs() -> None:
-    rerun = make_row(*TOP1)
-    for record in rerun:
-        record["val"] = {"top1": 50.0, "loss": 0.5}
+    rerun = make_row(*TOP1, val={"top1": 50.0, "loss": 0.5})
     verdict, details = compare(make_row(*TOP1), rerun)
     assert verdict == "differs" and "val -40.00 [-40.00, -40.00] points" in details
 
@@ -65,7 +62,9 @@ def test_single_seed_allows_one_image_only() -> None:
 
 
 def test_other_configuration_differs_whatever_its_results() -> None:
-    verdict, details = compare(make_row(*TOP1, optim={"lr": 0.1}), make_row(*TOP1, optim={"lr": 0.2, "k": 3}))
+    verdict, details = compare(
+        make_row(*TOP1, config={"optim": {"lr": 0.1}}), make_row(*TOP1, config={"optim": {"lr": 0.2, "k": 3}})
+    )
     assert (verdict, details) == (
         "differs",
         "other configuration: optim.lr=0.2 instead of 0.1, optim.k=3 instead of none",
@@ -73,10 +72,8 @@ def test_other_configuration_differs_whatever_its_results() -> None:
 
 
 def test_other_use_of_test_set_differs() -> None:
-    committed = make_row(*TOP1, trainer={"test": False})
-    for record in committed:
-        record["test"] = None
-    verdict, details = compare(committed, make_row(*TOP1, trainer={"test": True}))
+    committed = make_row(*TOP1, config={"trainer": {"epochs": 3, "test": False}}, test=None)
+    verdict, details = compare(committed, make_row(*TOP1, config={"trainer": {"epochs": 3, "test": True}}))
     assert (verdict, details) == ("differs", "other configuration: trainer.test=True instead of False")
 
 

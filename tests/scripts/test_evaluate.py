@@ -45,7 +45,8 @@ def test_evaluation_gives_recorded_numbers(tmp_path: Path, precision: str) -> No
 def test_script_prints_result_next_to_recorded_one(finished: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
     main(EvaluateSettings(run=finished.path, split="test", data=HERE))
     assert finished.record is not None
-    result = f"{finished.record['test']['top1']:.2f}%, loss {finished.record['test']['loss']:.6f}"
+    assert finished.record.test is not None
+    result = f"{finished.record.test.top1:.2f}%, loss {finished.record.test.loss:.6f}"
     assert capsys.readouterr().out == f"{finished.path}: test {result}, 360 images (recorded: {result})\n"
 
 

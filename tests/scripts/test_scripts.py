@@ -268,6 +268,18 @@ def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, c
         assert lines[0] == first_line
         assert [json.loads(line)["row"] for line in lines] == ["conv1 Gabor", "LeNet-5 plain"]
     values = {line["row"]: line["values"] for line in map(json.loads, lines)}
+    for digest in ({"weights": "0" * 12}, {}):  # of weights before the run was trained again; none, of earlier versions
+        stale = {
+            "row": "LeNet-5 plain",
+            "id": json.loads(lines[1])["id"],
+            "seed": 0,
+            "values": {"none": 75.0},
+            **digest,
+        }
+        file.write_text(json.dumps(stale) + "\n" + lines[0])
+        assert call_script("measure.py", *table, f"measurement={measurement}").returncode == 0
+        replaced, kept = file.read_text().splitlines(keepends=True)
+        assert json.loads(replaced)["values"] == values["LeNet-5 plain"] and kept == lines[0]
     for path in (tmp_path / "runs").glob("*/record.json"):
         record = json.loads(path.read_text())
         row = "conv1 Gabor" if record["config"]["arrangement"] else "LeNet-5 plain"
@@ -291,10 +303,10 @@ def test_verify_exits_with_status_of_comparison(tmp_path: Path, call_script: Run
     assert call_script("reproduce_table.py", *table, "--verify").returncode == 0
     file = tmp_path / "tables/digits.jsonl"
     record = json.loads(file.read_text())
-    record["test"]["top1"] -= 50
+    record["test"]["top1"] += 50
     file.write_text(json.dumps(record) + "\n")
     done = call_script("reproduce_table.py", *table, "--verify")
-    assert done.returncode == 1 and "plain: differs, test +50.00 points" in done.stdout
+    assert done.returncode == 1 and "plain: differs, test -50.00 points" in done.stdout
 
 
 def test_claims_refuses_folder_without_records(tmp_path: Path, call_script: RunScript) -> None:

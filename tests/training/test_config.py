@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training.config import allow_new_keys, compose, flatten, identity, is_in_identity, resolve
 from training.errors import UsageError
-from training.run_directory import compute_run_id
+from training.record import compute_run_id
 
 
 def get_identity(*overrides: str) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_resumed_run_keeps_wandb_id_and_steps(tmp_path: Path, monkeypatch: pytes
         run(cfg)
     record, _ = run(cfg)
     logs = [read_log(path) for path in sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))]
-    assert [log["run"].run_id for log in logs] == [record["id"]] * 2
+    assert [log["run"].run_id for log in logs] == [record.id] * 2
     assert [[int(entry["_step"]) for entry in log["history"]] for log in logs] == [[0, 1], [2]]
 
 
@@ -174,10 +174,10 @@ def test_recorded_run_is_logged_again_with_metrics_and_record(
     assert capsys.readouterr().out.endswith("1 runs logged to W&B project mine\n")
     (path,) = (tmp_path / "moved").glob("*/wandb/offline-run-*/*.wandb")
     log = read_log(path)
-    assert (log["run"].run_id, log["run"].project, log["run"].entity) == (record["id"], "mine", "us")
+    assert (log["run"].run_id, log["run"].project, log["run"].entity) == (record.id, "mine", "us")
     assert read_weights(log) == {"model.safetensors": (path.parents[2] / "model.safetensors").stat().st_size}
     assert [entry["epoch"] for entry in log["history"]] == [1, 2]
-    assert log["summary"]["test"] == record["test"]
+    assert record.test is not None and log["summary"]["test"] == record.test.to_dict()
 
 
 def test_sweep_logs_run_that_is_recorded_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_sweep_logs_run_that_is_recorded_already(tmp_path: Path, monkeypatch: py
     logged: list[Any] = []
     monkeypatch.setattr(train, "log_recorded_run", lambda *args: logged.append(args))
     assert train.main(compose([*overrides, "logger=wandb"])) == accuracy
-    assert len(logged) == 1 and logged[0][-1]["val"]["top1"] == accuracy
+    assert len(logged) == 1 and logged[0][-1].val.top1 == accuracy
 
 
 def test_runs_that_cannot_be_read_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

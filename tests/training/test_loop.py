@@ -19,12 +19,13 @@ from training.finished_run import load_finished_run
 from training.loop import run, snapshot_akps
 from training.optim import build_optimizer
 from training.provenance import describe_environment, digest_sources
-from training.run_directory import RunDirectory, compute_run_id
+from training.record import NumParameters, Record, compute_run_id
+from training.run_directory import RunDirectory
 from training.runs import build_model, load_run_data, open_run_directory, parse_run
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any]]:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, Record]:
     cfg = compose_run(tmp_path_factory.mktemp("runs"), "trainer.epochs=3", "trainer.batch_size=32")
     record, is_new = run(cfg)
     assert is_new
@@ -38,9 +39,7 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def finished_run_copy(
-    tmp_path: Path, finished_run: tuple[DictConfig, dict[str, Any]]
-) -> tuple[DictConfig, dict[str, Any]]:
+def finished_run_copy(tmp_path: Path, finished_run: tuple[DictConfig, Record]) -> tuple[DictConfig, Record]:
     """The finished run in a folder that a test may change."""
     cfg, record = finished_run
     shutil.copytree(cfg.paths.runs, tmp_path / "runs")
@@ -49,10 +48,10 @@ def finished_run_copy(
     return copy, record
 
 
-def test_run_learns_and_writes_its_files(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_run_learns_and_writes_its_files(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
-    assert record["test"]["top1"] > 60 and record["val"]["top1"] > 60
-    assert record["parameters"] == {"conv": 310, "total": 59444}
+    assert record.test is not None and record.test.top1 > 60 and record.val.top1 > 60
+    assert record.parameters == NumParameters(conv=310, total=59444)
     folder = open_run_directory(cfg).path
     assert sorted(path.name for path in folder.iterdir()) == [
         "akps.safetensors",
@@ -64,22 +63,22 @@ def test_run_learns_and_writes_its_files(finished_run: tuple[DictConfig, dict[st
         "record.json",
         "worker",
     ]
-    assert json.loads((folder / "record.json").read_text()) == record
+    assert json.loads((folder / "record.json").read_text()) == record.to_dict()
     written_config = OmegaConf.load(folder / "config.yaml")
     assert isinstance(written_config, DictConfig)
-    assert compute_run_id(identity(written_config)) == open_run_directory(cfg).id == record["id"]
+    assert compute_run_id(identity(written_config)) == open_run_directory(cfg).id == record.id
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    best = rows[record["best_epoch"] - 1]
-    assert float(best["val_top1"]) == record["val"]["top1"] == max(float(row["val_top1"]) for row in rows)
+    best = rows[record.best_epoch - 1]
+    assert float(best["val_top1"]) == record.val.top1 == max(float(row["val_top1"]) for row in rows)
 
 
-def test_record_contains_source_digest(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
-    assert finished_run[1]["sources"] == digest_sources()
+def test_record_contains_source_digest(finished_run: tuple[DictConfig, Record]) -> None:
+    assert finished_run[1].sources == digest_sources()
 
 
-def test_akp_trajectories_contain_akps_of_saved_weights(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_akp_trajectories_contain_akps_of_saved_weights(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
     folder = open_run_directory(cfg).path
     trajectories = load_file(folder / "akps.safetensors")
@@ -87,20 +86,20 @@ def test_akp_trajectories_contain_akps_of_saved_weights(finished_run: tuple[Dict
     assert trajectories.keys() == akps.keys()
     for name, values in akps.items():
         assert trajectories[name].shape == (4, len(values))  # before training and after each of three epochs
-        assert torch.equal(trajectories[name][record["best_epoch"]], values)
+        assert torch.equal(trajectories[name][record.best_epoch], values)
         assert not torch.equal(trajectories[name][0], values)
 
 
-def test_saved_weights_reproduce_recorded_test_accuracy(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_saved_weights_reproduce_recorded_test_accuracy(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
     settings = parse_run(cfg)
     data = load_run_data(settings)
     model = build_model(settings, data)
     model.load_state_dict(load_file(settings.directory.path / "model.safetensors"))
-    assert evaluate(model, data, data.test)["top1"] == record["test"]["top1"]
+    assert evaluate(model, data, data.test)["top1"] == record.test.top1
 
 
-def test_saved_optimizer_state_loads(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_saved_optimizer_state_loads(finished_run: tuple[DictConfig, Record]) -> None:
     settings = parse_run(finished_run[0])
     optimizer = build_optimizer(build_model(settings, load_run_data(settings)), settings.optim)
     optimizer.load_state_dict(torch.load(settings.directory.path / "optimizer.pt", weights_only=True))
@@ -108,7 +107,7 @@ def test_saved_optimizer_state_loads(finished_run: tuple[DictConfig, dict[str, A
 
 
 @pytest.mark.usefixtures("forbid_training")
-def test_recorded_run_is_not_repeated(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_recorded_run_is_not_repeated(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
     same_run = cfg.copy()
     same_run.data.root = "somewhere/else"
@@ -116,40 +115,37 @@ def test_recorded_run_is_not_repeated(finished_run: tuple[DictConfig, dict[str, 
     assert run(same_run) == (record, False)
 
 
-def replace_source_digest(cfg: DictConfig, sources: str | None) -> dict[str, Any]:
+def replace_source_digest(cfg: DictConfig, sources: str | None) -> Record:
     """Rewrites a run's record as if other code had written it; None: code that recorded no digest."""
     directory = open_run_directory(cfg)
     record = directory.load_record()
     assert record is not None
-    del record["sources"]
-    if sources is not None:
-        record["sources"] = sources
+    values = record.to_dict(exclude={"sources"})
+    record = Record(**values) if sources is None else Record(**values, sources=sources)
     directory.write_record(record)
     return record
 
 
 @pytest.mark.parametrize("sources", ["0123456789ab", None])
-def test_fresh_repeats_run_of_other_code(
-    finished_run_copy: tuple[DictConfig, dict[str, Any]], sources: str | None
-) -> None:
+def test_fresh_repeats_run_of_other_code(finished_run_copy: tuple[DictConfig, Record], sources: str | None) -> None:
     cfg, _ = finished_run_copy
     old_record = replace_source_digest(cfg, sources)
     folder = open_run_directory(cfg).path
     old_files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("lock", "worker")}
     cfg.fresh = True
     record, is_new = run(cfg)
-    assert is_new and record["sources"] == digest_sources()
-    assert record["id"] == old_record["id"] and record["test"] == old_record["test"]
+    assert is_new and record.sources == digest_sources()
+    assert record.id == old_record.id and record.test == old_record.test
     assert open_run_directory(cfg).load_record() == record
     superseded = folder / "superseded-1"
     assert {path.name: path.read_bytes() for path in superseded.iterdir()} == old_files
-    assert json.loads(old_files["record.json"]) == old_record
+    assert json.loads(old_files["record.json"]) == old_record.to_dict()
     assert {path.name for path in folder.iterdir()} == {*old_files, "lock", "worker", "superseded-1"}
     assert run(cfg) == (record, False)
 
 
 @pytest.mark.usefixtures("forbid_training")
-def test_fresh_keeps_run_of_same_code(finished_run_copy: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_fresh_keeps_run_of_same_code(finished_run_copy: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run_copy
     cfg.fresh = True
     assert run(cfg) == (record, False)
@@ -159,7 +155,7 @@ def test_fresh_keeps_run_of_same_code(finished_run_copy: tuple[DictConfig, dict[
 @pytest.mark.usefixtures("forbid_training")
 @pytest.mark.parametrize("sources", ["0123456789ab", None])
 def test_run_of_other_code_is_reused_without_fresh(
-    finished_run_copy: tuple[DictConfig, dict[str, Any]], sources: str | None
+    finished_run_copy: tuple[DictConfig, Record], sources: str | None
 ) -> None:
     cfg, _ = finished_run_copy
     record = replace_source_digest(cfg, sources)
@@ -170,7 +166,7 @@ def test_seed_determines_run(tmp_path: Path) -> None:
     def train_with_seed(folder: str, seed: int) -> tuple[dict[str, torch.Tensor], str]:
         cfg = compose_run(tmp_path / folder, f"seed={seed}", "data.shift=1", "data.flip=true")
         record, _ = run(cfg)
-        return load_file(open_run_directory(cfg).path / "model.safetensors"), record["id"]
+        return load_file(open_run_directory(cfg).path / "model.safetensors"), record.id
 
     weights, run_id = train_with_seed("first", 1)
     same_weights, same_id = train_with_seed("second", 1)
@@ -215,7 +211,7 @@ def test_run_without_working_compiler_trains_eagerly_and_says_so(
         "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: ('no-such-compiler',)"
     ]
     eager, _ = run(compose_run(tmp_path / "eager", *options))
-    assert record["test"] == eager["test"]
+    assert record.test == eager.test
 
 
 @pytest.mark.parametrize(
@@ -262,7 +258,7 @@ def test_environment_is_described_before_training(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(loop, "describe_environment", describe)
     record, _ = run(compose_run(tmp_path / "runs", "trainer.epochs=1"))
-    assert devices == [torch.device("cpu")] and record["sources"] == digest_sources()
+    assert devices == [torch.device("cpu")] and record.sources == digest_sources()
 
 
 def test_batch_norm_over_processes_without_gpu_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from acl import akp_parameters
 from training.config import compose, identity
 from training.errors import UsageError
 from training.optim import OptimSettings, build_criterion, build_optimizer, build_schedule
-from training.run_directory import compute_run_id
+from training.record import compute_run_id
 from training.runs import build_model, load_run_data, parse_run
 
 

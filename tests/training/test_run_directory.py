@@ -1,7 +1,9 @@
 import json
+import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +13,8 @@ from tests.training.processes import run_in_child
 from training.config import compose, identity
 from training.errors import BusyError, UsageError
 from training.loop import run
-from training.run_directory import (
-    UNFINISHED,
-    RunDirectory,
-    compute_run_id,
-    read_record,
-    serialize,
-    write_atomic,
-    write_together,
-)
+from training.record import Record, compute_run_id, read_record
+from training.run_directory import UNFINISHED, RunDirectory, serialize, write_atomic, write_together
 from training.runs import open_run_directory
 
 
@@ -28,10 +23,11 @@ def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs", {"seed": 0})
 
 
+CONFIG: dict[str, Any] = {"seed": 0, "arrangement": {}, "trainer": {"epochs": 1}}
 RECORD = {
     "format": 1,
-    "id": "3efc264c6137",
-    "config": {"seed": 0, "arrangement": {}, "trainer": {"epochs": 1}},
+    "id": compute_run_id(CONFIG),
+    "config": CONFIG,
     "test": {"top1": 99.5, "loss": 0.01},
     "val": {"top1": 99, "loss": 0.02},
     "best_epoch": 1,
@@ -77,10 +73,10 @@ def test_run_id_does_not_depend_on_key_order() -> None:
 
 
 def test_record_is_loaded_as_written(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path, RECORD["config"])
+    directory, record = RunDirectory(tmp_path, CONFIG), Record(**RECORD)
     assert directory.load_record() is None
-    directory.write_record(RECORD)
-    assert directory.load_record() == RECORD == json.loads(directory.record_file.read_text())
+    directory.write_record(record)
+    assert directory.load_record() == record and json.loads(directory.record_file.read_text()) == RECORD
 
 
 @pytest.mark.parametrize(
@@ -89,12 +85,23 @@ def test_record_is_loaded_as_written(tmp_path: Path) -> None:
         (b"", "is not a record of a run: Expecting value"),
         (json.dumps(RECORD).encode()[:-20], "is not a record of a run: "),
         (b"\xff\xfe\x00", "is not a record of a run: "),
-        (b"[1]", "is not a record of a run: it is not a JSON object with a format number"),
-        ({"format": "1"}, "is not a record of a run: it is not a JSON object with a format number"),
+        (b"[1]", "is not a record of a run: it is not a JSON object"),
+        (b"[" * 100_000, "is not a record of a run: "),
+        ({"format": "1"}, "is not a record of a run: format='1' is invalid: it should be a valid integer"),
         ({"config": []}, r"is not a record of a run: config=\[\] is invalid: it should be a valid dictionary"),
-        ({"val": {"top1": "99", "loss": 1.0}}, r"is not a record of a run: val\.top1=99 is invalid"),
+        ({"val": {"top1": "99", "loss": 1.0}}, r"is not a record of a run: val\.top1='99' is invalid"),
         ({"test": {"top1": 99.5}}, r"is not a record of a run: test\.loss is missing"),
         ({"machine": {"device": "CPU"}}, r"is not a record of a run: machine\.threads is missing"),
+        ({"id": "0" * 12}, "is not a record of a run: id=000000000000 is not the hash of its config, [0-9a-f]{12}"),
+        ({"test": {"top1": 250.0, "loss": 1.0}}, r"is not a record of a run: test\.top1=250\.0 is invalid"),
+        ({"test": {"top1": -1.0, "loss": 1.0}}, r"is not a record of a run: test\.top1=-1\.0 is invalid"),
+        ({"test": {"top1": math.inf, "loss": 1.0}}, r"is not a record of a run: test\.top1=inf is invalid"),
+        ({"val": {"top1": math.nan, "loss": 1.0}}, r"is not a record of a run: val\.top1=nan is invalid"),
+        ({"val": {"top1": 90.0, "loss": -1.0}}, r"is not a record of a run: val\.loss=-1\.0 is invalid"),
+        ({"best_epoch": 2}, "is not a record of a run: best_epoch=2 exceeds its 1 epochs"),
+        ({"parameters": {"conv": 300, "total": 200}}, r"is not a record of a run: parameters\.conv=300 exceeds"),
+        ({"seconds": math.nan}, "is not a record of a run: seconds=nan is invalid"),
+        ({"weights": 1}, "is not a record of a run: weights=1 is invalid"),
         (None, "Is a directory"),
     ],
 )
@@ -116,7 +123,10 @@ def test_read_record_names_file_and_problem(
     [
         ("{}", "is not a record of a run"),
         ("{", "is not a record of a run"),
-        ('{"format": 99, "config": {}}', "has format 99, but this version reads formats up to 1"),
+        (
+            '{"format": 99, "config": {}}',
+            "is not a record of a run: format=99 is invalid: it should be less than or equal to 1",
+        ),
         (json.dumps(RECORD), "belongs to another configuration"),
     ],
 )
