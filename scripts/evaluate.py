@@ -1,16 +1,15 @@
 """Evaluates a trained network: python scripts/evaluate.py run=runs/<id> split=test data.root=/data"""
 
+import sys
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from training.config import run_script
-from training.data import Data
 from training.errors import UsageError
-from training.finished_run import DataLocation, FinishedRun, evaluate_run, load_finished_run
-from training.runs import load_run_data, parse_data
+from training.finished_run import DataLocation, evaluate_run, load_data_as_trained, load_finished_run
+from training.runs import parse_data
 from training.validation import STRICT, FilePath
 
 
@@ -27,27 +26,18 @@ def main(settings: EvaluateSettings) -> None:
         raise UsageError(f"unknown option data.{min(unknown)}; known without data=<name>: data.root, data.cache")
     location = None if is_other_data else DataLocation(root=settings.data["root"], cache=settings.data["cache"])
     run = load_finished_run(settings.run, location)
-    run_settings = run.settings
+    if run.classes is None:
+        print(f"{run.path} does not name its classes, so labels are compared by number", file=sys.stderr)
+    other_settings = None
     if is_other_data:
         options = {name: value for name, value in settings.data.items() if (name, value) != ("cache", None)}
-        run_settings = replace(run_settings, data=parse_data(options))
-    data = normalize_as_trained(load_run_data(run_settings), run)
+        other_settings = replace(run.settings, data=parse_data(options))
+    data = load_data_as_trained(run, other_settings)
     result = evaluate_run(run, data, settings.split)
     recorded = None if run.record is None or is_other_data else run.record.get(settings.split)
     note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
     images = len(getattr(data, settings.split))
     print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {images:,} images{note}")
-
-
-def normalize_as_trained(data: Data, run: FinishedRun) -> Data:
-    """Makes data yield the input that a network was trained on. Raises UsageError if the formats differ."""
-    expected, given = run.input_format, data.input_format
-    for name in ("channels", "height", "width", "classes"):
-        trained, found = getattr(expected, name), getattr(given, name)
-        if trained != found:
-            raise UsageError(f"the data do not fit {run.path}: {name} {found} instead of {trained}")
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (expected.mean, expected.std))
-    return replace(data, mean=mean, std=std)
 
 
 if __name__ == "__main__":

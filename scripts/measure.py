@@ -14,10 +14,9 @@ from reporting.measurements import MEASUREMENTS, read_measurements
 from reporting.table import open_table
 from training.config import resolve, run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, build_run_fabric, load_finished_run
+from training.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
 from training.provenance import describe_environment
 from training.run_directory import write_atomic
-from training.runs import load_run_data
 from training.validation import STRICT, construct
 
 
@@ -49,7 +48,7 @@ def main(cfg: DictConfig) -> None:
             continue
         data = planned.cfg.data
         run = load_finished_run(planned.directory.path, DataLocation(root=data.root, cache=data.get("cache")))
-        values = MEASUREMENTS[options.measurement](run, load_run_data(run.settings))
+        values = MEASUREMENTS[options.measurement](run, load_data_as_trained(run))
         run_key = {"row": row, "id": planned.directory.id, "seed": run.settings.seed}
         lines.append({**run_key, "values": values, **describe_environment(build_run_fabric(run).device)})
         write_atomic(file, to_json_lines(lines))

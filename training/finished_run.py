@@ -1,5 +1,6 @@
 """Loads the trained networks of finished runs."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from glob import glob
@@ -23,7 +24,8 @@ from training.config import compose, format_error
 from training.data import Data, InputFormat
 from training.distributed import build_fabric
 from training.errors import UsageError
-from training.evaluate import evaluate
+from training.evaluate import predict
+from training.provenance import find_changed_inputs
 from training.run_directory import RunDirectory, read_record
 from training.runs import RunSettings, create_network, load_run_data, parse_run
 
@@ -45,11 +47,13 @@ class FinishedRun:
     record: dict[str, Any] | None  # None: loaded from the file of its weights alone
     input_format: InputFormat
     model: nn.Module  # with the weights of its best epoch, in eval mode
+    classes: list[str] | None = None  # names, by label; None: unknown
 
 
 def serialize_weights(model: nn.Module, run_identity: Mapping[str, Any], data: Data) -> bytes:
     """Serializes a network with everything that ``load_finished_run`` needs to build it again."""
-    return acl.serialize(model, {"config": dict(run_identity), "input_format": asdict(data.input_format)})
+    info = {"config": dict(run_identity), "input_format": asdict(data.input_format), "classes": data.classes}
+    return acl.serialize(model, info)
 
 
 def resolve_run_path(path: Path) -> Path:
@@ -116,7 +120,13 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
             return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
         if info["config"] != record["config"]:
             raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
-    input_format = InputFormat(**info["input_format"])
+    input_format, classes = InputFormat(**info["input_format"]), info.get("classes")
+    if classes is not None and (
+        not isinstance(classes, list)
+        or not all(isinstance(name, str) for name in classes)
+        or not len(classes) == len(set(classes)) == input_format.classes
+    ):
+        raise UsageError(f"{weights} is corrupt: its classes should be {input_format.classes} different names")
     plain = {**settings.model, "arrangement": {}, "layer": None}
     for name in ("pretrained", "random_layers"):
         plain.pop(name, None)
@@ -127,7 +137,47 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         acl.load(model, weights)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return FinishedRun(path, settings, record, input_format, model.eval())
+    return FinishedRun(path, settings, record, input_format, model.eval(), classes)
+
+
+def load_data_as_trained(run: FinishedRun, settings: RunSettings | None = None) -> Data:
+    """Loads the data of a finished run, as ``adapt_data`` does; reports on stderr what has changed.
+
+    Args:
+        run: the finished run.
+        settings: with other data; None: the run's own.
+    """
+    data = load_run_data(settings or run.settings)
+    if settings is None and find_changed_inputs(run.record or {}, {"data": {"digest": data.digest}}):
+        print(f"{run.path} was recorded with other data than these", file=sys.stderr)
+    return adapt_data(data, run)
+
+
+def adapt_data(data: Data, run: FinishedRun) -> Data:
+    """Makes data yield the input and the labels that a network was trained on.
+
+    Raises:
+        UsageError: if the formats or the names of the classes differ.
+    """
+    if run.classes is not None:
+        trained, found = set(run.classes), set(data.classes)
+        names = {"unknown": found - trained, "missing": trained - found}
+        if any(names.values()):
+            differences = "; ".join(f"{which} {', '.join(sorted(group))}" for which, group in names.items() if group)
+            raise UsageError(f"the data have other classes than {run.path}: {differences}")
+    expected, given = run.input_format, data.input_format
+    for name in ("channels", "height", "width", "classes"):
+        wanted, actual = getattr(expected, name), getattr(given, name)
+        if wanted != actual:
+            raise UsageError(f"the data do not fit {run.path}: {name} {actual} instead of {wanted}")
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (expected.mean, expected.std))
+    data = replace(data, mean=mean, std=std)
+    if run.classes is not None and run.classes != data.classes:  # in another order
+        labels = torch.tensor([run.classes.index(name) for name in data.classes])
+        splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+        renumbered = {name: replace(split, labels=labels[split.labels]) for name, split in splits.items()}
+        data = replace(data, classes=run.classes, **renumbered)
+    return data
 
 
 def build_run_fabric(run: FinishedRun) -> Fabric:
@@ -136,12 +186,17 @@ def build_run_fabric(run: FinishedRun) -> Fabric:
 
 
 def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
-    """Evaluates a run's network with the precision and memory format that it was trained with."""
+    """Evaluates a run's network on a split, as ``predict_run`` does."""
+    return predict_run(run, data, split)[0]
+
+
+def predict_run(run: FinishedRun, data: Data, split: str) -> tuple[dict[str, float], Tensor]:
+    """Runs ``predict`` with the precision and memory format that a run's network was trained with."""
     fabric = build_run_fabric(run)
     if run.settings.trainer.channels_last:
         run.model.to(memory_format=torch.channels_last)
     model, data = fabric.setup_module(run.model), data.to(fabric.device)
-    return evaluate(model, data, getattr(data, split), fabric)
+    return predict(model, data, getattr(data, split), fabric)
 
 
 def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
@@ -194,7 +249,7 @@ def _load_from_plain_file(settings: RunSettings, weights: Path) -> tuple[InputFo
     seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
     if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
         settings = replace(settings, model={**settings.model, "pretrained": False})  # its file may be gone
-    model = create_network(settings, data.channels, data.classes)
+    model = create_network(settings, data.channels, len(data.classes))
     try:
         # Earlier versions stored an empty parameter for layers without plain kernels.
         model.load_state_dict({name: tensor for name, tensor in load_file(weights).items() if tensor.numel()})

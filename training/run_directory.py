@@ -18,7 +18,6 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import TypedDict
 
 from training.errors import BusyError, UsageError
-from training.provenance import digest_sources
 from training.validation import construct
 
 RECORD_FORMAT = 1
@@ -79,6 +78,11 @@ class _Machine(TypedDict):
     threads: int
 
 
+class _Correct(TypedDict):
+    val: str
+    test: str | None
+
+
 @validated_dataclass(frozen=True, config=ConfigDict(strict=True, extra="ignore"))
 class _Record:
     """The values of a record that are read from other runs' files; a record has more."""
@@ -93,6 +97,10 @@ class _Record:
     commit: str | None
     machine: _Machine
     versions: dict[str, str]
+    classes: list[str] | None = None
+    data: dict[str, str | int] | None = None
+    pretrained: str | None = None
+    correct: _Correct | None = None
 
 
 def parse_record(content: bytes, source: str) -> dict[str, Any]:
@@ -166,8 +174,8 @@ class RunDirectory:
                 problem = "was modified" if file.exists() else "is missing"
                 raise UsageError(f"{file} {problem}; delete {self.path} and run the same command to train again")
 
-    def load_record(self, fresh: bool = False) -> dict[str, Any] | None:
-        """Loads the record of the finished run; None if there is none, or if ``fresh`` and other code produced it.
+    def load_record(self) -> dict[str, Any] | None:
+        """Loads the record of the finished run; None if there is none.
 
         Raises:
             UsageError: if the record is unreadable, has a newer format or belongs to another configuration.
@@ -180,7 +188,7 @@ class RunDirectory:
             raise UsageError(f"{error}; move it away to run this configuration") from error
         if record["config"] != self.identity:
             raise UsageError(f"{self.record_file} belongs to another configuration; move it away to run this one")
-        return None if fresh and record.get("sources") != digest_sources() else record
+        return record
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         self.write(self.record_file.name, json.dumps(record, indent=1) + "\n")

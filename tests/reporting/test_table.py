@@ -376,17 +376,17 @@ def make_outdated(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(record))
 
 
-def test_count_outdated_counts_records_of_other_and_unknown_code(searched_table_copy: Path) -> None:
+def test_describe_outdated_counts_records_of_other_and_unknown_code(searched_table_copy: Path) -> None:
     table = create_table(searched_table_copy, search=SEARCH)
-    assert table.count_outdated() == (0, 8)
+    assert table.describe_outdated() is None
     first, second, *_ = read_records(searched_table_copy)
     make_outdated(first)
     record = json.loads(second.read_text())
     assert record.pop("sources") == digest_sources()
     second.write_text(json.dumps(record))  # as recorded before records had a digest
-    assert table.count_outdated() == (2, 8)
+    assert table.describe_outdated() == "2 of 8 runs were recorded with other code"
     table.reproduce()
-    assert table.count_outdated() == (2, 8)  # reused
+    assert table.describe_outdated() == "2 of 8 runs were recorded with other code"  # reused
 
 
 def test_fresh_reruns_outdated_records_only(searched_table: tuple[Path, Table], searched_table_copy: Path) -> None:
@@ -396,7 +396,7 @@ def test_fresh_reruns_outdated_records_only(searched_table: tuple[Path, Table], 
     untouched = {path: path.stat().st_mtime_ns for path in records if path != outdated}
     table = create_table(searched_table_copy, "fresh=true", search=SEARCH)
     table.reproduce()
-    assert table.count_outdated() == (0, 8)
+    assert table.describe_outdated() is None
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert json.loads(outdated.read_text())["sources"] == digest_sources()
     (superseded,) = searched_table_copy.glob("runs/*/superseded-1/record.json")

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.evaluate import EvaluateSettings, main, normalize_as_trained
+from scripts.evaluate import EvaluateSettings, main
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_run
 from tests.training.trees import write_mnist
 from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, evaluate_run, load_finished_run
+from training.finished_run import FinishedRun, adapt_data, evaluate_run, load_data_as_trained, load_finished_run
 from training.loop import run
 from training.runs import load_run_data, open_run_directory
 
@@ -35,7 +35,7 @@ def test_evaluation_gives_recorded_numbers(tmp_path: Path, precision: str) -> No
     record = json.loads((path / "record.json").read_text())
     for file in (path, path / "model.safetensors"):
         finished = load_finished_run(file)
-        data = normalize_as_trained(load_run_data(finished.settings), finished)
+        data = load_data_as_trained(finished)
         assert {split: evaluate_run(finished, data, split) for split in ("val", "test")} == {
             "val": record["val"],
             "test": record["test"],
@@ -57,7 +57,7 @@ def test_other_data_are_normalized_as_those_of_training(
     assert "300 images" in done.stdout and "recorded" not in done.stdout, done.stderr
     trained = load_run_data(finished.settings)
     brighter = replace(trained, mean=trained.mean + 9, std=2 * trained.std)
-    adapted = normalize_as_trained(brighter, finished)
+    adapted = adapt_data(brighter, finished)
     assert torch.equal(adapted.mean, trained.mean) and torch.equal(adapted.std, trained.std)
 
 
@@ -65,6 +65,6 @@ def test_data_of_another_format_are_rejected(finished: FinishedRun) -> None:
     data = load_run_data(finished.settings)
     colored = replace(data, train=Split(data.train.images.expand(-1, 3, -1, -1), data.train.labels))
     with pytest.raises(UsageError, match=r"the data do not fit .*: channels 3 instead of 1"):
-        normalize_as_trained(colored, finished)
+        adapt_data(colored, finished)
     with pytest.raises(UsageError, match=r"the data do not fit .*: classes 7 instead of 10"):
-        normalize_as_trained(replace(data, classes=7), finished)
+        adapt_data(replace(data, classes=data.classes[:7]), replace(finished, classes=None))

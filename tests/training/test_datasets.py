@@ -32,7 +32,7 @@ def labels_match_colors(data: Data) -> bool:
     splits = (data.train, data.val, data.test)
     colors = torch.cat([split.images.float().mean((2, 3)) for split in splits])
     labels = torch.cat([split.labels for split in splits])
-    class_colors = torch.stack([colors[labels == k].mean(0) for k in range(data.classes)])
+    class_colors = torch.stack([colors[labels == k].mean(0) for k in range(len(data.classes))])
     return torch.equal(torch.cdist(colors, class_colors).argmin(1), labels)
 
 
@@ -99,7 +99,9 @@ def test_idx_label_out_of_range_raises_usage_error(tmp_path: Path) -> None:
 def test_flowers102_has_official_splits(tmp_path: Path) -> None:
     write_flowers102(tmp_path)
     data = load("flowers102", tmp_path)
-    assert list_split_sizes(data) == [12, 6, 9] and data.classes == 3 and data.train.images.shape[1:] == (3, 32, 32)
+    assert (
+        list_split_sizes(data) == [12, 6, 9] and len(data.classes) == 3 and data.train.images.shape[1:] == (3, 32, 32)
+    )
     assert labels_match_colors(data)
     assert data.mean.flatten().tolist() == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
 

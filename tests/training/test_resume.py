@@ -105,7 +105,7 @@ def run_killed_in_second_epoch(tmp_path_factory: pytest.TempPathFactory) -> Dict
 @pytest.fixture(scope="module")
 def run_killed_after_last_epoch(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
     cfg = compose_checkpointed_run(tmp_path_factory.mktemp("last_epoch"))
-    run_until_killed(cfg, loop, "evaluate", 3)  # twice on validation images, then on test images
+    run_until_killed(cfg, loop, "predict", 3)  # twice on validation images, then on test images
     return cfg
 
 
