@@ -147,10 +147,10 @@ def load_data_as_trained(run: FinishedRun, settings: RunSettings | None = None) 
         run: the finished run.
         settings: with other data; None: the run's own.
     """
-    data = load_run_data(settings or run.settings)
+    data = adapt_data(load_run_data(settings or run.settings), run)
     if settings is None and find_changed_inputs(run.record or {}, {"data": {"digest": data.digest}}):
         print(f"{run.path} was recorded with other data than these", file=sys.stderr)
-    return adapt_data(data, run)
+    return data
 
 
 def adapt_data(data: Data, run: FinishedRun) -> Data:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import acl
 from scripts.evaluate import EvaluateSettings, main
 from tests.scripts.conftest import RunScript
-from tests.training.configurations import compose_run
-from tests.training.trees import write_mnist
+from tests.training.configurations import compose_photo_run, compose_run
+from tests.training.trees import write_imagefolder, write_mnist
 from training.datasets import Split
 from training.errors import UsageError
 from training.finished_run import FinishedRun, adapt_data, evaluate_run, load_data_as_trained, load_finished_run
@@ -59,6 +60,61 @@ def test_other_data_are_normalized_as_those_of_training(
     brighter = replace(trained, mean=trained.mean + 9, std=2 * trained.std)
     adapted = adapt_data(brighter, finished)
     assert torch.equal(adapted.mean, trained.mean) and torch.equal(adapted.std, trained.std)
+
+
+def test_renamed_class_is_refused_by_name(tmp_path: Path) -> None:
+    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
+    cfg = compose_photo_run(tmp_path, root)
+    run(cfg)
+    for split in ("train", "val", "test"):
+        (root / split / "class_0").rename(root / split / "zebra")
+    path = open_run_directory(cfg).path
+    for file in (path, path / "model.safetensors"):
+        with pytest.raises(UsageError, match=f"have other classes than {file}: unknown zebra; missing class_0"):
+            main(EvaluateSettings(run=file, split="test", data={"root": str(root), "cache": str(tmp_path)}))
+
+
+def test_labels_are_matched_by_name(finished: FinishedRun) -> None:
+    data = load_run_data(finished.settings)
+    order = torch.randperm(10)
+    renumbered = replace(data.test, labels=order.argsort()[data.test.labels])
+    other = replace(data, classes=[data.classes[label] for label in order], test=renumbered)
+    assert finished.record is not None
+    assert evaluate_run(finished, adapt_data(other, finished), "test") == finished.record["test"]
+
+
+def test_weights_without_class_names_are_evaluated_as_before(
+    finished: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "net.safetensors"
+    info = acl.read_info(finished.path / "model.safetensors")["info"]
+    del info["classes"]
+    acl.save(finished.model, file, info)
+    main(EvaluateSettings(run=file, split="test", data=HERE))
+    assert finished.record is not None
+    output = capsys.readouterr()
+    assert f"test {finished.record['test']['top1']:.2f}%" in output.out
+    assert output.err == f"{file} does not name its classes, so labels are compared by number\n"
+
+
+@pytest.mark.parametrize("classes", [7, ["a"], [1] * 10, ["a"] * 10, {}])
+def test_invalid_class_names_are_refused(finished: FinishedRun, tmp_path: Path, classes: object) -> None:
+    file = tmp_path / "net.safetensors"
+    info = acl.read_info(finished.path / "model.safetensors")["info"]
+    acl.save(finished.model, file, {**info, "classes": classes})
+    with pytest.raises(UsageError, match=f"{file} is corrupt: its classes should be 10 different names"):
+        load_finished_run(file)
+
+
+def test_other_data_in_place_of_a_runs_own_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
+    cfg = compose_photo_run(tmp_path, root)
+    run(cfg)
+    path = open_run_directory(cfg).path
+    main(EvaluateSettings(run=path, split="test", data=HERE))
+    (root / "test/class_0/1.png").unlink()
+    main(EvaluateSettings(run=path, split="test", data=HERE))
+    assert capsys.readouterr().err == f"{path} was recorded with other data than these\n"
 
 
 def test_data_of_another_format_are_rejected(finished: FinishedRun) -> None:

@@ -47,6 +47,42 @@ def test_digits_need_no_files(tmp_path: Path) -> None:
     assert data.train.images.max() > 240
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("digits", [str(digit) for digit in range(10)]),
+        ("mnist", [str(digit) for digit in range(10)]),
+        ("fashion_mnist", datasets.FashionMNIST.classes),
+        ("cifar10", [str(label) for label in range(10)]),  # as in batches.meta
+        ("flowers102", ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"]),
+        ("food101", ["dish_0", "dish_1", "dish_2"]),
+        ("imagefolder", ["class_0", "class_1", "class_2"]),
+    ],
+)
+def test_every_reader_names_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str]
+) -> None:
+    accept_any_checksum(monkeypatch, "torchvision.datasets.cifar")
+    write_mnist(tmp_path, "FashionMNIST" if name == "fashion_mnist" else "MNIST")
+    write_cifar10(tmp_path)
+    write_flowers102(tmp_path)
+    write_food101(tmp_path)
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    data = load(name, tmp_path)
+    assert data.classes == expected and data.train.labels.max() == len(expected) - 1
+
+
+@pytest.mark.parametrize(("file", "offset"), [("train-images-idx3-ubyte", -1), ("t10k-labels-idx1-ubyte", -2)])
+def test_digest_of_arrays_changes_with_pixels_and_labels(tmp_path: Path, file: str, offset: int) -> None:
+    path = write_mnist(tmp_path) / file
+    digest = load("mnist", tmp_path).digest
+    assert load("mnist", tmp_path).digest == digest
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    assert load("mnist", tmp_path).digest != digest
+
+
 def test_digits_splits_are_disjoint_and_fixed(tmp_path: Path) -> None:
     data = load("digits", tmp_path)
     images = torch.cat([data.train.images, data.val.images, data.test.images]).flatten(1)
