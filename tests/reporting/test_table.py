@@ -390,6 +390,14 @@ def test_describe_outdated_counts_records_of_other_and_unknown_code(searched_tab
     assert table.describe_outdated() == "2 of 8 runs were recorded with other code"  # reused
 
 
+def test_describe_outdated_names_what_changed(searched_table_copy: Path) -> None:
+    first, second, *_ = read_records(searched_table_copy)
+    make_outdated(first)
+    make_outdated(second, data={"digest": "0123456789ab", "train": 1, "val": 1, "test": 1})
+    table = create_table(searched_table_copy, search=SEARCH)
+    assert table.describe_outdated() == "2 of 8 runs were recorded with other code or other data"
+
+
 def test_fresh_reruns_outdated_records_only(searched_table: tuple[Path, Table], searched_table_copy: Path) -> None:
     records = read_records(searched_table_copy)
     outdated = next(path for path, record in records.items() if record["test"] is not None)
