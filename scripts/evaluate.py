@@ -4,13 +4,19 @@ import sys
 from dataclasses import replace
 from typing import Any, Literal
 
+import pandas as pd
+import torch
 from pydantic.dataclasses import dataclass as validated_dataclass
+from torch import Tensor
 
+from acl.plot import to_png
+from reporting.render import draw_confusions
 from training.config import run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, evaluate_run, load_data_as_trained, load_finished_run
+from training.finished_run import DataLocation, load_data_as_trained, load_finished_run, predict_run
+from training.run_directory import write_atomic
 from training.runs import parse_data
-from training.validation import STRICT, FilePath
+from training.validation import STRICT, FilePath, OutputFile
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -18,9 +24,14 @@ class EvaluateSettings:
     run: FilePath
     split: Literal["train", "val", "test"]
     data: dict[str, Any]
+    confusion: OutputFile | None = None
 
 
 def main(settings: EvaluateSettings) -> None:
+    if settings.confusion is not None and settings.confusion.suffix != ".csv":
+        raise UsageError(
+            f"confusion={settings.confusion} is invalid: it should end in .csv; the figure is put beside it"
+        )
     is_other_data = "name" in settings.data
     if not is_other_data and (unknown := settings.data.keys() - {"root", "cache"}):
         raise UsageError(f"unknown option data.{min(unknown)}; known without data=<name>: data.root, data.cache")
@@ -33,11 +44,26 @@ def main(settings: EvaluateSettings) -> None:
         options = {name: value for name, value in settings.data.items() if (name, value) != ("cache", None)}
         other_settings = replace(run.settings, data=parse_data(options))
     data = load_data_as_trained(run, other_settings)
-    result = evaluate_run(run, data, settings.split)
+    result, predictions = predict_run(run, data, settings.split)
+    if settings.confusion is not None:
+        frame = count_confusions(getattr(data, settings.split).labels, predictions, data.classes)
+        figure = draw_confusions(frame, f"{run.path.name}, {settings.split}")
+        write_atomic(settings.confusion, frame.to_csv(float_format="%.2f"))
+        write_atomic(settings.confusion.with_suffix(".png"), to_png(figure))
     recorded = None if run.record is None or is_other_data else run.record.get(settings.split)
     note = f" (recorded: {recorded['top1']:.2f}%, loss {recorded['loss']:.6f})" if recorded else ""
     images = len(getattr(data, settings.split))
     print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {images:,} images{note}")
+
+
+def count_confusions(labels: Tensor, predictions: Tensor, classes: list[str]) -> pd.DataFrame:
+    """Counts the predictions for each class: a line per class, with its accuracy (percent) and its images."""
+    n = len(classes)
+    counts = torch.bincount(n * labels + predictions, minlength=n * n).view(n, n)
+    frame = pd.DataFrame(counts.numpy(), pd.Index(classes, name="class"), classes)
+    frame.insert(0, "images", counts.sum(1).numpy(), allow_duplicates=True)
+    frame.insert(0, "accuracy", (100 * counts.diag() / counts.sum(1)).numpy(), allow_duplicates=True)
+    return frame
 
 
 if __name__ == "__main__":

@@ -191,12 +191,17 @@ def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
 
 
 def predict_run(run: FinishedRun, data: Data, split: str) -> tuple[dict[str, float], Tensor]:
-    """Runs ``predict`` with the precision and memory format that a run's network was trained with."""
+    """Runs ``predict`` on a split as ``prepare_run`` prepares it."""
+    model, data, fabric = prepare_run(run, data)
+    return predict(model, data, getattr(data, split), fabric)
+
+
+def prepare_run(run: FinishedRun, data: Data) -> tuple[nn.Module, Data, Fabric]:
+    """Moves a run's network and data to the device, with the precision and memory format that it was trained with."""
     fabric = build_run_fabric(run)
     if run.settings.trainer.channels_last:
         run.model.to(memory_format=torch.channels_last)
-    model, data = fabric.setup_module(run.model), data.to(fabric.device)
-    return predict(model, data, getattr(data, split), fabric)
+    return fabric.setup_module(run.model), data.to(fabric.device), fabric
 
 
 def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
@@ -240,6 +245,8 @@ def _complete(saved: DictConfig, data_location: DataLocation | None) -> DictConf
     new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
     cfg = OmegaConf.merge(current, saved, {"data": new_location})
     assert isinstance(cfg, DictConfig)
+    if OmegaConf.is_missing(cfg.data, "root"):  # in a file of weights; only reading the data needs it
+        cfg.data.root = None
     return cfg
 
 

@@ -2,11 +2,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import acl
-from scripts.evaluate import EvaluateSettings, main
+from reporting.render import draw_confusions
+from scripts.evaluate import EvaluateSettings, count_confusions, main
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder, write_mnist
@@ -60,6 +62,35 @@ def test_other_data_are_normalized_as_those_of_training(
     brighter = replace(trained, mean=trained.mean + 9, std=2 * trained.std)
     adapted = adapt_data(brighter, finished)
     assert torch.equal(adapted.mean, trained.mean) and torch.equal(adapted.std, trained.std)
+
+
+def test_confusion_matrix_has_accuracy_of_each_class(
+    finished: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "confusion.csv"
+    main(EvaluateSettings(run=finished.path, split="test", data=HERE, confusion=file))
+    frame = pd.read_csv(file, dtype={"class": str}).set_index("class")
+    assert list(frame.index) == list(frame.columns[2:]) == [str(digit) for digit in range(10)]
+    counts = frame.iloc[:, 2:].to_numpy()
+    assert frame["images"].tolist() == counts.sum(1).tolist() and counts.sum() == 360
+    assert frame["accuracy"].to_numpy() == pytest.approx(100 * counts.diagonal() / counts.sum(1), abs=0.01)
+    assert f"test {100 * counts.trace() / 360:.2f}%" in capsys.readouterr().out
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match=r"confusion=.*\.png is invalid: it should end in \.csv"):
+        main(EvaluateSettings(run=finished.path, split="test", data=HERE, confusion=tmp_path / "confusion.png"))
+
+
+def test_count_confusions_has_true_classes_in_lines() -> None:
+    frame = count_confusions(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2, 2, 1]), ["a", "b", "c"])
+    assert frame.to_csv(float_format="%.2f").splitlines() == [
+        "class,accuracy,images,a,b,c",
+        "a,33.33,3,1,0,2",
+        "b,100.00,1,0,1,0",
+        "c,,0,0,0,0",
+    ]
+    (axes, _) = draw_confusions(frame, "title").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (33%)", "b (100%)", "c (no images)"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
 
 
 def test_renamed_class_is_refused_by_name(tmp_path: Path) -> None:
