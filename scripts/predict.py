@@ -75,8 +75,10 @@ def predict_probabilities(run: FinishedRun, images: torch.Tensor) -> torch.Tenso
     """The probability of each class (n, classes), for images that are processed as those of an evaluation are."""
     split = Split(images, torch.zeros(len(images), dtype=torch.long))
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (run.input_format.mean, run.input_format.std))
+    memory_format = torch.channels_last if run.settings.trainer.channels_last else torch.contiguous_format
     augmentation = run.settings.data["augmentation"]
-    model, data = prepare_run(run, Data(split, split, split, run.classes or [], "", mean, std, augmentation))[:2]
+    data = Data(split, split, split, run.classes or [], "", mean, std, augmentation, memory_format)
+    model, data, _ = prepare_run(run, data)
     probabilities = []
     with tqdm(desc="predicting", total=len(images), unit="image", disable=None) as progress:
         for batch in data.eval_batches(data.test):
