@@ -9,14 +9,14 @@ from acl.inspection import akp_parameters, analytic_layers, param_groups, summar
 from acl.layer import AnalyticConv2d
 from acl.options import LayerOptions
 from acl.serialization import load, read_info, save, serialize
-from acl.transform import UnsuitableFormulas, rescale, rotate
+from acl.transform import UnsuitableFormulasError, rescale, rotate
 
 __all__ = [
     "AnalyticConv2d",
     "Arrangement",
     "Fit",
     "LayerOptions",
-    "UnsuitableFormulas",
+    "UnsuitableFormulasError",
     "akp_parameters",
     "analytic_layers",
     "convert",

@@ -20,7 +20,7 @@ _MAX_ERROR = 0.02
 """The share of the energy of reduced kernels that formulas may miss."""
 
 
-class UnsuitableFormulas(ValueError):
+class UnsuitableFormulasError(ValueError):
     """The formulas of a layer are too fine for the pixels of smaller images."""
 
 
@@ -153,7 +153,7 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
     Raises:
         ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride whose
             multiple is not whole, layers converted from a subclass of nn.Conv2d, layers that share AKPs or plain
-            kernels, or formulas that are too fine for the pixels of a smaller image (``UnsuitableFormulas``). The
+            kernels, or formulas that are too fine for the pixels of a smaller image (``UnsuitableFormulasError``). The
             model is then unchanged.
     """
     if not (math.isfinite(factor) and factor > 0):
@@ -243,7 +243,7 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
         missed += float((gains[:, None, None] * kernels - targets).square().sum())
         total += float(targets.square().sum())
     if factor < 1 and missed > _MAX_ERROR * total:
-        raise UnsuitableFormulas(
+        raise UnsuitableFormulasError(
             f"{where}: its formulas are too fine for the pixels of images at {factor:g} times the size and would miss "
             f"{missed / total:.0%} of its kernels' energy; fold the layer, convert it with 'P100%' and rescale that, "
             "which resamples the kernels with antialiasing"

@@ -14,6 +14,12 @@ import torchvision
 from torch import Tensor, nn
 
 
+def find_torchvision_weights(name: str) -> Path:
+    """Where torchvision stores the pretrained weights of a network."""
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+
+
 def create_from_torchvision(
     name: str, channels: int, classes: int, pretrained: bool | str = False, random_layers: list[str] | None = None
 ) -> nn.Module:
@@ -37,8 +43,7 @@ def create_from_torchvision(
     _check_random_layers(pretrained, random_layers)
     model = torchvision.models.get_model(name, num_classes=classes)
     if pretrained is True:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+        weights, file = torchvision.models.get_model_weights(name).DEFAULT, find_torchvision_weights(name)
         try:
             state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except Exception as error:

@@ -266,7 +266,12 @@ class Attacks(Measurement):
         labels = test.labels.numpy()
         moments = tuple((moment / 255).flatten(1)[0].view(-1, 1, 1).numpy() for moment in (data.mean, data.std))
         classifier = PyTorchClassifier(
-            run.model, nn.CrossEntropyLoss(), images.shape[1:], data.classes, clip_values=(0, 1), preprocessing=moments
+            run.model,
+            nn.CrossEntropyLoss(),
+            images.shape[1:],
+            len(data.classes),
+            clip_values=(0, 1),
+            preprocessing=moments,
         )
         accuracies = {"0": _compute_accuracy(classifier, images, labels)}
         for size in ATTACK_SIZES:

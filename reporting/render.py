@@ -1,9 +1,10 @@
-"""Renders tables as Markdown, as LaTeX and as figures."""
+"""Renders tables as Markdown, as LaTeX and as figures; draws confusion matrices."""
 
 import math
 import shlex
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -190,4 +191,34 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     for axes in (differences, accuracies):
         axes.grid(alpha=0.3)
     figure.suptitle(f"{title}, {_count_seeds(frame['seeds'].max())}", fontsize=11)
+    return figure
+
+
+def draw_confusions(frame: pd.DataFrame, title: str) -> Figure:
+    """Draws a confusion matrix as shares of each class.
+
+    Args:
+        frame: a line per class: its accuracy in percent, its images, and how many were predicted to be of each class.
+        title: of the figure.
+    """
+    counts = frame.iloc[:, 2:].to_numpy()
+    side = max(4.0, 0.25 * len(frame) + 2)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of the class", shrink=0.8)
+    if len(frame) <= 20:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                axes.text(
+                    j, i, count, ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 50 else "black"
+                )
+    accuracies = ["no images" if math.isnan(accuracy) else f"{accuracy:.0f}%" for accuracy in frame.iloc[:, 0]]
+    labels = [f"{name} ({accuracy})" for name, accuracy in zip(frame.index, accuracies, strict=True)]
+    axes.set_yticks(range(len(frame)), labels, fontsize=7)
+    axes.set_xticks(range(len(frame)), frame.index, fontsize=7, rotation=90)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("class (accuracy)")
+    axes.set_title(title, fontsize=10)
     return figure

@@ -23,10 +23,16 @@ from training.config import compose, flatten, is_in_identity, resolve
 from training.errors import BusyError, UsageError
 from training.loggers import check_logger
 from training.loop import run
-from training.provenance import digest_sources
 from training.record import Record, read_bytes
 from training.run_directory import RunDirectory, write_atomic
-from training.runs import build_model, create_smoke_folder, load_run_data, open_run_directory, parse_run
+from training.runs import (
+    build_model,
+    create_smoke_folder,
+    find_changes,
+    load_run_data,
+    open_run_directory,
+    parse_run,
+)
 from training.validation import construct
 
 POLL_SECONDS = 1.0
@@ -40,7 +46,11 @@ class PlannedRun:
     directory: RunDirectory
 
     def load_record(self) -> Record | None:
-        return self.directory.load_record(self.cfg.fresh)
+        record = self.directory.load_record()
+        return None if record is not None and self.cfg.fresh and self.find_changes(record) else record
+
+    def find_changes(self, record: Record) -> list[str]:
+        return find_changes(parse_run(self.cfg), record)
 
     @property
     def last_failure_line(self) -> str:
@@ -185,10 +195,16 @@ class Table:
         status["left"] += ["a seed of a row whose search is not finished"] * num_undecided
         return status
 
-    def count_outdated(self) -> tuple[int, int]:
-        """Counts the runs that were recorded with other than the current code, and all recorded runs."""
-        records = [record for planned in self.plan_runs() if (record := planned.directory.load_record()) is not None]
-        return sum(record.sources != digest_sources() for record in records), len(records)
+    def describe_outdated(self) -> str | None:
+        """Counts the runs recorded with other code, data or pretrained weights than the current ones; None: none."""
+        recorded = [
+            planned.find_changes(record)
+            for planned in self.plan_runs()
+            if (record := planned.directory.load_record()) is not None
+        ]
+        outdated = [changes for changes in recorded if changes]
+        what = " or other ".join(dict.fromkeys(name for changes in outdated for name in changes))
+        return f"{len(outdated)} of {len(recorded)} runs were recorded with other {what}" if outdated else None
 
     def reproduce(self) -> pd.DataFrame:
         """Performs the runs that are not recorded, waits for those of other workers, and writes the table.

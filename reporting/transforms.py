@@ -106,7 +106,7 @@ def _move_where_possible(
     for way, network in networks.items():
         try:
             moved[way] = move(copy.deepcopy(network))
-        except acl.UnsuitableFormulas as error:
+        except acl.UnsuitableFormulasError as error:
             tqdm.write(str(error))
     return moved
 

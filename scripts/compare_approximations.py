@@ -106,7 +106,7 @@ def main(settings: CompareSettings) -> None:
 
     run = parse_run(compose(settings.overrides))
     data = load_run_data(run)
-    model = create_network(run, data.channels, data.classes).eval()
+    model = create_network(run, data.channels, len(data.classes)).eval()
     conv = dict(model.named_modules()).get(settings.layer)
     if not isinstance(conv, nn.Conv2d) or isinstance(conv, acl.AnalyticConv2d):
         raise UsageError(f"layer={settings.layer} is invalid: it is not a plain convolution of the network")

@@ -1,17 +1,22 @@
 """Evaluates a trained network: python scripts/evaluate.py run=runs/<id> split=test data.root=/data"""
 
+import sys
 from dataclasses import replace
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from pydantic.dataclasses import dataclass as validated_dataclass
+from torch import Tensor
 
+from acl.plot import to_png
+from reporting.render import draw_confusions
 from training.config import run_script
-from training.data import Data
 from training.errors import UsageError
-from training.finished_run import DataLocation, FinishedRun, evaluate_run, load_finished_run
-from training.runs import load_run_data, parse_data
-from training.validation import STRICT, FilePath
+from training.finished_run import DataLocation, load_data_as_trained, load_finished_run, predict_run
+from training.run_directory import write_atomic
+from training.runs import parse_data
+from training.validation import STRICT, FilePath, OutputFile
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -19,35 +24,46 @@ class EvaluateSettings:
     run: FilePath
     split: Literal["train", "val", "test"]
     data: dict[str, Any]
+    confusion: OutputFile | None = None
 
 
 def main(settings: EvaluateSettings) -> None:
+    if settings.confusion is not None and settings.confusion.suffix != ".csv":
+        raise UsageError(
+            f"confusion={settings.confusion} is invalid: it should end in .csv; the figure is put beside it"
+        )
     is_other_data = "name" in settings.data
     if not is_other_data and (unknown := settings.data.keys() - {"root", "cache"}):
         raise UsageError(f"unknown option data.{min(unknown)}; known without data=<name>: data.root, data.cache")
     location = None if is_other_data else DataLocation(root=settings.data["root"], cache=settings.data["cache"])
     run = load_finished_run(settings.run, location)
-    run_settings = run.settings
+    if run.classes is None:
+        print(f"{run.path} does not name its classes, so labels are compared by number", file=sys.stderr)
+    other_settings = None
     if is_other_data:
         options = {name: value for name, value in settings.data.items() if (name, value) != ("cache", None)}
-        run_settings = replace(run_settings, data=parse_data(options))
-    data = normalize_as_trained(load_run_data(run_settings), run)
-    result = evaluate_run(run, data, settings.split)
+        other_settings = replace(run.settings, data=parse_data(options))
+    data = load_data_as_trained(run, other_settings)
+    result, predictions = predict_run(run, data, settings.split)
+    if settings.confusion is not None:
+        frame = count_confusions(getattr(data, settings.split).labels, predictions, data.classes)
+        figure = draw_confusions(frame, f"{run.path.name}, {settings.split}")
+        write_atomic(settings.confusion, frame.to_csv(float_format="%.2f"))
+        write_atomic(settings.confusion.with_suffix(".png"), to_png(figure))
     recorded = None if run.record is None or is_other_data else run.record.results.get(settings.split)
     note = f" (recorded: {recorded.top1:.2f}%, loss {recorded.loss:.6f})" if recorded else ""
     images = len(getattr(data, settings.split))
     print(f"{run.path}: {settings.split} {result['top1']:.2f}%, loss {result['loss']:.6f}, {images:,} images{note}")
 
 
-def normalize_as_trained(data: Data, run: FinishedRun) -> Data:
-    """Makes data yield the input that a network was trained on. Raises UsageError if the formats differ."""
-    expected, given = run.input_format, data.input_format
-    for name in ("channels", "height", "width", "classes"):
-        trained, found = getattr(expected, name), getattr(given, name)
-        if trained != found:
-            raise UsageError(f"the data do not fit {run.path}: {name} {found} instead of {trained}")
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (expected.mean, expected.std))
-    return replace(data, mean=mean, std=std)
+def count_confusions(labels: Tensor, predictions: Tensor, classes: list[str]) -> pd.DataFrame:
+    """Counts the predictions for each class: a line per class, with its accuracy (percent) and its images."""
+    n = len(classes)
+    counts = torch.bincount(n * labels + predictions, minlength=n * n).view(n, n)
+    frame = pd.DataFrame(counts.numpy(), pd.Index(classes, name="class"), classes)
+    frame.insert(0, "images", counts.sum(1).numpy(), allow_duplicates=True)
+    frame.insert(0, "accuracy", (100 * counts.diag() / counts.sum(1)).numpy(), allow_duplicates=True)
+    return frame
 
 
 if __name__ == "__main__":

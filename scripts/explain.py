@@ -14,9 +14,9 @@ from reporting.measurements import iterate_pairs
 from reporting.run_page import render_run_page
 from training.config import run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, FinishedRun, load_akp_history, load_finished_run
+from training.finished_run import DataLocation, FinishedRun, load_akp_history, load_data_as_trained, load_finished_run
 from training.run_directory import write_together
-from training.runs import create_network, load_run_data
+from training.runs import create_network
 from training.validation import STRICT, FilePath, OutputFile
 
 
@@ -42,7 +42,7 @@ def main(settings: ExplainSettings) -> None:
     lost: dict[str, Tensor] | None = None
     images = None
     if settings.split is not None:
-        data = load_run_data(run.settings)
+        data = load_data_as_trained(run)
         split = getattr(data, settings.split)[: settings.images]
         images = f"{len(split):,} {settings.split}"
         batches = partial(iterate_pairs, data, split)

@@ -14,10 +14,9 @@ from reporting.measurements import MEASUREMENTS, is_current, read_measurements, 
 from reporting.table import open_table
 from training.config import resolve, run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, build_run_fabric, load_finished_run
+from training.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
 from training.provenance import describe_environment, digest_file
 from training.record import read_record
-from training.runs import load_run_data
 from training.validation import STRICT, construct
 
 
@@ -53,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         if measurement.uses_akp_history:
             digests["akps"] = digest_file(path / "akps.safetensors")
         run = load_finished_run(path, DataLocation(root=data.root, cache=data.get("cache")))
-        values = measurement.measure(run, load_run_data(run.settings))
+        values = measurement.measure(run, load_data_as_trained(run))
         key = {"row": row, "id": record.id, "seed": seed, "values": values}
         environment = describe_environment(build_run_fabric(run).device)
         line = construct(measurement.make_line_type(), {**key, **digests, **environment})

@@ -47,9 +47,8 @@ def main(cfg: DictConfig) -> None:
             print(f"{table.name}: each row trains and evaluates; nothing was recorded")
             return
         print(f"\n{table.path.with_suffix('.md').read_text('utf-8')}")
-    outdated, recorded = table.count_outdated()
-    if outdated:
-        print(f"{outdated} of {recorded} runs were recorded with other code; fresh=true reruns them")
+    if outdated := table.describe_outdated():
+        print(f"{outdated}; fresh=true reruns them")
 
 
 if __name__ == "__main__":

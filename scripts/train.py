@@ -10,8 +10,7 @@ from omegaconf import DictConfig
 from training.config import run_script
 from training.loggers import log_recorded_run
 from training.loop import run
-from training.provenance import digest_sources
-from training.runs import open_run_directory, parse_run
+from training.runs import find_changes, open_run_directory, parse_run
 
 
 def main(cfg: DictConfig) -> float:
@@ -26,12 +25,9 @@ def main(cfg: DictConfig) -> float:
     result = f"validation {record.val.top1:.2f}%"
     if record.test is not None:
         result = f"test {record.test.top1:.2f}%, {result}"
-    if is_new:
-        note = ""
-    elif record.sources == digest_sources():
-        note = " (recorded before)"
-    else:
-        note = " (recorded before, with other code; fresh=true reruns it)"
+    note = "" if is_new else " (recorded before)"
+    if not is_new and (changes := find_changes(parse_run(cfg), record)):
+        note = f" (recorded before, with other {' and other '.join(changes)}; fresh=true reruns it)"
     rank_zero_only(print)(
         f"{open_run_directory(cfg).path}{note}: {result} (epoch {record.best_epoch}), "
         f"{record.parameters.conv:,} convolution parameters of {record.parameters.total:,}, {record.seconds:.0f} s"

@@ -8,6 +8,8 @@ import torch
 from lightning_fabric import Fabric
 
 from training.distributed import all_reduce, gather_random_states, set_random_state
+from training.errors import UsageError
+from training.provenance import find_changed_inputs
 from training.run_directory import RunDirectory
 
 
@@ -28,6 +30,8 @@ class TrainState:
     best_files: dict[str, str] = field(default_factory=dict)  # file name -> SHA-256, of the files of that epoch
     seconds: float = 0.0  # spent on the run
     generator: torch.Tensor | None = None  # state of the generator that shuffles and augments the training images
+    inputs: dict[str, Any] = field(default_factory=dict)  # what the run is trained on, as in its record
+    best_correct: str = ""  # which validation images were classified correctly in that epoch, as in the record
 
 
 class Checkpointer:
@@ -46,10 +50,19 @@ class Checkpointer:
         self._started = self._last_saved = time.monotonic()
 
     def restore(self, state: TrainState) -> bool:
-        """Restores ``state`` and the parts from the last checkpoint; returns False if there is none."""
+        """Restores ``state`` and the parts from the last checkpoint; returns False if there is none.
+
+        Raises:
+            UsageError: if the checkpoint was made on other data or pretrained weights than ``state.inputs``.
+        """
         checkpoint = self.directory.load_checkpoint()
         if checkpoint is None:
             return False
+        if changes := find_changed_inputs(checkpoint.get("inputs", {}), state.inputs):
+            raise UsageError(
+                f"the unfinished run in {self.directory.path} has used other {' and other '.join(changes)}; restore "
+                "them to resume it, or delete this folder to train again"
+            )
         for name in (f.name for f in fields(state) if f.name in checkpoint):
             value = checkpoint[name]
             setattr(state, name, self.fabric.to_device(value) if name in ("losses", "hits") else value)

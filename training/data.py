@@ -94,7 +94,8 @@ class Data:
     train: Split
     val: Split
     test: Split
-    classes: int
+    classes: list[str]  # names, by label
+    digest: str  # of the data set, as in ``Dataset``
     mean: Tensor  # (1, channels, 1, 1), in pixel values from 0 to 255
     std: Tensor
     augmentation: Augmentation
@@ -108,7 +109,7 @@ class Data:
     def input_format(self) -> InputFormat:
         channels, height, width = self.augmentation.center_crop(self.train.images[:1]).shape[1:]
         return InputFormat(
-            channels, height, width, self.classes, self.mean.flatten().tolist(), self.std.flatten().tolist()
+            channels, height, width, len(self.classes), self.mean.flatten().tolist(), self.std.flatten().tolist()
         )
 
     def to(self, device: torch.device) -> "Data":
@@ -160,11 +161,11 @@ def load_data(
         raise UsageError(f"unknown data.name '{name}'; known: {', '.join(DATASETS)}")
     if "cache" in options and max_images is not None:  # a reader of image files decodes no more than it returns
         options["max_images"] = max_images
-    train, val, test = construct(DATASETS[name], options, "data")
+    dataset = construct(DATASETS[name], options, "data")
+    train, val, test = dataset.load()
     channels, *size = train.images.shape[1:]
     if augmentation.crop is not None and augmentation.crop > min(size):
         raise UsageError(f"data.crop={augmentation.crop} exceeds the size of the images, {size[0]} x {size[1]}")
-    classes = int(train.labels.max()) + 1
     if train_share is not None:
         train = _keep_share(train, train_share, share_seed)
     if mean is None and std is None:
@@ -177,7 +178,7 @@ def load_data(
     else:
         mean_tensor, std_tensor = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     train, val, test = (split[:max_images] for split in (train, val, test))
-    return Data(train, val, test, classes, mean_tensor, std_tensor, augmentation)
+    return Data(train, val, test, dataset.classes, dataset.digest, mean_tensor, std_tensor, augmentation)
 
 
 def _keep_share(split: Split, share: float, seed: int) -> Split:

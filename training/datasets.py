@@ -1,6 +1,8 @@
 """Readers for data sets in their official file layouts, and a registry of them."""
 
+import functools
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -8,7 +10,8 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +21,7 @@ from urllib.error import URLError
 import torch
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
-from pydantic import Field, validate_call
+from pydantic import Field, ValidationError, validate_call
 from scipy.io import loadmat
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,14 +60,26 @@ class Split:
 
 Splits = tuple[Split, Split, Split]
 """The training, validation and test splits."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set whose image files are listed, but not decoded yet."""
+
+    classes: list[str]  # names, by label
+    digest: str  # 12 hexadecimal digits: a hash of the splits, labels and pixels (of image files: names and sizes)
+    load: Callable[[], Splits]
+
+
 Listing = list[tuple[Path, str]]
 """Pairs of an image file and the name of its class."""
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """The formats of image files in folders: those of photographs, of the many that Pillow opens."""
+_MAY_DOWNLOAD = ContextVar("_MAY_DOWNLOAD", default=True)
 
 
 @validate_call(config=STRICT)
-def read_digits(root: FilePath) -> Splits:
+def read_digits(root: FilePath) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, scaled from 8 x 8 to 28 x 28; a fixed fifth is the test set.
 
     ``root`` is not used: the images come with scikit-learn.
@@ -76,7 +91,7 @@ def read_digits(root: FilePath) -> Splits:
     images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).round().to(torch.uint8)
     split = Split(images, torch.from_numpy(bunch.target).long())
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(1))
-    return _split_validation(split[order[360:]], split[order[:360]], 200)
+    return _split_validation(split[order[360:]], split[order[:360]], 200, [str(digit) for digit in range(10)])
 
 
 _IDX_SPLITS = ("train", "t10k")
@@ -84,7 +99,7 @@ _IDX_PARTS = ("images-idx3", "labels-idx1")
 
 
 @validate_call(config=STRICT)
-def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Splits:
+def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Dataset:
     """A torchvision data set in MNIST's IDX format."""
     raw = root / dataset.__name__ / "raw"
     files = [_idx_path(raw, split, part) for split in _IDX_SPLITS for part in _IDX_PARTS]
@@ -93,7 +108,8 @@ def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Splits:
     # torchvision parses what it downloads and fails on a corrupt file without naming it; _read_idx_split names it.
     _download_missing(dataset.__name__, raw, file_names, files, lambda: dataset(str(root), download=True))
     train, test = (_read_idx_split(raw, split) for split in _IDX_SPLITS)
-    return _split_validation(train, test, 5000)
+    # MNIST's "0 - zero" becomes "0", as in digits, so that a network of one can be evaluated on the other.
+    return _split_validation(train, test, 5000, [name.partition(" - ")[0] for name in dataset.classes])
 
 
 def _unpack_idx(files: list[Path]) -> None:
@@ -130,7 +146,7 @@ def _read_idx_split(raw: Path, split: str) -> Split:
 
 
 @validate_call(config=STRICT)
-def read_cifar10(root: FilePath) -> Splits:
+def read_cifar10(root: FilePath) -> Dataset:
     """CIFAR-10 from its official Python files, whose checksums torchvision verifies before reading them."""
     folder = root / datasets.CIFAR10.base_folder
     files = [folder / name for name, _ in (*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list)]
@@ -145,7 +161,7 @@ def read_cifar10(root: FilePath) -> Splits:
                 f"a file in {folder} is corrupt or truncated; delete the folder and download it again"
             ) from error
         splits.append(Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
-    return _split_validation(splits[0], splits[1], 5000)
+    return _split_validation(splits[0], splits[1], 5000, part.classes)
 
 
 @validate_call(config=STRICT)
@@ -157,7 +173,7 @@ def read_flowers102(
     validation: Share,
     skip_undecodable: bool,
     max_images: Count | None = None,
-) -> Splits:
+) -> Dataset:
     """Oxford Flowers-102 with its official split: 1,020 / 1,020 / 6,149. ``validation`` is not used."""
     folder = root / "flowers-102"
     files = [folder / name for name in ("setid.mat", "imagelabels.mat", "jpg")]
@@ -169,7 +185,8 @@ def read_flowers102(
         listings = [[(folder / "jpg" / f"image_{i:05d}.jpg", f"{labels[i - 1]:03d}") for i in part] for part in ids]
     except Exception as error:
         raise UsageError(f"{files[0]} or {files[1].name} is corrupt; delete both and download them again") from error
-    return _read_image_files(folder, listings, cache, title, size, skip_undecodable, max_images)
+    dataset = _read_image_files(folder, listings, cache, title, size, skip_undecodable, max_images)
+    return replace(dataset, classes=[datasets.Flowers102.classes[int(label) - 1] for label in dataset.classes])
 
 
 @validate_call(config=STRICT)
@@ -181,7 +198,7 @@ def read_food101(
     validation: Share,
     skip_undecodable: bool,
     max_images: Count | None = None,
-) -> Splits:
+) -> Dataset:
     """Food-101 with its official test split; ``validation`` is the share of each class's training images held out."""
     folder = root / "food-101"
     files = [folder / "meta" / "train.json", folder / "meta" / "test.json", folder / "images"]
@@ -209,7 +226,7 @@ def read_imagefolder(
     validation: Share,
     skip_undecodable: bool,
     max_images: Count | None = None,
-) -> Splits:
+) -> Dataset:
     """The user's own images: <root>/train/<class>/*, <root>/test/<class>/* and optionally <root>/val/<class>/*.
 
     ``validation`` is the share of each class's training images to hold out if there is no val/.
@@ -289,12 +306,16 @@ def _by_name(path: str) -> tuple[str, str]:
     return os.path.normcase(normalize("NFC", path)).replace(os.sep, "\0"), path
 
 
-def _split_validation(train: Split, test: Split, count: int) -> Splits:
+def _split_validation(train: Split, test: Split, count: int, classes: list[str]) -> Dataset:
     """Holds out ``count`` images of an official training set for validation, always the same ones."""
     if len(train) <= count:
         raise UsageError(f"{len(train)} training images are too few to hold out {count} for validation")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    return train[order[count:]], train[order[:count]], test
+    splits = train[order[count:]], train[order[:count]], test
+    digest = hashlib.sha256()
+    for tensor in (tensor for split in splits for tensor in (split.labels, split.images)):
+        digest.update(tensor.contiguous().numpy().data)
+    return Dataset(classes, digest.hexdigest()[:12], lambda: splits)
 
 
 def _split_listing(listing: Listing, share: float) -> tuple[Listing, Listing]:
@@ -322,6 +343,8 @@ def _download_missing(
     """
     if all(file.exists() for file in files):
         return
+    if not _MAY_DOWNLOAD.get():
+        raise UsageError(f"{title} is not in {folder}")
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         download()
@@ -345,8 +368,8 @@ def _read_image_files(
     size: int,
     skip_undecodable: bool,
     max_images: int | None,
-) -> Splits:
-    """Decodes the images of the training, validation and test listings, or only ``max_images`` of each."""
+) -> Dataset:
+    """The data set of the training, validation and test listings; only ``max_images`` of each are decoded."""
     class_sets = [{label for _, label in listing} for listing in listings]
     classes = sorted(set.union(*class_sets))
     parts = ("training", "validation", "test")
@@ -356,28 +379,35 @@ def _read_image_files(
                 f"{root}: the {part} split lacks {len(missing)} of {len(classes)} classes, such as '{missing[0]}'; "
                 "each split needs images of every class"
             )
-    if max_images is not None:
-        listings = [[max(listing, key=lambda entry: entry[1]), *listing][:max_images] for listing in listings]
-    paths = [path for listing in listings for path, _ in listing]
-    for path in paths:
-        if not path.is_file():
-            raise UsageError(f"{path} is listed but does not exist; download the data set again")
-    cache_title = re.sub(r"[^\w-]+", "-", title).strip("-")
-    images, skipped = load_decoded_images(root, paths, size, cache, cache_title, skip_undecodable)
-    skipped_indices = set(skipped)
-    splits, first_image, first_path = [], 0, 0
-    for part, listing in zip(parts, listings, strict=True):
-        labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
-        # The splits are consecutive in the cache, so each is a view of it.
-        view = images[first_image : first_image + len(labels_kept)]
-        if lost := sorted({label for _, label in listing} - set(labels_kept)):
-            raise UsageError(f"{root}: no {part} image of class '{lost[0]}' can be decoded")
-        splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
-        first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
-    return splits[0], splits[1], splits[2]
+    digest = hashlib.sha256()
+    for number, listing in enumerate(listings):
+        for path, label in listing:
+            if not path.is_file():
+                raise UsageError(f"{path} is listed but does not exist; download the data set again")
+            name, num_bytes = normalize("NFC", path.relative_to(root).as_posix()), path.stat().st_size
+            digest.update(os.fsencode(f"{number} {name} {label} {num_bytes}\n"))
+
+    def decode() -> Splits:
+        kept = [listing[:max_images] for listing in listings]
+        paths = [path for listing in kept for path, _ in listing]
+        cache_title = re.sub(r"[^\w-]+", "-", title).strip("-")
+        images, skipped = load_decoded_images(root, paths, size, cache, cache_title, skip_undecodable)
+        skipped_indices = set(skipped)
+        splits, first_image, first_path = [], 0, 0
+        for part, listing in zip(parts, kept, strict=True):
+            labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
+            # The splits are consecutive in the cache, so each is a view of it.
+            view = images[first_image : first_image + len(labels_kept)]
+            if lost := sorted({label for _, label in listing} - set(labels_kept)):
+                raise UsageError(f"{root}: no {part} image of class '{lost[0]}' can be decoded")
+            splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
+            first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
+        return splits[0], splits[1], splits[2]
+
+    return Dataset(classes, digest.hexdigest()[:12], decode)
 
 
-DATASETS: dict[str, Callable[..., Splits]] = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": read_digits,
     "mnist": partial(read_idx, datasets.MNIST),
     "fashion_mnist": partial(read_idx, datasets.FashionMNIST),
@@ -387,3 +417,22 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "imagefolder": read_imagefolder,
 }
 """Readers by ``data.name``. Each takes its options of ``configs/data/<name>.yaml`` as keyword arguments."""
+
+
+@functools.cache
+def digest_dataset(name: str, options: str) -> str | None:
+    """The digest of a data set as it is now, without decoding image files; None if it cannot be read here.
+
+    Computed once per process, since many runs share a data set.
+
+    Args:
+        name: one of ``DATASETS``.
+        options: the reader's keyword arguments, in JSON.
+    """
+    token = _MAY_DOWNLOAD.set(False)
+    try:
+        return DATASETS[name](**json.loads(options)).digest
+    except (OSError, UsageError, ValidationError):
+        return None
+    finally:
+        _MAY_DOWNLOAD.reset(token)

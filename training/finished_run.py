@@ -1,6 +1,7 @@
 """Loads the trained networks of finished runs."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,9 +11,8 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.utilities.seed import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -23,11 +23,11 @@ from training.config import compose, format_error
 from training.data import Data, InputFormat
 from training.distributed import build_fabric
 from training.errors import UsageError
-from training.evaluate import evaluate
-from training.provenance import digest_file
+from training.evaluate import predict
+from training.provenance import digest_file, find_changed_inputs
 from training.record import Record, read_record
 from training.run_directory import RunDirectory
-from training.runs import RunSettings, create_network, load_run_data, parse_run
+from training.runs import RunSettings, load_run_data, parse_run
 from training.validation import construct
 
 RECORDS = ("record.json", "*/record.json")
@@ -48,11 +48,13 @@ class FinishedRun:
     record: Record | None  # None: loaded from the file of its weights alone
     input_format: InputFormat
     model: nn.Module  # with the weights of its best epoch, in eval mode
+    classes: list[str] | None = None  # names, by label; None: unknown
 
 
 def serialize_weights(model: nn.Module, run_identity: Mapping[str, Any], data: Data) -> bytes:
     """Serializes a network with everything that ``load_finished_run`` needs to build it again."""
-    return acl.serialize(model, {"config": dict(run_identity), "input_format": asdict(data.input_format)})
+    info = {"config": dict(run_identity), "input_format": asdict(data.input_format), "classes": data.classes}
+    return acl.serialize(model, info)
 
 
 def resolve_run_path(path: Path) -> Path:
@@ -110,19 +112,15 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
     if path.suffix == ".safetensors":
         weights, record = path, None
         info = _read_info(weights)
-        if info is None:
-            raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
         settings = _parse_saved(partial(OmegaConf.create, info["config"]), weights, data_location)
     else:
         settings, record = read_run_folder(path, data_location)
         weights = path / "model.safetensors"
         info = _read_info(weights)
-        if info is not None and info["config"] != record.config:
+        if info["config"] != record.config:
             raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
         if record.weights is not None and record.weights != digest_file(weights):
             raise UsageError(f"{weights} is not the file that record.json stands for; delete {path} and train again")
-        if info is None:
-            return FinishedRun(path, settings, record, *_load_from_plain_file(settings, weights))
     plain = {**settings.model, "arrangement": {}, "layer": None}
     for name in ("pretrained", "random_layers"):
         plain.pop(name, None)
@@ -137,7 +135,48 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         acl.load(model, weights)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return FinishedRun(path, settings, record, input_format, model.eval())
+    return FinishedRun(path, settings, record, input_format, model.eval(), info.get("classes"))
+
+
+def load_data_as_trained(run: FinishedRun, settings: RunSettings | None = None) -> Data:
+    """Loads the data of a finished run, as ``adapt_data`` does; reports on stderr what has changed.
+
+    Args:
+        run: the finished run.
+        settings: with other data; None: the run's own.
+    """
+    data = adapt_data(load_run_data(settings or run.settings), run)
+    recorded = {} if run.record is None else run.record.to_dict()
+    if settings is None and find_changed_inputs(recorded, {"data": {"digest": data.digest}}):
+        print(f"{run.path} was recorded with other data than these", file=sys.stderr)
+    return data
+
+
+def adapt_data(data: Data, run: FinishedRun) -> Data:
+    """Makes data yield the input and the labels that a network was trained on.
+
+    Raises:
+        UsageError: if the formats or the names of the classes differ.
+    """
+    if run.classes is not None:
+        trained, found = set(run.classes), set(data.classes)
+        names = {"unknown": found - trained, "missing": trained - found}
+        if any(names.values()):
+            differences = "; ".join(f"{which} {', '.join(sorted(group))}" for which, group in names.items() if group)
+            raise UsageError(f"the data have other classes than {run.path}: {differences}")
+    expected, given = run.input_format, data.input_format
+    for name in ("channels", "height", "width", "classes"):
+        wanted, actual = getattr(expected, name), getattr(given, name)
+        if wanted != actual:
+            raise UsageError(f"the data do not fit {run.path}: {name} {actual} instead of {wanted}")
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (expected.mean, expected.std))
+    data = replace(data, mean=mean, std=std)
+    if run.classes is not None and run.classes != data.classes:  # in another order
+        labels = torch.tensor([run.classes.index(name) for name in data.classes])
+        splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+        renumbered = {name: replace(split, labels=labels[split.labels]) for name, split in splits.items()}
+        data = replace(data, classes=run.classes, **renumbered)
+    return data
 
 
 def build_run_fabric(run: FinishedRun) -> Fabric:
@@ -146,12 +185,22 @@ def build_run_fabric(run: FinishedRun) -> Fabric:
 
 
 def evaluate_run(run: FinishedRun, data: Data, split: str) -> dict[str, float]:
-    """Evaluates a run's network with the precision and memory format that it was trained with."""
+    """Evaluates a run's network on a split, as ``predict_run`` does."""
+    return predict_run(run, data, split)[0]
+
+
+def predict_run(run: FinishedRun, data: Data, split: str) -> tuple[dict[str, float], Tensor]:
+    """Runs ``predict`` on a split as ``prepare_run`` prepares it."""
+    model, data, fabric = prepare_run(run, data)
+    return predict(model, data, getattr(data, split), fabric)
+
+
+def prepare_run(run: FinishedRun, data: Data) -> tuple[nn.Module, Data, Fabric]:
+    """Moves a run's network and data to the device, with the precision and memory format that it was trained with."""
     fabric = build_run_fabric(run)
     if run.settings.trainer.channels_last:
         run.model.to(memory_format=torch.channels_last)
-    model, data = fabric.setup_module(run.model), data.to(fabric.device)
-    return evaluate(model, data, getattr(data, split), fabric)
+    return fabric.setup_module(run.model), data.to(fabric.device), fabric
 
 
 def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
@@ -175,21 +224,26 @@ def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
     return history
 
 
-def _read_info(weights: Path) -> dict[str, Any] | None:
-    """What ``serialize_weights`` stored with the weights; None for a file of an earlier version."""
+def _read_info(weights: Path) -> dict[str, Any]:
+    """What ``serialize_weights`` stored with the weights, with valid ``input_format`` and ``classes``."""
     try:
-        with safe_open(weights, "pt") as content:
-            if content.metadata() is None:
-                return None
         info = acl.read_info(weights)["info"]
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{weights} is not a readable file of weights: {format_error(error)}") from error
     if not isinstance(info, dict) or not all(isinstance(info.get(key), dict) for key in ("config", "input_format")):
         raise UsageError(f"{weights} was not written by a run: it does not say how its network is built")
     try:
-        return {**info, "input_format": construct(InputFormat, info["input_format"], "input_format")}
+        input_format = construct(InputFormat, info["input_format"], "input_format")
     except UsageError as error:
         raise UsageError(f"{weights} is damaged: {error}") from error
+    classes = info.get("classes")
+    if classes is not None and (
+        not isinstance(classes, list)
+        or not all(isinstance(name, str) for name in classes)
+        or not len(classes) == len(set(classes)) == input_format.classes
+    ):
+        raise UsageError(f"{weights} is damaged: its classes should be {input_format.classes} different names")
+    return {**info, "input_format": input_format}
 
 
 def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocation | None) -> RunSettings:
@@ -207,6 +261,8 @@ def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocatio
         new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
         cfg = OmegaConf.merge(current, saved, {"data": new_location})
         assert isinstance(cfg, DictConfig)
+        if OmegaConf.is_missing(cfg.data, "root"):  # in a file of weights; only reading the data needs it
+            cfg.data.root = None
         return parse_run(cfg)
     except Exception as error:  # OmegaConf and YAML raise errors of many types for damaged content
         raise UsageError(f"{file} does not hold the configuration of a run: {format_error(error)}") from error
@@ -215,18 +271,3 @@ def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocatio
 def _cast_to_dtype_of_parameters(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A forward pre-hook, because data are normalized to float32."""
     return tuple(x.to(next(model.parameters()).dtype) for x in inputs)
-
-
-def _load_from_plain_file(settings: RunSettings, weights: Path) -> tuple[InputFormat, nn.Module]:
-    """Loads weights that earlier versions saved without a description; the data tell the format of the input."""
-    data = load_run_data(settings)
-    seed_everything(settings.seed, verbose=False)  # auto chooses kinds based on the initial weights
-    if "pretrained" in settings.model and "auto" not in settings.model["arrangement"].values():
-        settings = replace(settings, model={**settings.model, "pretrained": False})  # its file may be gone
-    try:
-        model = create_network(settings, data.channels, data.classes)
-        # Earlier versions stored an empty parameter for layers without plain kernels.
-        model.load_state_dict({name: tensor for name, tensor in load_file(weights).items() if tensor.numel()})
-    except Exception as error:
-        raise UsageError(f"{weights} does not fit the network of {weights.parent}: {format_error(error)}") from error
-    return data.input_format, model.eval()

@@ -1,5 +1,6 @@
 """Training, validating and testing one run."""
 
+import base64
 import csv
 import hashlib
 import io
@@ -7,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
@@ -21,16 +23,17 @@ import models
 from acl import analytic_layers
 from training.checkpoint import Checkpointer, TrainState
 from training.data import Data
+from training.datasets import Split
 from training.distributed import all_reduce, build_fabric, is_main_process, synchronize_batch_norm
 from training.errors import UsageError
-from training.evaluate import evaluate
+from training.evaluate import predict
 from training.finished_run import serialize_weights
 from training.loggers import Logger, check_logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment, digest_file
 from training.record import RECORD_FORMAT, Record
 from training.run_directory import RunDirectory, serialize
-from training.runs import RunSettings, build_model, load_run_data, parse_run
+from training.runs import RunSettings, build_model, describe_inputs, find_changes, load_run_data, parse_run
 from training.validation import construct
 
 CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device
@@ -49,7 +52,7 @@ def run(cfg: DictConfig) -> tuple[Record, bool]:
         BusyError: if another process is working on this run.
     """
     settings = parse_run(cfg)
-    if (record := settings.directory.load_record(settings.fresh)) is not None:
+    if (record := load_valid_record(settings)) is not None:
         return record, False
     if is_main_process():
         check_logger(settings.logger)
@@ -69,12 +72,18 @@ def run(cfg: DictConfig) -> tuple[Record, bool]:
     # Only the main process writes, so only it takes the lock. Then it launches the other processes.
     with settings.directory.lock() if is_main_process() else nullcontext():
         # Another worker may have finished the run in the meantime.
-        if (record := settings.directory.load_record(settings.fresh)) is not None:
+        if (record := load_valid_record(settings)) is not None:
             return record, False
         if is_main_process() and settings.directory.record_file.exists():
             settings.directory.set_aside()
         fabric.launch()
         return train(settings, fabric, model, data.to(fabric.device), environment), True
+
+
+def load_valid_record(settings: RunSettings) -> Record | None:
+    """Loads the record of a finished run; None if there is none, or if ``fresh`` and something has changed since."""
+    record = settings.directory.load_record()
+    return None if record is not None and settings.fresh and find_changes(settings, record) else record
 
 
 def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, environment: dict[str, Any]) -> Record:
@@ -102,7 +111,8 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
     checkpointer = Checkpointer(fabric, directory, trainer.checkpoint_minutes, **parts)
     hits = torch.zeros((), dtype=torch.long, device=fabric.device)
-    state = TrainState(losses=torch.zeros(steps_per_epoch, device=fabric.device), hits=hits)
+    inputs = describe_inputs(settings, data)
+    state = TrainState(losses=torch.zeros(steps_per_epoch, device=fabric.device), hits=hits, inputs=inputs)
     if not checkpointer.restore(state):
         state.akps.append(snapshot_akps(model))
     if fabric.is_global_zero:
@@ -125,11 +135,12 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
                 seed=settings.seed,
                 description=f"epoch {state.epoch + 1}/{trainer.epochs}",
             )
-            val = evaluate(parallel_model, data, data.val, fabric)
+            val, predictions = predict(parallel_model, data, data.val, fabric)
             metrics = {"epoch": state.epoch + 1, "lr": float(schedule.get_last_lr()[0]), **train_metrics}
             metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
             is_best = not state.best or _score(metrics) > _score(state.best)
-            state.best = metrics if is_best else state.best
+            if is_best:
+                state.best, state.best_correct = metrics, pack_correct(predictions, data.val)
             state.history.append(metrics)
             state.akps.append(snapshot_akps(model))
             state.epoch, state.step = state.epoch + 1, 0
@@ -147,10 +158,11 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
             directory.verify(state.best_files)
             _write_history(directory, state)  # again, in case the files were damaged before the run was resumed
         fabric.barrier()
-        test = None
+        test = test_correct = None
         if trainer.test:
             model.load_state_dict(load_file(directory.path / "model.safetensors"))
-            test = evaluate(parallel_model, data, data.test, fabric)
+            test, predictions = predict(parallel_model, data, data.test, fabric)
+            test_correct = pack_correct(predictions, data.test)
         values = {
             "format": RECORD_FORMAT,
             "id": directory.id,
@@ -162,7 +174,10 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
             "random_layers": models.find_random_layers(model),
             "seconds": round(checkpointer.elapsed, 2),
             **environment,
+            **inputs,
+            "classes": data.classes,
             "weights": digest_file(directory.path / "model.safetensors"),
+            "correct": {"val": state.best_correct, "test": test_correct},
         }
         record = construct(Record, values)
         if fabric.is_global_zero:
@@ -170,6 +185,11 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
             directory.delete_checkpoints()
         logger.finish(record)
     return record
+
+
+def pack_correct(predictions: torch.Tensor, split: Split) -> str:
+    """Which images of a split were classified correctly: their bits (numpy.packbits, in order), in base64."""
+    return base64.b64encode(np.packbits((predictions == split.labels.cpu()).numpy()).tobytes()).decode()
 
 
 def compile_if_possible(model: nn.Module, device: torch.device) -> None:

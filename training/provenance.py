@@ -4,6 +4,7 @@ import functools
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     Args:
         device: the device that computes the result.
     """
-    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn")
+    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "scikit-learn", "pillow", "timm")
     return {
         "commit": _find_commit(),
         "sources": digest_sources(),
@@ -49,7 +50,29 @@ def digest_sources() -> str:
 
 def digest_file(file: Path) -> str | None:
     """12 hexadecimal digits: a hash of a file; None if there is no such file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else None
+    if not file.is_file():
+        return None
+    stat = file.stat()
+    return _digest_content(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache  # many runs share a file of pretrained weights
+def _digest_content(file: Path, size: int, mtime_ns: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:12]
+
+
+def find_changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names the inputs of a run that differ.
+
+    Args:
+        old, new: with ``data`` and ``pretrained`` as in records; a digest that is missing is unknown, not different.
+    """
+    digests = {
+        "data": [(inputs.get("data") or {}).get("digest") for inputs in (old, new)],
+        "pretrained weights": [inputs.get("pretrained") for inputs in (old, new)],
+    }
+    return [name for name, pair in digests.items() if None not in pair and pair[0] != pair[1]]
 
 
 def _describe_cpu() -> str:

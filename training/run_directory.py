@@ -15,7 +15,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from training.errors import BusyError, UsageError
-from training.provenance import digest_sources
 from training.record import Record, compute_run_id, read_record
 
 UNFINISHED = ".unfinished-"
@@ -92,8 +91,8 @@ class RunDirectory:
                 problem = "was modified" if file.exists() else "is missing"
                 raise UsageError(f"{file} {problem}; delete {self.path} and run the same command to train again")
 
-    def load_record(self, fresh: bool = False) -> Record | None:
-        """Loads the record of the finished run; None if there is none, or if ``fresh`` and other code produced it.
+    def load_record(self) -> Record | None:
+        """Loads the record of the finished run; None if there is none.
 
         Raises:
             UsageError: if the record is unreadable, has a newer format or belongs to another configuration.
@@ -106,7 +105,7 @@ class RunDirectory:
             raise UsageError(f"{error}; move it away to run this configuration") from error
         if record.config != self.identity:
             raise UsageError(f"{self.record_file} belongs to another configuration; move it away to run this one")
-        return None if fresh and record.sources != digest_sources() else record
+        return record
 
     def write_record(self, record: Record) -> None:
         self.write(self.record_file.name, json.dumps(record.to_dict(), indent=1) + "\n")

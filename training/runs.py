@@ -2,6 +2,8 @@
 
 import atexit
 import functools
+import inspect
+import json
 import os
 import tempfile
 from dataclasses import dataclass, fields, replace
@@ -18,12 +20,16 @@ from torch import nn
 import models
 from acl import Arrangement, LayerOptions
 from acl.convert import Init
+from models.library import find_torchvision_weights
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
+from training.datasets import DATASETS, digest_dataset
 from training.distributed import TrainerSettings
 from training.errors import UsageError
 from training.loggers import LoggerSettings
 from training.optim import OptimSettings
+from training.provenance import digest_file, digest_sources, find_changed_inputs
+from training.record import Record
 from training.run_directory import RunDirectory
 from training.validation import STRICT, FilePath, Seed, check_arguments, construct, format_value
 
@@ -175,6 +181,35 @@ def load_run_data(settings: RunSettings) -> Data:
     return replace(construct(load_data, options, "data"), memory_format=memory_format)
 
 
+def find_changes(settings: RunSettings, record: Record) -> list[str]:
+    """Names what has changed since a run was recorded: its code, data or pretrained weights.
+
+    Inputs that are not on this machine, or that an old record does not describe, have not changed.
+    """
+    changes = [] if record.sources == digest_sources() else ["code"]
+    if record.data is not None:
+        name = settings.data["name"]
+        reader_options = settings.data.keys() & inspect.signature(DATASETS[name]).parameters.keys()
+        options = json.dumps({key: settings.data[key] for key in sorted(reader_options)})
+        inputs = {"data": {"digest": digest_dataset(name, options)}, "pretrained": digest_pretrained(settings)}
+        changes += find_changed_inputs(record.to_dict(), inputs)
+    return changes
+
+
+def describe_inputs(settings: RunSettings, data: Data) -> dict[str, Any]:
+    """Describes what a run is trained on, for its record and its checkpoints."""
+    sizes = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
+    return {"data": {"digest": data.digest, **sizes}, "pretrained": digest_pretrained(settings)}
+
+
+def digest_pretrained(settings: RunSettings) -> str | None:
+    """A hash of the file of pretrained weights; None without one, if it is missing, and for timm's own weights."""
+    backbone, pretrained = settings.model["backbone"], settings.model.get("pretrained", False)
+    if pretrained is True and backbone in models.TORCHVISION:
+        pretrained = str(find_torchvision_weights(backbone))
+    return digest_file(Path(pretrained)) if isinstance(pretrained, str) else None
+
+
 def create_network(settings: RunSettings, channels: int, classes: int) -> nn.Module:
     """Creates the network of a run with its initial weights.
 
@@ -193,7 +228,7 @@ def build_model(settings: RunSettings, data: Data) -> nn.Module:
     Raises:
         UsageError: as ``create_network`` does, and for images that the network does not accept.
     """
-    model = create_network(settings, data.channels, data.classes)
+    model = create_network(settings, data.channels, len(data.classes))
     batch = next(data.eval_batches(data.train[:1]))
     try:
         with torch.no_grad():

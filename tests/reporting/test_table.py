@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -399,17 +400,25 @@ def make_outdated(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(record))
 
 
-def test_count_outdated_counts_records_of_other_and_unknown_code(searched_table_copy: Path) -> None:
+def test_describe_outdated_counts_records_of_other_and_unknown_code(searched_table_copy: Path) -> None:
     table = create_table(searched_table_copy, search=SEARCH)
-    assert table.count_outdated() == (0, 8)
+    assert table.describe_outdated() is None
     first, second, *_ = read_records(searched_table_copy)
     make_outdated(first)
     record = json.loads(second.read_text())
     assert record.pop("sources") == digest_sources()
     second.write_text(json.dumps(record))  # as recorded before records had a digest
-    assert table.count_outdated() == (2, 8)
+    assert table.describe_outdated() == "2 of 8 runs were recorded with other code"
     table.reproduce()
-    assert table.count_outdated() == (2, 8)  # reused
+    assert table.describe_outdated() == "2 of 8 runs were recorded with other code"  # reused
+
+
+def test_describe_outdated_names_what_changed(searched_table_copy: Path) -> None:
+    first, second, *_ = read_records(searched_table_copy)
+    make_outdated(first)
+    make_outdated(second, data={"digest": "0123456789ab", "train": 1, "val": 1, "test": 1})
+    table = create_table(searched_table_copy, search=SEARCH)
+    assert table.describe_outdated() == "2 of 8 runs were recorded with other code or other data"
 
 
 def test_fresh_reruns_outdated_records_only(searched_table: tuple[Path, Table], searched_table_copy: Path) -> None:
@@ -419,7 +428,7 @@ def test_fresh_reruns_outdated_records_only(searched_table: tuple[Path, Table], 
     untouched = {path: path.stat().st_mtime_ns for path in records if path != outdated}
     table = create_table(searched_table_copy, "fresh=true", search=SEARCH)
     table.reproduce()
-    assert table.count_outdated() == (0, 8)
+    assert table.describe_outdated() is None
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert json.loads(outdated.read_text())["sources"] == digest_sources()
     (superseded,) = searched_table_copy.glob("runs/*/superseded-1/record.json")
@@ -479,6 +488,9 @@ def test_table_of_large_images_is_reproduced(
     assert list(frame["arrangement"]) == ["plain", "first: G30 Lg15 Lt15 Tf30 Ts6 P96"] * (len(rows) // 2)
     assert list(frame["conv_params"][0] - frame["conv_params"]) == [0, 9408 - 4962] * (len(rows) // 2)
     assert frame["top1_mean"].between(0, 100).all()
+    weights_digest = hashlib.sha256((tmp_path / "checkpoints" / weights).read_bytes()).hexdigest()[:12]
+    pretrained = [record["pretrained"] for record in read_results(tmp_path / f"results/tables/{name}.jsonl")]
+    assert pretrained == [weights_digest, weights_digest, None, None][-len(rows) :]
     assert len(next((tmp_path / "runs").glob("*/metrics.csv")).read_text().splitlines()) == 2
     text = (tmp_path / f"results/tables/{name}.md").read_text()
     others = "the reference of the row" if 0 in rows else "plain, from scratch"

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from tests.scripts.conftest import ROOT
-from tests.training.configurations import compose_run
+from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.config import compose, flatten
 from training.loop import run
@@ -50,6 +50,7 @@ COMMANDS = {
     "measure": ["measure", "table=digits", "measurement=shapley"],
     **{name: [name] for name in ("claims", "collect", "mosaic", "upload_runs")},
     **{name: [name, "run=finished"] for name in ("evaluate", "explain", "export")},
+    "predict": ["predict", "run=color", "images=photos"],
     "approximate": ["approximate", "source=kernels.npy"],
     "compare_approximations": [
         "compare_approximations",
@@ -131,13 +132,24 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return open_run_directory(cfg).path
 
 
+@pytest.fixture(scope="module")
+def finished_color_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("color")
+    cfg = compose_photo_run(folder, write_imagefolder(folder / "photos", train=2, val=1, test=1))
+    run(cfg)
+    return open_run_directory(cfg).path
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None, finished_run: Path) -> Path:
+def folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None, finished_run: Path, finished_color_run: Path
+) -> Path:
     """The current folder of the scripts, with all the files that they need."""
     import numpy as np
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_run, tmp_path / "runs/finished")
+    shutil.copytree(finished_color_run, tmp_path / "runs/color")
     write_imagefolder(tmp_path / "photos", train=4, val=1, test=1)
     np.save(tmp_path / "kernels.npy", np.ones((2, 1, 3, 3)))
 

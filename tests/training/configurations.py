@@ -12,3 +12,10 @@ def compose_run(runs: Path, *overrides: str) -> DictConfig:
     return compose(
         ["arrangement=mosaic", "trainer.epochs=2", "trainer.accelerator=cpu", f"paths.runs={runs}", *overrides]
     )
+
+
+def compose_photo_run(folder: Path, root: Path, *overrides: str) -> DictConfig:
+    """A run of one epoch of a plain LeNet on the image files in ``root``, which writes to ``folder``."""
+    data = ["data=imagefolder", "data.title=photos", f"data.root={root}", f"data.cache={folder}/cache"]
+    short = ["data.size=28", "data.crop=null", "trainer.batch_size=6", "trainer.epochs=1"]
+    return compose_run(folder / "runs", "model=lenet", "arrangement=plain", *data, *short, *overrides)

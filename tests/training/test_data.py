@@ -13,7 +13,7 @@ from training.data import (
     iterate_batches,
     load_data,
 )
-from training.datasets import DATASETS, Split
+from training.datasets import DATASETS, Dataset, Split
 from training.errors import UsageError
 
 
@@ -201,7 +201,8 @@ def test_crops_in_threads_match_crops_in_one_batch() -> None:
 def load_constant_images(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Data:
     images = torch.cat([torch.full((4, 1, 2, 2), 7), torch.arange(16).view(4, 1, 2, 2)], 1).to(torch.uint8)
     split = Split(images, torch.arange(4))
-    monkeypatch.setitem(DATASETS, "constant", lambda: (split, split, split))
+    dataset = Dataset([str(label) for label in range(4)], "0123456789ab", lambda: (split, split, split))
+    monkeypatch.setitem(DATASETS, "constant", lambda: dataset)
     return load_data("constant", make_augmentation(), **options)
 
 

@@ -47,7 +47,7 @@ def labels_match_colors(data: Data) -> bool:
     splits = (data.train, data.val, data.test)
     colors = torch.cat([split.images.float().mean((2, 3)) for split in splits])
     labels = torch.cat([split.labels for split in splits])
-    class_colors = torch.stack([colors[labels == k].mean(0) for k in range(data.classes)])
+    class_colors = torch.stack([colors[labels == k].mean(0) for k in range(len(data.classes))])
     return torch.equal(torch.cdist(colors, class_colors).argmin(1), labels)
 
 
@@ -60,6 +60,42 @@ def test_digits_need_no_files(tmp_path: Path) -> None:
     assert list_split_sizes(data) == [1237, 200, 360] and not (tmp_path / "missing").exists()
     assert data.train.images.shape[1:] == (1, 28, 28) and data.train.images.dtype == torch.uint8
     assert data.train.images.max() > 240
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("digits", [str(digit) for digit in range(10)]),
+        ("mnist", [str(digit) for digit in range(10)]),
+        ("fashion_mnist", datasets.FashionMNIST.classes),
+        ("cifar10", [str(label) for label in range(10)]),  # as in batches.meta
+        ("flowers102", ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"]),
+        ("food101", ["dish_0", "dish_1", "dish_2"]),
+        ("imagefolder", ["class_0", "class_1", "class_2"]),
+    ],
+)
+def test_every_reader_names_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str]
+) -> None:
+    accept_any_checksum(monkeypatch, "torchvision.datasets.cifar")
+    write_mnist(tmp_path, "FashionMNIST" if name == "fashion_mnist" else "MNIST")
+    write_cifar10(tmp_path)
+    write_flowers102(tmp_path)
+    write_food101(tmp_path)
+    write_imagefolder(tmp_path, train=5, val=2, test=3)
+    data = load(name, tmp_path)
+    assert data.classes == expected and data.train.labels.max() == len(expected) - 1
+
+
+@pytest.mark.parametrize(("file", "offset"), [("train-images-idx3-ubyte", -1), ("t10k-labels-idx1-ubyte", -2)])
+def test_digest_of_arrays_changes_with_pixels_and_labels(tmp_path: Path, file: str, offset: int) -> None:
+    path = write_mnist(tmp_path) / file
+    digest = load("mnist", tmp_path).digest
+    assert load("mnist", tmp_path).digest == digest
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    assert load("mnist", tmp_path).digest != digest
 
 
 def test_digits_splits_are_disjoint_and_fixed(tmp_path: Path) -> None:
@@ -114,7 +150,9 @@ def test_idx_label_out_of_range_raises_usage_error(tmp_path: Path) -> None:
 def test_flowers102_has_official_splits(tmp_path: Path) -> None:
     write_flowers102(tmp_path)
     data = load("flowers102", tmp_path)
-    assert list_split_sizes(data) == [12, 6, 9] and data.classes == 3 and data.train.images.shape[1:] == (3, 32, 32)
+    assert (
+        list_split_sizes(data) == [12, 6, 9] and len(data.classes) == 3 and data.train.images.shape[1:] == (3, 32, 32)
+    )
     assert labels_match_colors(data)
     assert data.mean.flatten().tolist() == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
 

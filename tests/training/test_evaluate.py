@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import compose
 from training.data import Data
-from training.evaluate import evaluate
+from training.evaluate import evaluate, predict
 from training.runs import build_model, load_run_data, parse_run
 
 
@@ -58,6 +58,24 @@ def test_evaluate_disables_dropout_and_gradients(model_and_data: tuple[nn.Module
     noisy_model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     assert evaluate(noisy_model, data, data.val) == evaluate(model, data, data.val)
     assert not noisy_model.training and not any(output.requires_grad for output in outputs)
+
+
+def test_predictions_of_processes_are_in_order_of_split(model_and_data: tuple[nn.Module, Data]) -> None:
+    """Without the reduction over processes, the predictions of the other processes are 0."""
+    model, data = model_and_data
+    _, predictions = predict(model, data, data.val)
+    with torch.no_grad():
+        assert torch.equal(predictions, model(data.normalize(data.val.images)).argmax(1))
+    shares = []
+    for rank in range(3):
+        fabric: Any = SimpleNamespace(
+            global_rank=rank,
+            world_size=3,
+            to_device=lambda tensor: tensor,
+            all_reduce=lambda tensor, reduce_op: tensor,
+        )
+        shares.append(predict(model, data, data.val, fabric)[1])
+    assert torch.equal(torch.stack(shares).sum(0), predictions) and len(predictions.unique()) > 1
 
 
 def test_processes_evaluate_disjoint_shares(model_and_data: tuple[nn.Module, Data]) -> None:

@@ -143,16 +143,16 @@ def test_each_table_run_is_one_wandb_run(tmp_path: Path) -> None:
 
 def test_resumed_run_keeps_wandb_id_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose(["arrangement=mosaic", "logger=wandb", "trainer.epochs=2", f"paths.runs={tmp_path}"])
-    original, calls = loop.evaluate, 0
+    original, calls = loop.predict, 0
 
-    def interrupt_second_call(*args: Any) -> dict[str, float]:
+    def interrupt_second_call(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(loop, "evaluate", interrupt_second_call)
+    monkeypatch.setattr(loop, "predict", interrupt_second_call)
     with pytest.raises(KeyboardInterrupt):
         run(cfg)
     record, _ = run(cfg)

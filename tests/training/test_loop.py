@@ -1,18 +1,23 @@
+import base64
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from tests.training.configurations import compose_run
-from training import loop
+from tests.training.configurations import compose_photo_run, compose_run
+from tests.training.trees import write_image, write_imagefolder, write_mnist
+from training import datasets, loop
 from training.config import identity
 from training.data import Augmentation
+from training.datasets import digest_dataset
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.finished_run import load_finished_run
@@ -21,7 +26,7 @@ from training.optim import build_optimizer
 from training.provenance import describe_environment, digest_sources
 from training.record import NumParameters, Record, compute_run_id
 from training.run_directory import RunDirectory
-from training.runs import build_model, load_run_data, open_run_directory, parse_run
+from training.runs import build_model, digest_pretrained, find_changes, load_run_data, open_run_directory, parse_run
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +301,166 @@ def test_every_epoch_trains_on_each_image_at_most_once_in_another_order(
 def test_best_epoch_has_lower_loss_if_accuracies_are_equal() -> None:
     epochs = [{"val_top1": top1, "val_loss": loss} for top1, loss in ((90.0, 0.2), (91.0, 0.5), (91.0, 0.4))]
     assert max(epochs, key=loop._score) == epochs[2]
+
+
+# Data and pretrained weights
+
+
+def list_changes(cfg: DictConfig) -> list[str]:
+    """What a new process would announce for a recorded run."""
+    digest_dataset.cache_clear()
+    record = open_run_directory(cfg).load_record()
+    assert record is not None
+    return find_changes(parse_run(cfg), record)
+
+
+def test_record_names_classes_and_describes_data(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run
+    assert record["classes"] == [str(digit) for digit in range(10)] and record["pretrained"] is None
+    assert record["data"] == {"digest": load_run_data(parse_run(cfg)).digest, "train": 1237, "val": 200, "test": 360}
+    assert {"pillow", "timm"} <= record["versions"].keys() and list_changes(cfg) == []
+
+
+def test_record_holds_correctly_classified_images(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, record = finished_run
+    settings = parse_run(cfg)
+    data, model = load_run_data(settings), load_finished_run(settings.directory.path).model
+    for name in ("val", "test"):
+        split = getattr(data, name)
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(record["correct"][name]), np.uint8), count=len(split))
+        with torch.no_grad():
+            correct = model(data.normalize(split.images)).argmax(1) == split.labels
+        assert bits.tolist() == correct.int().tolist() and 100 * bits.mean() == pytest.approx(record[name]["top1"])
+
+
+def test_run_without_test_has_no_bits_of_test_images(tmp_path: Path) -> None:
+    record, _ = run(compose_run(tmp_path, "trainer.epochs=1", "trainer.test=false"))
+    assert record["correct"]["test"] is None and len(base64.b64decode(record["correct"]["val"])) == 200 / 8
+
+
+@pytest.fixture
+def photo_run(tmp_path: Path) -> tuple[DictConfig, Path]:
+    """A finished run of LeNet on image files, and their folder."""
+    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
+    cfg = compose_photo_run(tmp_path, root)
+    run(cfg)
+    return cfg, root
+
+
+def add_images(root: Path) -> None:
+    for i in range(4):
+        write_image(root / "train/class_1" / f"new_{i}.png", 1, i, 40, 40)
+
+
+def add_class(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        write_image(root / split / "class_3/0.png", 3, 0, 40, 40)
+
+
+def edit_image(root: Path) -> None:
+    write_image(root / "test/class_1/1.png", 1, 99, 41, 40)
+
+
+def rename_class(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        (root / split / "class_0").rename(root / split / "zebra")
+
+
+def relabel_image(root: Path) -> None:
+    (root / "train/class_0/0.png").rename(root / "train/class_1/9.png")
+
+
+def move_image_to_training(root: Path) -> None:
+    (root / "val/class_0/0.png").rename(root / "train/class_0/9.png")
+
+
+@pytest.mark.parametrize(
+    "change", [add_images, add_class, edit_image, rename_class, relabel_image, move_image_to_training]
+)
+def test_changed_image_files_are_announced_and_fresh_reruns(photo_run: tuple[DictConfig, Path], change: Any) -> None:
+    cfg, root = photo_run
+    assert list_changes(cfg) == []
+    change(root)
+    assert list_changes(cfg) == ["data"]
+    assert not run(cfg)[1]
+    cfg.fresh = True
+    record, is_new = run(cfg)
+    assert is_new and list_changes(cfg) == []
+    assert record["data"]["train"] == len(list((root / "train").rglob("*.png")))
+
+
+def test_finished_run_lists_but_does_not_decode_images(
+    photo_run: tuple[DictConfig, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, root = photo_run
+    monkeypatch.setattr(datasets, "load_decoded_images", lambda *_: pytest.fail("images were decoded"))
+    for file in root.rglob("*.png"):
+        os.utime(file, (1, 1))  # as a copy on another machine
+    assert list_changes(cfg) == []
+    shutil.rmtree(root)
+    assert list_changes(cfg) == [] and not run(cfg)[1]  # unknown
+
+
+def test_recorded_run_does_not_download_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_mnist(tmp_path / "data")
+    cfg = compose_run(tmp_path / "runs", "data=mnist", f"data.root={tmp_path}/data", "trainer.epochs=1")
+    run(cfg)
+    assert list_changes(cfg) == []
+    shutil.rmtree(raw)
+    monkeypatch.setattr(datasets.datasets.MNIST, "download", lambda _: pytest.fail("data were downloaded"))
+    assert list_changes(cfg) == []
+
+
+def test_data_digest_is_computed_once(photo_run: tuple[DictConfig, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, _ = photo_run
+    assert list_changes(cfg) == []
+    monkeypatch.setattr(datasets, "_read_image_files", lambda *_: pytest.fail("images were listed again"))
+    record = open_run_directory(cfg).load_record()
+    assert record is not None and find_changes(parse_run(cfg), record) == []
+
+
+def test_record_without_inputs_is_not_outdated(photo_run: tuple[DictConfig, Path]) -> None:
+    cfg, root = photo_run
+    directory = open_run_directory(cfg)
+    record = directory.load_record()
+    assert record is not None
+    directory.write_record({key: record[key] for key in record if key not in ("data", "pretrained", "correct")})
+    add_images(root)
+    assert list_changes(cfg) == []
+
+
+def test_other_content_of_pretrained_file_is_announced(photo_run: tuple[DictConfig, Path], tmp_path: Path) -> None:
+    cfg, root = photo_run
+    record, file = open_run_directory(cfg).load_record(), tmp_path / "source.pth"
+    assert record is not None
+    pretrained = compose_photo_run(tmp_path, root, "model=resnet18", f"model.pretrained={file}")
+    file.write_bytes(b"weights")
+    record["pretrained"] = digest_pretrained(parse_run(pretrained))
+    assert record["pretrained"] == "9a129038d9a0" and find_changes(parse_run(pretrained), record) == []
+    file.write_bytes(b"others")
+    assert find_changes(parse_run(pretrained), record) == ["pretrained weights"]
+    file.unlink()
+    assert find_changes(parse_run(pretrained), record) == []
+
+
+@pytest.mark.parametrize("change", [add_images, move_image_to_training])
+def test_unfinished_run_is_not_resumed_on_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    root = write_imagefolder(tmp_path / "photos", train=6, val=4, test=2)
+    cfg = compose_photo_run(tmp_path, root)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(cfg)
+    change(root)
+    folder = open_run_directory(cfg).path
+    message = f"the unfinished run in {folder} has used other data; restore them to resume it, or delete this folder to"
+    with pytest.raises(UsageError, match=message):
+        run(cfg)
+    shutil.rmtree(folder)
+    assert run(cfg)[1]

@@ -105,7 +105,7 @@ def run_killed_in_second_epoch(tmp_path_factory: pytest.TempPathFactory) -> Dict
 @pytest.fixture(scope="module")
 def run_killed_after_last_epoch(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
     cfg = compose_checkpointed_run(tmp_path_factory.mktemp("last_epoch"))
-    run_until_killed(cfg, loop, "evaluate", 3)  # twice on validation images, then on test images
+    run_until_killed(cfg, loop, "predict", 3)  # twice on validation images, then on test images
     return cfg
 
 
@@ -188,6 +188,30 @@ def test_field_missing_from_checkpoint_keeps_its_default(tmp_path: Path, missing
             assert torch.equal(actual, expected)
         else:
             assert actual == expected
+
+
+@pytest.mark.parametrize(
+    ("new", "changed"),
+    [
+        ({"data": {"digest": "a"}, "pretrained": "c"}, "pretrained weights"),
+        ({"data": {"digest": "c"}, "pretrained": "c"}, "data and other pretrained weights"),
+        ({"data": {"digest": "a"}, "pretrained": None}, None),  # the file is gone
+        ({"data": {"digest": "a"}, "pretrained": "b"}, None),
+    ],
+)
+def test_checkpoint_of_other_inputs_is_not_restored(tmp_path: Path, new: dict[str, Any], changed: str | None) -> None:
+    fabric, directory = Fabric(accelerator="cpu", devices=1), RunDirectory(tmp_path, {"seed": 0})
+    old = {"data": {"digest": "a", "train": 3}, "pretrained": "b"}
+    checkpointer = Checkpointer(fabric, directory, minutes=5)
+    checkpointer.save(TrainState(losses=torch.zeros(2), hits=torch.tensor(0), inputs=old))
+    state = TrainState(losses=torch.zeros(2), hits=torch.tensor(0), inputs=new)
+    if changed is None:
+        assert checkpointer.restore(state) and state.inputs == old
+    else:
+        with pytest.raises(
+            UsageError, match=f"the unfinished run in {directory.path} has used other {changed}; restore"
+        ):
+            checkpointer.restore(state)
 
 
 def test_restored_akp_snapshots_stay_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

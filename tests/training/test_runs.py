@@ -88,7 +88,7 @@ def test_smoke_run_takes_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
     settings = parse_run(cfg)
     data = load_run_data(settings)
     assert len(data.train) == 2 * settings.trainer.batch_size and settings.trainer.epochs == 1
-    assert data.classes == 10
+    assert len(data.classes) == 10
     run(cfg)
     assert not list(tmp_path.iterdir())
 
@@ -98,5 +98,5 @@ def test_smoke_run_decodes_only_its_images(tmp_path: Path) -> None:
     options = [f"data.root={root}", "data.title=t", "data.size=32", "data.crop=28", f"data.cache={tmp_path / 'cache'}"]
     cfg = compose(["data=imagefolder", "model=resnet18", *options, "data.train_share=0.3", "debug=smoke"])
     data = load_run_data(parse_run(cfg))
-    assert len(data.train) == len(data.val) == len(data.test) == 8 and data.classes == 3
+    assert len(data.train) == len(data.val) == len(data.test) == 8 and len(data.classes) == 3
     assert not (tmp_path / "cache").exists()
