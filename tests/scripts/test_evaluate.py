@@ -63,7 +63,8 @@ def test_other_data_are_normalized_as_those_of_training(
 
 def test_data_of_another_format_are_rejected(finished: FinishedRun) -> None:
     data = load_run_data(finished.settings)
-    colored = replace(data, train=Split(data.train.images.expand(-1, 3, -1, -1), data.train.labels))
+    train = Split(data.train.images.expand(-1, 3, -1, -1), data.train.labels)
+    colored = replace(data, train=train, mean=data.mean.expand(1, 3, 1, 1), std=data.std.expand(1, 3, 1, 1))
     with pytest.raises(UsageError, match=r"the data do not fit .*: channels 3 instead of 1"):
         normalize_as_trained(colored, finished)
     with pytest.raises(UsageError, match=r"the data do not fit .*: classes 7 instead of 10"):

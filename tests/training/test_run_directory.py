@@ -92,7 +92,7 @@ def test_record_is_loaded_as_written(tmp_path: Path) -> None:
         (b"[1]", "is not a record of a run: it is not a JSON object with a format number"),
         ({"format": "1"}, "is not a record of a run: it is not a JSON object with a format number"),
         ({"config": []}, r"is not a record of a run: config=\[\] is invalid: it should be a valid dictionary"),
-        ({"val": {"top1": "99", "loss": 1.0}}, r"is not a record of a run: val\.top1=99 is invalid"),
+        ({"val": {"top1": "99", "loss": 1.0}}, r"is not a record of a run: val\.top1='99' is invalid"),
         ({"test": {"top1": 99.5}}, r"is not a record of a run: test\.loss is missing"),
         ({"machine": {"device": "CPU"}}, r"is not a record of a run: machine\.threads is missing"),
         (None, "Is a directory"),
