@@ -151,7 +151,8 @@ def test_other_data_in_place_of_a_runs_own_are_reported(tmp_path: Path, capsys: 
 
 def test_data_of_another_format_are_rejected(finished: FinishedRun) -> None:
     data = load_run_data(finished.settings)
-    colored = replace(data, train=Split(data.train.images.expand(-1, 3, -1, -1), data.train.labels))
+    train = Split(data.train.images.expand(-1, 3, -1, -1), data.train.labels)
+    colored = replace(data, train=train, mean=data.mean.expand(1, 3, 1, 1), std=data.std.expand(1, 3, 1, 1))
     with pytest.raises(UsageError, match=r"the data do not fit .*: channels 3 instead of 1"):
         adapt_data(colored, finished)
     with pytest.raises(UsageError, match=r"the data do not fit .*: classes 7 instead of 10"):
