@@ -25,6 +25,7 @@ from reporting.render import describe_machine
 from training.config import run_script
 from training.errors import UsageError
 from training.provenance import describe_environment
+from training.record import Machine
 from training.run_directory import write_atomic
 from training.validation import STRICT, FilePath, Seed
 
@@ -156,8 +157,9 @@ def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame,
         lines += ["", f"Zero or constant kernels, which stay plain: {degenerate}."]
     lines += [
         "",
-        f"The slowest setting took {frame['seconds'].max():.1f} s on {describe_machine(environment['machine'])}; "
-        f"commit {environment['commit']}; torch {environment['versions']['torch']}.",
+        f"The slowest setting took {frame['seconds'].max():.1f} s on "
+        f"{describe_machine(Machine(**environment['machine']))}; commit {environment['commit']}; "
+        f"torch {environment['versions']['torch']}.",
         "",
         f"![Kernels, formulas and residuals]({name}.png)",
     ]

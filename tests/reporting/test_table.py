@@ -489,7 +489,7 @@ def test_table_of_large_images_is_reproduced(
     assert list(frame["conv_params"][0] - frame["conv_params"]) == [0, 9408 - 4962] * (len(rows) // 2)
     assert frame["top1_mean"].between(0, 100).all()
     weights_digest = hashlib.sha256((tmp_path / "checkpoints" / weights).read_bytes()).hexdigest()[:12]
-    pretrained = [record["pretrained"] for record in read_results(tmp_path / f"results/tables/{name}.jsonl")]
+    pretrained = [record.pretrained for record in read_results(tmp_path / f"results/tables/{name}.jsonl")]
     assert pretrained == [weights_digest, weights_digest, None, None][-len(rows) :]
     assert len(next((tmp_path / "runs").glob("*/metrics.csv")).read_text().splitlines()) == 2
     text = (tmp_path / f"results/tables/{name}.md").read_text()

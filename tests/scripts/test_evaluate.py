@@ -112,7 +112,7 @@ def test_labels_are_matched_by_name(finished: FinishedRun) -> None:
     renumbered = replace(data.test, labels=order.argsort()[data.test.labels])
     other = replace(data, classes=[data.classes[label] for label in order], test=renumbered)
     assert finished.record is not None
-    assert evaluate_run(finished, adapt_data(other, finished), "test") == finished.record["test"]
+    assert evaluate_run(finished, adapt_data(other, finished), "test") == finished.record.test.to_dict()
 
 
 def test_weights_without_class_names_are_evaluated_as_before(
@@ -125,7 +125,7 @@ def test_weights_without_class_names_are_evaluated_as_before(
     main(EvaluateSettings(run=file, split="test", data=HERE))
     assert finished.record is not None
     output = capsys.readouterr()
-    assert f"test {finished.record['test']['top1']:.2f}%" in output.out
+    assert f"test {finished.record.test.top1:.2f}%" in output.out
     assert output.err == f"{file} does not name its classes, so labels are compared by number\n"
 
 
@@ -134,7 +134,7 @@ def test_invalid_class_names_are_refused(finished: FinishedRun, tmp_path: Path, 
     file = tmp_path / "net.safetensors"
     info = acl.read_info(finished.path / "model.safetensors")["info"]
     acl.save(finished.model, file, {**info, "classes": classes})
-    with pytest.raises(UsageError, match=f"{file} is corrupt: its classes should be 10 different names"):
+    with pytest.raises(UsageError, match=f"{file} is damaged: its classes should be 10 different names"):
         load_finished_run(file)
 
 

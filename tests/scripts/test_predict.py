@@ -46,7 +46,7 @@ def test_predictions_are_those_of_evaluation(
     assert frame["prediction"].tolist() == [f"class_{label}" for label in expected.argmax(1)]
     assert finished.record is not None and frame["prediction"].nunique() > 1
     correct = frame["prediction"] == [f"class_{k}" for k in range(3) for _ in range(4)]
-    assert 100 * correct.mean() == pytest.approx(finished.record["test"]["top1"])
+    assert 100 * correct.mean() == pytest.approx(finished.record.test.top1)
 
 
 def test_predictions_for_one_image_are_printed(photos: tuple[Path, Path], call_script: RunScript) -> None:

@@ -285,7 +285,7 @@ def test_class_of_images_with_rare_extension_is_read(tmp_path: Path, suffix: str
         if suffix != "PNG":
             path.unlink()
     data = load("imagefolder", tmp_path)
-    assert data.classes == 3 and len(data.test) >= 9 and labels_match_colors(data)
+    assert len(data.classes) == 3 and len(data.test) >= 9 and labels_match_colors(data)
 
 
 def test_ignored_files_are_counted_once_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +295,7 @@ def test_ignored_files_are_counted_once_by_reason(tmp_path: Path, capsys: pytest
     for name in ("train/class_1/._0.png", "test/class_1/.DS_Store", "test/class_2/0.heic", "val/labels.csv"):
         (tmp_path / name).write_bytes(b"")
     data = load("imagefolder", tmp_path)
-    assert list_split_sizes(data) == [15, 6, 9] and data.classes == 3 and labels_match_colors(data)
+    assert list_split_sizes(data) == [15, 6, 9] and len(data.classes) == 3 and labels_match_colors(data)
     line = (
         rf"ignored files in {tmp_path}: 6 hidden, such as {tmp_path}/train/.*; 1 outside the class folders, such as "
         rf"{tmp_path}/val/labels.csv; 1 without an image extension, such as {tmp_path}/test/class_2/0.heic\n"
@@ -328,7 +328,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path: Path) -> None:
     for split, name in (("train", composed), ("val", decomposed), ("test", decomposed)):
         (tmp_path / split / "class_0").rename(tmp_path / split / name)
     data = load("imagefolder", tmp_path)
-    assert data.classes == 3 and list_split_sizes(data) == [15, 6, 9] and labels_match_colors(data)
+    assert len(data.classes) == 3 and list_split_sizes(data) == [15, 6, 9] and labels_match_colors(data)
 
 
 def test_order_of_images_does_not_depend_on_how_letters_are_composed(tmp_path: Path) -> None:

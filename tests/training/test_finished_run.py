@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acl
 from tests.training.configurations import compose_run
-from tests.training.trees import write_imagefolder
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.finished_run import (
@@ -90,28 +88,12 @@ def test_weights_alone_describe_their_network(tmp_path: Path, overrides: tuple[s
     assert finished.settings.directory.identity == load_finished_run(path).settings.directory.identity
 
 
-def save_as_earlier_versions_did(weights: dict[str, torch.Tensor], run_path: Path) -> None:
-    """Replaces the weights of a run by a file without a description, and removes their digest from the record."""
-    save_file(weights, run_path / "model.safetensors")
-    record = json.loads((run_path / "record.json").read_text())
-    del record["weights"]
-    (run_path / "record.json").write_text(json.dumps(record))
-
-
 def test_weights_that_record_does_not_stand_for_are_rejected(run_path: Path) -> None:
     weights = run_path / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-2] ^= 1  # one bit of a weight
     weights.write_bytes(content)
     assert get_error(run_path).startswith(f"{weights} is not the file that record.json stands for")
-
-
-def test_weights_without_description_load_with_their_data(run_path: Path) -> None:
-    described = load_finished_run(run_path)
-    weights = load_file(run_path / "model.safetensors")
-    save_as_earlier_versions_did(weights, run_path)
-    finished = load_finished_run(run_path)
-    assert has_weights(finished, weights) and finished.input_format == described.input_format
 
 
 def test_resolve_run_path_finds_id_in_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,23 +270,3 @@ def test_files_of_different_runs_are_rejected(run_path: Path, tmp_path: Path) ->
         shutil.copy(other / name, run_path)
         assert "belong to different runs" in get_error(run_path)
         (run_path / name).write_bytes(content)
-
-
-def test_weights_of_another_network_are_rejected(run_path: Path) -> None:
-    weights = run_path / "model.safetensors"
-    save_as_earlier_versions_did({"fc9.weight": torch.zeros(1)}, run_path)
-    assert get_error(run_path).startswith(f"{weights} does not fit the network of {run_path}: ")
-
-
-def test_weights_without_description_need_no_pretrained_file(tmp_path: Path) -> None:
-    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
-    source = torchvision.models.resnet18(num_classes=3)
-    save_file(source.state_dict(), tmp_path / "source.safetensors")
-    data = ["data=imagefolder", f"data.root={root}", f"data.cache={tmp_path}", "data.title=t", "data.size=32"]
-    model = ["model=ana_resnet18", "arrangement=plain", "arrangement.conv1=G192", "model.pretrained="]
-    model[-1] += str(tmp_path / "source.safetensors")
-    path = train_run(tmp_path / "runs", *data, "data.crop=32", *model, "trainer.batch_size=6")
-    weights = load_file(path / "model.safetensors")
-    save_as_earlier_versions_did(weights, path)
-    (tmp_path / "source.safetensors").unlink()
-    assert has_weights(load_finished_run(path), weights)

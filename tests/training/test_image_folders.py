@@ -71,7 +71,7 @@ def test_folders_of_all_kinds_of_images_have_right_pixels(tmp_path: Path, capsys
             write_image(tmp_path / split / normalize("NFD", label) / "a.png", k, 0)
     train, val, test = read_imagefolder(
         root=tmp_path, cache=tmp_path / "cache", title="mine", size=SIZE, validation=0.1, skip_undecodable=True
-    )
+    ).load()
     right = [(label, file) for label, _, file in entries if file.expected is not None]
     assert train.labels.tolist() == [CLASSES.index(label) for label, _ in right]
     differences = train.images.permute(0, 2, 3, 1).numpy() - np.stack([file.expected for _, file in right])

@@ -27,6 +27,7 @@ from training.provenance import describe_environment, digest_sources
 from training.record import NumParameters, Record, compute_run_id
 from training.run_directory import RunDirectory
 from training.runs import build_model, digest_pretrained, find_changes, load_run_data, open_run_directory, parse_run
+from training.validation import construct
 
 
 @pytest.fixture(scope="module")
@@ -314,28 +315,28 @@ def list_changes(cfg: DictConfig) -> list[str]:
     return find_changes(parse_run(cfg), record)
 
 
-def test_record_names_classes_and_describes_data(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_record_names_classes_and_describes_data(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
-    assert record["classes"] == [str(digit) for digit in range(10)] and record["pretrained"] is None
-    assert record["data"] == {"digest": load_run_data(parse_run(cfg)).digest, "train": 1237, "val": 200, "test": 360}
-    assert {"pillow", "timm"} <= record["versions"].keys() and list_changes(cfg) == []
+    assert record.classes == [str(digit) for digit in range(10)] and record.pretrained is None
+    assert record.data == {"digest": load_run_data(parse_run(cfg)).digest, "train": 1237, "val": 200, "test": 360}
+    assert {"pillow", "timm"} <= record.versions.keys() and list_changes(cfg) == []
 
 
-def test_record_holds_correctly_classified_images(finished_run: tuple[DictConfig, dict[str, Any]]) -> None:
+def test_record_holds_correctly_classified_images(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
     settings = parse_run(cfg)
     data, model = load_run_data(settings), load_finished_run(settings.directory.path).model
     for name in ("val", "test"):
         split = getattr(data, name)
-        bits = np.unpackbits(np.frombuffer(base64.b64decode(record["correct"][name]), np.uint8), count=len(split))
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(record.correct[name]), np.uint8), count=len(split))
         with torch.no_grad():
             correct = model(data.normalize(split.images)).argmax(1) == split.labels
-        assert bits.tolist() == correct.int().tolist() and 100 * bits.mean() == pytest.approx(record[name]["top1"])
+        assert bits.tolist() == correct.int().tolist() and 100 * bits.mean() == pytest.approx(record.results[name].top1)
 
 
 def test_run_without_test_has_no_bits_of_test_images(tmp_path: Path) -> None:
     record, _ = run(compose_run(tmp_path, "trainer.epochs=1", "trainer.test=false"))
-    assert record["correct"]["test"] is None and len(base64.b64decode(record["correct"]["val"])) == 200 / 8
+    assert record.correct["test"] is None and len(base64.b64decode(record.correct["val"])) == 200 / 8
 
 
 @pytest.fixture
@@ -386,7 +387,7 @@ def test_changed_image_files_are_announced_and_fresh_reruns(photo_run: tuple[Dic
     cfg.fresh = True
     record, is_new = run(cfg)
     assert is_new and list_changes(cfg) == []
-    assert record["data"]["train"] == len(list((root / "train").rglob("*.png")))
+    assert record.data["train"] == len(list((root / "train").rglob("*.png")))
 
 
 def test_finished_run_lists_but_does_not_decode_images(
@@ -424,7 +425,8 @@ def test_record_without_inputs_is_not_outdated(photo_run: tuple[DictConfig, Path
     directory = open_run_directory(cfg)
     record = directory.load_record()
     assert record is not None
-    directory.write_record({key: record[key] for key in record if key not in ("data", "pretrained", "correct")})
+    values = record.to_dict(exclude={"data", "pretrained", "correct"})
+    directory.write_record(construct(Record, values))
     add_images(root)
     assert list_changes(cfg) == []
 
@@ -435,8 +437,8 @@ def test_other_content_of_pretrained_file_is_announced(photo_run: tuple[DictConf
     assert record is not None
     pretrained = compose_photo_run(tmp_path, root, "model=resnet18", f"model.pretrained={file}")
     file.write_bytes(b"weights")
-    record["pretrained"] = digest_pretrained(parse_run(pretrained))
-    assert record["pretrained"] == "9a129038d9a0" and find_changes(parse_run(pretrained), record) == []
+    record = record.model_copy(update={"pretrained": digest_pretrained(parse_run(pretrained))})
+    assert record.pretrained == "9a129038d9a0" and find_changes(parse_run(pretrained), record) == []
     file.write_bytes(b"others")
     assert find_changes(parse_run(pretrained), record) == ["pretrained weights"]
     file.unlink()

@@ -24,8 +24,10 @@ from training.distributed import CUDA_STATE_BYTES
 from training.errors import UsageError
 from training.loop import run
 from training.provenance import digest_sources
+from training.record import Record
 from training.run_directory import RunDirectory
 from training.runs import open_run_directory
+from training.validation import construct
 
 STEPS = 1237 // 8
 """Steps per epoch."""
@@ -253,7 +255,7 @@ def test_run_started_on_another_kind_of_device_raises_one_line_error(
 def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, uninterrupted_outcome: Outcome) -> None:
     cfg = compose_checkpointed_run(tmp_path, "fresh=true")
     directory = open_run_directory(cfg)
-    directory.write_record({**uninterrupted_outcome[2], "sources": "0123456789ab", "seconds": 1.0})
+    directory.write_record(construct(Record, {**uninterrupted_outcome[2], "sources": "0123456789ab", "seconds": 1.0}))
     run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
     assert directory.load_record() is None and directory.load_checkpoint() is not None
     assert run_in_child(lambda: run(cfg)) == 0
