@@ -135,6 +135,8 @@ class WandbLogger(Logger):
 
         self.run.summary.update({key: value for key, value in record.items() if key != "config"})
         weights = self.directory.path / "model.safetensors"
+        if self.run.disabled:
+            return  # W&B would leave a copy of the weights behind
         if not weights.exists():
             print(f"{weights} is missing, so W&B gets the metrics without the weights", file=sys.stderr)
             return
