@@ -136,6 +136,8 @@ class WandbLogger(Logger):
 
         self.run.summary.update(record.to_dict(exclude={"config", "correct"}))
         weights = self.directory.path / "model.safetensors"
+        if self.run.disabled:
+            return  # W&B would leave a copy of the weights behind
         if not weights.exists():
             print(f"{weights} is missing, so W&B gets the metrics without the weights", file=sys.stderr)
             return

@@ -249,6 +249,7 @@ def test_mode_of_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run(compose([*options, f"paths.runs={tmp_path / 'runs'}"]))
     (record,) = (tmp_path / "runs").glob("*/record.json")
     assert not (record.parent / "wandb").exists()
+    assert not [file for file in (tmp_path / "wandb_data").rglob("*") if file.is_file()]  # no copies of the weights
 
 
 def test_run_with_damaged_metrics_is_skipped(
