@@ -1,16 +1,15 @@
 """Moves trained analytic layers to other angles and scales of images, by changing the AKPs of their formulas."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from acl.computed_conv import get_convolution_arguments
 from acl.convert import replace_convolutions
 from acl.inspection import require_analytic_layers
 from acl.kernels import AKP, AMPLITUDE, KINDS, LENGTH_ROLES, Kind
@@ -210,34 +209,29 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
         _rescale_axis(*lengths, factor, multiply_stride)
         for lengths in zip(layer.kernel_size, layer.stride, paddings, layer.dilation, strict=True)
     ]
-    geometry: dict[str, Any] = {
-        "kernel_size": tuple(axis.kernel_size for axis in axes),
-        "stride": tuple(axis.stride for axis in axes),
-        "padding": tuple(axis.padding for axis in axes),
-    }
-    new = AnalyticConv2d(
-        **get_convolution_arguments(layer) | geometry,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-        arrangement=layer.arrangement,
-        placement=layer.placement,
-        **vars(replace(layer.options, amplitude=True)),
-    )
+    new = copy.deepcopy(layer)
+    new.add_amplitude()
+    new.kernel_size = (axes[0].kernel_size, axes[1].kernel_size)
+    new.stride = (axes[0].stride, axes[1].stride)
+    new.padding = (axes[0].padding, axes[1].padding)
+    new._reversed_padding_repeated_twice = [axis.padding for axis in reversed(axes) for _ in range(2)]
     resampled = layer.weight.flatten(0, 1).double()
     for dim, axis in enumerate(axes, 1):
         matrix = _make_resampling(layer.kernel_size[dim - 1], axis, factor).to(resampled)
         resampled = torch.tensordot(resampled, matrix, ([1], [1]))  # moves the other dimension first: y, then x
+    if layer.plain is not None:
+        plain = resampled[layer.slots_of("P")].to(layer.plain)
+        new.plain = nn.Parameter(plain, layer.plain.requires_grad)
     missed = total = 0.0
     for symbol, akps in layer.akps().items():
-        slots = layer.slots_of(symbol)
-        scaled = {
-            akp.name: _scale_akp(akp, akps[akp.name], factor, axes) for akp in KINDS[symbol].akps(layer.options.family)
-        }
-        new.set_akps(symbol, {**scaled, "amplitude": torch.ones(len(slots))})
-        kernels, targets = new.weight.flatten(0, 1)[slots].double(), resampled[slots]
+        targets, old_kernels = resampled[layer.slots_of(symbol)], layer.weight.flatten(0, 1)[layer.slots_of(symbol)]
+        for akp in KINDS[symbol].akps(layer.options.family):
+            new.set_akps(symbol, {akp.name: _scale_akp(akp, akps[akp.name], factor, axes)})
+        new.set_akps(symbol, {"amplitude": torch.ones(len(targets))})
+        kernels = new.weight.flatten(0, 1)[layer.slots_of(symbol)].double()
         responses, energies = (kernels * targets).sum((1, 2)), kernels.square().sum((1, 2))
         if factor >= 1:  # the response to an enlarged copy of the old kernel is that of the old kernel to itself
-            responses, energies = layer.weight.flatten(0, 1)[slots].double().square().sum((1, 2)), factor**2 * responses
+            responses, energies = old_kernels.double().square().sum((1, 2)), factor**2 * responses
         gains = torch.where(energies.abs() > 1e-12, responses / energies, 0)
         new.set_akps(symbol, {"amplitude": gains})
         missed += float((gains[:, None, None] * kernels - targets).square().sum())
@@ -248,19 +242,7 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
             f"{missed / total:.0%} of its kernels' energy; fold the layer, convert it with 'P100%' and rescale that, "
             "which resamples the kernels with antialiasing"
         )
-    if layer.plain is not None and new.plain is not None:
-        new.plain.copy_(resampled[layer.slots_of("P")])
-    if layer.bias is not None and new.bias is not None:
-        new.bias.copy_(layer.bias)
-    trained = dict(layer.named_parameters())
-    for key, parameter in new.named_parameters():
-        # A gain that the layer did not have is trained if other AKPs of its kind are.
-        kind_prefix = key.removesuffix(AMPLITUDE.name)
-        sources = [trained[key]] if key in trained else [p for k, p in trained.items() if k.startswith(kind_prefix)]
-        parameter.requires_grad_(any(source.requires_grad for source in sources))
-    if layer.weight.is_contiguous(memory_format=torch.channels_last):
-        new.to(memory_format=torch.channels_last)
-    return new.train(layer.training)
+    return new
 
 
 def _scale_akp(akp: AKP, values: Tensor, factor: float, axes: Sequence[_Axis]) -> Tensor:
