@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
-from reporting.json_lines import parse_json_lines, to_json_lines
 from reporting.render import draw_table, render_latex, render_markdown
 from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
 from training.config import compose, flatten, is_in_identity, resolve
 from training.errors import BusyError, UsageError
+from training.files import parse_json_lines, to_json_lines
 from training.loggers import check_logger
 from training.loop import run
 from training.record import Record, read_bytes

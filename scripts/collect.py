@@ -8,9 +8,9 @@ import sys
 import pandas as pd
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from evaluation.finished_run import find_finished_runs
 from training.config import run_script
 from training.errors import UsageError
-from training.finished_run import find_finished_runs
 from training.record import read_record
 from training.run_directory import write_atomic
 from training.validation import STRICT, OutputFile

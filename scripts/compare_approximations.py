@@ -17,10 +17,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
 import acl
-from reporting.json_lines import to_json_lines
 from training.config import compose, run_script
 from training.datasets import Split
 from training.errors import UsageError
+from training.files import to_json_lines
 from training.provenance import describe_environment
 from training.run_directory import write_atomic
 from training.runs import create_network, load_run_data, parse_run

@@ -10,10 +10,10 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 
 from acl.plot import to_png
+from evaluation.finished_run import DataLocation, load_data_as_trained, load_finished_run, predict_run
 from reporting.render import draw_confusions
 from training.config import run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, load_data_as_trained, load_finished_run, predict_run
 from training.run_directory import write_atomic
 from training.runs import parse_data
 from training.validation import STRICT, FilePath, OutputFile

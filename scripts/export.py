@@ -6,9 +6,9 @@ import torch
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 import acl
+from evaluation.finished_run import DataLocation, load_finished_run
 from training.config import format_error, run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, load_finished_run
 from training.run_directory import write_atomic
 from training.validation import STRICT, FilePath, OutputFile
 

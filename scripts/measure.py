@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
-from reporting.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
+from evaluation.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
+from evaluation.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
 from reporting.table import open_table
 from training.config import resolve, run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
 from training.provenance import describe_environment, digest_file
 from training.record import read_record
 from training.validation import STRICT, construct

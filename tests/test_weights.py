@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from evaluation.finished_run import evaluate_run, load_finished_run
 from tests.sources import ROOT
-from training.finished_run import evaluate_run, load_finished_run
 from training.runs import load_run_data
 
 FOLDER = ROOT / "results/weights"

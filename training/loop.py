@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 import models
 from acl import analytic_layers
-from training.checkpoint import Checkpointer, TrainState
+from training.checkpoint import Checkpointer, TrainState, serialize_weights
 from training.data import Data
 from training.datasets import Split
 from training.distributed import all_reduce, build_fabric, is_main_process, synchronize_batch_norm
 from training.errors import UsageError
 from training.evaluate import predict
-from training.finished_run import serialize_weights
 from training.loggers import Logger, check_logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment, digest_file

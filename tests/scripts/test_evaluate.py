@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import acl
+from evaluation.finished_run import FinishedRun, adapt_data, evaluate_run, load_data_as_trained, load_finished_run
 from reporting.render import draw_confusions
 from scripts.evaluate import EvaluateSettings, count_confusions, main
 from tests.scripts.conftest import RunScript
@@ -14,7 +15,6 @@ from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder, write_mnist
 from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, adapt_data, evaluate_run, load_data_as_trained, load_finished_run
 from training.loop import run
 from training.runs import load_run_data, open_run_directory
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import acl
+from evaluation.finished_run import load_finished_run
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
-from training.finished_run import load_finished_run
 from training.loop import run, snapshot_akps
 from training.runs import build_model, load_run_data, open_run_directory
 

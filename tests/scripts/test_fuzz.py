@@ -64,7 +64,7 @@ WORK = (
     "acl.fit_kernels",
     "acl.plot.mosaic",
     "pandas.json_normalize",
-    "reporting.run_page.render_run_page",
+    "evaluation.run_page.render_run_page",
     "reporting.table.run",
     "torch.onnx.export",
     "training.evaluate.evaluate",

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
+from evaluation.finished_run import load_data_as_trained, load_finished_run
 from scripts.predict import PredictSettings, main
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.errors import UsageError
-from training.finished_run import load_data_as_trained, load_finished_run
 from training.loop import run
 from training.runs import open_run_directory
 

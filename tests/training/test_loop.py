@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from evaluation.finished_run import load_finished_run
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_image, write_imagefolder, write_mnist
 from training import datasets, loop
@@ -20,7 +21,6 @@ from training.data import Augmentation
 from training.datasets import digest_dataset
 from training.errors import UsageError
 from training.evaluate import evaluate
-from training.finished_run import load_finished_run
 from training.loop import run, snapshot_akps
 from training.optim import build_optimizer
 from training.provenance import describe_environment, digest_sources

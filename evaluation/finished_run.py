@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -49,12 +49,6 @@ class FinishedRun:
     input_format: InputFormat
     model: nn.Module  # with the weights of its best epoch, in eval mode
     classes: list[str] | None = None  # names, by label; None: unknown
-
-
-def serialize_weights(model: nn.Module, run_identity: Mapping[str, Any], data: Data) -> bytes:
-    """Serializes a network with everything that ``load_finished_run`` needs to build it again."""
-    info = {"config": dict(run_identity), "input_format": asdict(data.input_format), "classes": data.classes}
-    return acl.serialize(model, info)
 
 
 def resolve_run_path(path: Path) -> Path:

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acl
-from tests.training.configurations import compose_run
-from training.errors import UsageError
-from training.evaluate import evaluate
-from training.finished_run import (
+from evaluation.finished_run import (
     FinishedRun,
     find_finished_runs,
     load_akp_history,
     load_finished_run,
     resolve_run_path,
 )
+from tests.training.configurations import compose_run
+from training.errors import UsageError
+from training.evaluate import evaluate
 from training.loop import run
 from training.record import read_record
 from training.runs import load_run_data, open_run_directory, parse_run
