@@ -21,7 +21,7 @@ from training.config import compose
 from training.evaluate import evaluate
 from training.loop import run
 from training.optim import build_optimizer, build_schedule
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
 
 PAIRS = 7
 

@@ -27,7 +27,7 @@ from training.evaluate import predict
 from training.provenance import digest_file, find_changed_inputs
 from training.record import Record, read_record
 from training.run_directory import RunDirectory
-from training.runs import RunSettings, load_run_data, parse_run
+from training.settings import RunSettings, load_run_data, parse_run
 from training.validation import construct
 
 RECORDS = ("record.json", "*/record.json")

@@ -26,11 +26,10 @@ from training.config import flatten
 from training.data import Data
 from training.datasets import Split
 from training.errors import UsageError
-from training.files import parse_json_lines, to_json_lines
+from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
 from training.loop import snapshot_akps
 from training.provenance import digest_file
-from training.record import Percent, Record, Recorded, read_bytes
-from training.run_directory import write_atomic
+from training.record import Percent, Record, Recorded
 from training.validation import Seed
 
 ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)

@@ -15,8 +15,8 @@ from evaluation.measurements import Measurement, read_measurements
 from reporting.settings import find_plain_row
 from reporting.statistics import compute_conv_ratio, interval_of_mean, t_quantile, top1_by_seed
 from training.errors import UsageError
-from training.files import parse_json_lines
-from training.record import Record, Recorded, read_bytes
+from training.files import parse_json_lines, read_bytes
+from training.record import Record, Recorded
 
 COMPETITIVE = -1.0
 """The largest loss of accuracy, in points, that counts as competitive."""

@@ -20,12 +20,12 @@ from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
 from training.config import compose, flatten, is_in_identity, resolve
 from training.errors import BusyError, UsageError
-from training.files import parse_json_lines, to_json_lines
+from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
 from training.loggers import check_logger
 from training.loop import run
-from training.record import Record, read_bytes
-from training.run_directory import RunDirectory, write_atomic
-from training.runs import (
+from training.record import Record
+from training.run_directory import RunDirectory
+from training.settings import (
     build_model,
     create_smoke_folder,
     find_changes,

@@ -13,7 +13,7 @@ from reporting.render import format_difference
 from reporting.statistics import paired_difference, top1_by_seed
 from reporting.table import Table, describe_changes, read_results
 from training.record import Record
-from training.runs import load_run_data, parse_run
+from training.settings import load_run_data, parse_run
 
 ERROR_RATE = 0.05
 """The probability that any row of a rerun that differs only by chance is reported to differ."""

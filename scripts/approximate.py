@@ -22,11 +22,11 @@ from acl.kernels import Profile
 from acl.plot import approximation, to_pdf, to_png
 from models.library import read_kernels
 from reporting.render import describe_machine
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
+from training.files import write_atomic
 from training.provenance import describe_environment
 from training.record import Machine
-from training.run_directory import write_atomic
 from training.validation import STRICT, FilePath, Seed
 
 FITS: dict[str, dict[str, Any]] = {

@@ -4,9 +4,9 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from acl.plot import to_png
 from reporting.claims import CLAIMS, collect_effects, draw_effects, render_claims
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
-from training.run_directory import write_atomic
+from training.files import write_atomic
 from training.validation import STRICT, FilePath
 
 

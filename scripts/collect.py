@@ -9,10 +9,10 @@ import pandas as pd
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from evaluation.finished_run import find_finished_runs
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
+from training.files import write_atomic
 from training.record import read_record
-from training.run_directory import write_atomic
 from training.validation import STRICT, OutputFile
 
 

@@ -17,13 +17,13 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
 import acl
-from training.config import compose, run_script
+from training.cli import run_script
+from training.config import compose
 from training.datasets import Split
 from training.errors import UsageError
-from training.files import to_json_lines
+from training.files import to_json_lines, write_atomic
 from training.provenance import describe_environment
-from training.run_directory import write_atomic
-from training.runs import create_network, load_run_data, parse_run
+from training.settings import create_network, load_run_data, parse_run
 from training.validation import STRICT, OutputFile
 
 GABOR_OPTIONS: dict[int, dict[str, Any]] = {

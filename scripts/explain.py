@@ -13,10 +13,10 @@ from acl.explain import Attribution, attribute, leave_one_out
 from evaluation.finished_run import DataLocation, FinishedRun, load_akp_history, load_data_as_trained, load_finished_run
 from evaluation.measurements import iterate_pairs
 from evaluation.run_page import render_run_page
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
-from training.run_directory import write_together
-from training.runs import create_network
+from training.files import write_together
+from training.settings import create_network
 from training.validation import STRICT, FilePath, OutputFile
 
 

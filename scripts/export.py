@@ -7,9 +7,10 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 import acl
 from evaluation.finished_run import DataLocation, load_finished_run
-from training.config import format_error, run_script
+from training.cli import run_script
+from training.config import format_error
 from training.errors import UsageError
-from training.run_directory import write_atomic
+from training.files import write_atomic
 from training.validation import STRICT, FilePath, OutputFile
 
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from evaluation.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
 from evaluation.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
 from reporting.table import open_table
-from training.config import resolve, run_script
+from training.cli import run_script
+from training.config import resolve
 from training.errors import UsageError
 from training.provenance import describe_environment, digest_file
 from training.record import read_record

@@ -8,9 +8,9 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from acl import AnalyticConv2d
 from acl.plot import mosaic, to_png
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
-from training.run_directory import write_atomic
+from training.files import write_atomic
 from training.validation import STRICT, OutputFile, Seed
 
 Size = Annotated[int, Field(ge=1, le=2**12)]

@@ -14,12 +14,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from evaluation.finished_run import FinishedRun, load_finished_run, prepare_run
-from training.config import run_script
+from training.cli import run_script
 from training.data import Data
 from training.datasets import Split
 from training.errors import UsageError
+from training.files import write_atomic
 from training.image_cache import load_decoded_images
-from training.run_directory import write_atomic
 from training.validation import STRICT, FilePath, OutputFile
 
 

@@ -7,10 +7,10 @@ import sys
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from training.config import run_script
+from training.cli import run_script
 from training.loggers import log_recorded_run
 from training.loop import run
-from training.runs import find_changes, open_run_directory, parse_run
+from training.settings import find_changes, open_run_directory, parse_run
 
 
 def main(cfg: DictConfig) -> float:

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
 from evaluation.finished_run import find_finished_runs, read_run_folder
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
 from training.loggers import LoggerSettings, check_logger, log_recorded_run
 from training.validation import STRICT, construct

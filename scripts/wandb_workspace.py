@@ -8,7 +8,7 @@ import wandb_workspaces.workspaces as ws
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
 from training.loggers import report_refusals
 from training.validation import STRICT

@@ -29,8 +29,8 @@ from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from training.errors import UsageError
+from training.files import write_atomic
 from training.image_cache import load_decoded_images
-from training.run_directory import write_atomic
 from training.validation import STRICT, Count, FilePath, Pixels
 
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -32,7 +32,7 @@ from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment, digest_file
 from training.record import RECORD_FORMAT, Record
 from training.run_directory import RunDirectory, serialize
-from training.runs import RunSettings, build_model, describe_inputs, find_changes, load_run_data, parse_run
+from training.settings import RunSettings, build_model, describe_inputs, find_changes, load_run_data, parse_run
 from training.validation import construct
 
 CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device

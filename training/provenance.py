@@ -14,8 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("acl", "models", "training")
 """The packages that determine the result of a run, with their subfolders."""
-NOT_SOURCES = ("acl/explain.py", "acl/plot.py", "acl/transform.py", "training/loggers.py")
-"""Their modules that no result depends on: they log, draw, or act on trained networks."""
+NOT_SOURCES = ("acl/explain.py", "acl/plot.py", "acl/transform.py", "training/cli.py", "training/loggers.py")
+"""Their modules that no result depends on: they start scripts, log, draw, or act on trained networks."""
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from training.errors import UsageError
 from training.evaluate import evaluate
 from training.loop import run
 from training.record import read_record
-from training.runs import load_run_data, open_run_directory, parse_run
+from training.settings import load_run_data, open_run_directory, parse_run
 
 SHORT = ("trainer.epochs=1", "trainer.batch_size=200")
 

@@ -37,7 +37,7 @@ from training.errors import UsageError
 from training.loop import run as perform_run
 from training.loop import snapshot_akps
 from training.provenance import digest_file
-from training.runs import load_run_data, open_run_directory
+from training.settings import load_run_data, open_run_directory
 
 FILES = {"weights": "model", "akps": "akps"}
 

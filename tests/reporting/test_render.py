@@ -10,7 +10,7 @@ from reporting.statistics import Row, summarize
 from reporting.table import Table
 from tests.reporting.helpers import forbid_calls, load_settings, make_record
 from training.config import compose
-from training.runs import open_run_directory
+from training.settings import open_run_directory
 
 COMMITTED_TABLES = Path(__file__).parents[2] / "results" / "tables"
 

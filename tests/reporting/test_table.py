@@ -19,10 +19,10 @@ from tests.training import trees
 from tests.training.processes import run_in_child, start_process, wait_for
 from training.config import CONFIGS, compose
 from training.errors import UsageError
+from training.files import write_atomic
 from training.provenance import digest_sources
 from training.record import Record
-from training.run_directory import write_atomic
-from training.runs import open_run_directory, parse_run
+from training.settings import open_run_directory, parse_run
 
 SEARCH = {"seed": 7, "candidates": [["optim.lr=0.0001"], ["optim.lr=0.02"]]}  # 1e-4 learns nothing in one epoch
 OTHER_SOURCES = "0" * 12

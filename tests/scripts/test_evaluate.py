@@ -16,7 +16,7 @@ from tests.training.trees import write_imagefolder, write_mnist
 from training.datasets import Split
 from training.errors import UsageError
 from training.loop import run
-from training.runs import load_run_data, open_run_directory
+from training.settings import load_run_data, open_run_directory
 
 HERE = {"root": None, "cache": None}
 

@@ -17,7 +17,7 @@ from evaluation.finished_run import load_finished_run
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
 from training.loop import run, snapshot_akps
-from training.runs import build_model, load_run_data, open_run_directory
+from training.settings import build_model, load_run_data, open_run_directory
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -24,7 +24,7 @@ from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.config import compose, flatten
 from training.loop import run
-from training.runs import open_run_directory
+from training.settings import open_run_directory
 
 NONSENSE = [
     *("null", "abc", "-1", "0", "1.5", "1e99", "nan", "inf", "true", "[]", "[a]", "{}", "{a:1}", "''", "' '", "../x"),

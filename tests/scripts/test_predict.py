@@ -12,7 +12,7 @@ from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.errors import UsageError
 from training.loop import run
-from training.runs import open_run_directory
+from training.settings import open_run_directory
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.training.processes import run_in_child, start_process, wait_for
 from tests.training.trees import write_imagefolder
 from training.config import compose
 from training.loop import run
-from training.runs import open_run_directory
+from training.settings import open_run_directory
 
 
 def compose_image_run(folder: Path, validation: float) -> DictConfig:

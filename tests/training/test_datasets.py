@@ -25,7 +25,7 @@ from training.config import compose
 from training.data import Data
 from training.datasets import _list_images
 from training.errors import UsageError
-from training.runs import load_run_data, parse_run
+from training.settings import load_run_data, parse_run
 
 
 def load(name: str, root: Path, *overrides: str) -> Data:

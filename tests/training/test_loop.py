@@ -26,7 +26,7 @@ from training.optim import build_optimizer
 from training.provenance import describe_environment, digest_sources
 from training.record import NumParameters, Record, compute_run_id
 from training.run_directory import RunDirectory
-from training.runs import build_model, digest_pretrained, find_changes, load_run_data, open_run_directory, parse_run
+from training.settings import build_model, digest_pretrained, find_changes, load_run_data, open_run_directory, parse_run
 from training.validation import construct
 
 

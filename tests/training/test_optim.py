@@ -12,7 +12,7 @@ from training.config import compose, identity
 from training.errors import UsageError
 from training.optim import OptimSettings, build_criterion, build_optimizer, build_schedule
 from training.record import compute_run_id
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
 
 
 def build_model_and_settings(*overrides: str) -> tuple[nn.Module, OptimSettings]:

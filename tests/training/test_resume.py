@@ -26,7 +26,7 @@ from training.loop import run
 from training.provenance import digest_sources
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.runs import open_run_directory
+from training.settings import open_run_directory
 from training.validation import construct
 
 STEPS = 1237 // 8

@@ -12,10 +12,11 @@ from tests.training.configurations import compose_run
 from tests.training.processes import run_in_child
 from training.config import compose, identity
 from training.errors import BusyError, UsageError
+from training.files import UNFINISHED, write_atomic, write_together
 from training.loop import run
 from training.record import Record, compute_run_id, read_record
-from training.run_directory import UNFINISHED, RunDirectory, serialize, write_atomic, write_together
-from training.runs import open_run_directory
+from training.run_directory import RunDirectory, serialize
+from training.settings import open_run_directory
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from training.data import Augmentation, load_data
 from training.datasets import read_imagefolder
 from training.errors import UsageError
 from training.optim import OptimSettings
-from training.runs import TrainerSettings
+from training.settings import TrainerSettings
 from training.validation import construct, format_value
 
 

@@ -10,7 +10,7 @@ from training.config import compose
 from training.datasets import Split
 from training.errors import UsageError
 from training.loop import run
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
 
 
 def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> None:

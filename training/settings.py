@@ -24,14 +24,13 @@ from models.library import find_torchvision_weights
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
 from training.datasets import DATASETS, digest_dataset
-from training.distributed import TrainerSettings
 from training.errors import UsageError
 from training.loggers import LoggerSettings
 from training.optim import OptimSettings
 from training.provenance import digest_file, digest_sources, find_changed_inputs
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.validation import STRICT, FilePath, Seed, check_arguments, construct, format_value
+from training.validation import STRICT, Count, FilePath, Seed, check_arguments, construct, format_value
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -57,6 +56,28 @@ class LayerSettings(LayerOptions):
 
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
+
+
+Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
+"""Those of Lightning Fabric that need no other library; the last four are short for 16-mixed, bf16-mixed and so on."""
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainerSettings:
+    """The options of configs/trainer: the length of a run, its devices and their precision."""
+
+    epochs: Count
+    batch_size: Count
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
+    devices: Count
+    nodes: Count
+    precision: Precision
+    deterministic: bool
+    channels_last: bool
+    compile: bool
+    test: bool
+    checkpoint_minutes: float = Field(gt=0)
 
 
 @dataclass(frozen=True)
