@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         raise UsageError(f"table {table.name} has no finished run in these rows; run scripts/reproduce_table.py first")
     file = table.path.parents[1] / "evidence" / f"{table.name}_{options.measurement}.jsonl"
     for row, planned in tqdm(runs, desc=measurement.name, unit="run", disable=None):
-        data, path, seed = planned.cfg.data, planned.directory.path, planned.cfg.seed
+        data, path, seed = planned.settings.data, planned.directory.path, planned.settings.seed
         lines = read_measurements(file, measurement) if file.exists() else []  # another process may have added some
         record = read_record(planned.directory.record_file)
         if any((line.row, line.seed) == (row, seed) and is_current(line, record, path) for line in lines):
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         digests = {"weights": digest_file(path / "model.safetensors")}
         if measurement.uses_akp_history:
             digests["akps"] = digest_file(path / "akps.safetensors")
-        run = load_finished_run(path, DataLocation(root=data.root, cache=data.get("cache")))
+        run = load_finished_run(path, DataLocation(root=data["root"], cache=data.get("cache")))
         values = measurement.measure(run, load_data_as_trained(run))
         key = {"row": row, "id": record.id, "seed": seed, "values": values}
         environment = describe_environment(build_run_fabric(run).device)

@@ -39,18 +39,14 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The part of a run's configuration that determines its result."""
-    return _select_identity(resolve(cfg), ())
-
-
-def _select_identity(values: dict[str, Any], parent_path: tuple[str, ...]) -> dict[str, Any]:
+def identity(values: dict[str, Any], parent_path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The part of a run's resolved configuration that determines its result."""
     kept = {}
     for key, value in values.items():
         key_path = (*parent_path, key)
         is_ignored_null = value is None and key_path not in _NULL_IN_IDENTITY and key_path[0] != "arrangement"
         if key_path not in _NOT_IN_IDENTITY and not is_ignored_null:
-            kept[key] = _select_identity(value, key_path) if isinstance(value, dict) else value
+            kept[key] = identity(value, key_path) if isinstance(value, dict) else value
     return kept
 
 

@@ -4,7 +4,6 @@ import atexit
 import functools
 import inspect
 import json
-import os
 import tempfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -109,12 +108,6 @@ def create_smoke_folder() -> Path:
     return Path(folder.name)
 
 
-def open_run_directory(cfg: DictConfig) -> RunDirectory:
-    """The folder of the run that a configuration describes; nothing is written."""
-    runs = Path(os.path.expanduser(cfg.paths.runs)) if cfg.get("debug") is None else create_smoke_folder()  # noqa: PTH111
-    return RunDirectory(runs, identity(cfg))
-
-
 def parse_run(cfg: DictConfig) -> RunSettings:
     """Validates a run's configuration (configs/train.yaml) and turns it into plain objects.
 
@@ -129,10 +122,12 @@ def parse_run(cfg: DictConfig) -> RunSettings:
             raise UsageError(f"{name}={format_value(section)} is invalid: it should be a section of options")
         sections[name] = section
     options = construct(RunOptions, {name: value for name, value in config.items() if name not in SECTIONS})
+    paths = construct(PathSettings, sections["paths"], "paths")
+    runs = paths.runs if options.debug is None else create_smoke_folder()  # where the run is; nothing is written yet
     settings = RunSettings(
         config=config,
-        paths=construct(PathSettings, sections["paths"], "paths"),
-        directory=open_run_directory(cfg),
+        paths=paths,
+        directory=RunDirectory(runs, identity(config)),
         seed=options.seed,
         fresh=options.fresh,
         model={**_parse_model(sections["model"]), "arrangement": _parse_arrangement(sections["arrangement"])},

@@ -37,15 +37,15 @@ from training.errors import UsageError
 from training.loop import run as perform_run
 from training.loop import snapshot_akps
 from training.provenance import digest_file
-from training.settings import load_run_data, open_run_directory
+from training.settings import load_run_data, parse_run
 
 FILES = {"weights": "model", "akps": "akps"}
 
 
 def load_trained(folder: Path, *overrides: str) -> FinishedRun:
     cfg = compose([*overrides, "trainer.accelerator=cpu", f"paths.runs={folder}"])
-    perform_run(cfg)
-    return load_finished_run(open_run_directory(cfg).path)
+    perform_run(parse_run(cfg))
+    return load_finished_run(parse_run(cfg).directory.path)
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_smoke_run_takes_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
     data = load_run_data(settings)
     assert len(data.train) == 2 * settings.trainer.batch_size and settings.trainer.epochs == 1
     assert len(data.classes) == 10
-    run(cfg)
+    run(parse_run(cfg))
     assert not list(tmp_path.iterdir())
 
 
