@@ -24,12 +24,12 @@ from evaluation.finished_run import FinishedRun, evaluate_run, load_akp_history
 from evaluation.transforms import measure_transforms
 from training.config import flatten
 from training.data import Data
-from training.datasets import Split
 from training.errors import UsageError
 from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
 from training.loop import snapshot_akps
 from training.provenance import digest_file
 from training.record import Percent, Record, Recorded
+from training.splits import Split
 from training.validation import Seed
 
 ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)

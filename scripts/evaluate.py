@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 
 from acl.plot import to_png
@@ -16,10 +15,10 @@ from training.cli import run_script
 from training.errors import UsageError
 from training.files import write_atomic
 from training.settings import parse_data
-from training.validation import STRICT, FilePath, OutputFile
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class EvaluateSettings:
     run: FilePath
     split: Literal["train", "val", "test"]

@@ -6,7 +6,6 @@ from typing import Literal
 
 from lightning_fabric.utilities.seed import seed_everything
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 
 from acl.explain import Attribution, attribute, leave_one_out
@@ -17,10 +16,10 @@ from training.cli import run_script
 from training.errors import UsageError
 from training.files import write_together
 from training.settings import create_network
-from training.validation import STRICT, FilePath, OutputFile
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class ExplainSettings:
     run: FilePath
     split: Literal["train", "val", "test"] | None

@@ -3,7 +3,6 @@
 import numpy as np
 import onnxruntime
 import torch
-from pydantic.dataclasses import dataclass as validated_dataclass
 
 import acl
 from evaluation.finished_run import DataLocation, load_finished_run
@@ -11,10 +10,10 @@ from training.cli import run_script
 from training.config import format_error
 from training.errors import UsageError
 from training.files import write_atomic
-from training.validation import STRICT, FilePath, OutputFile
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class ExportSettings:
     run: FilePath
     file: OutputFile

@@ -7,7 +7,6 @@ their weights have changed since; the line is then replaced. Any number of proce
 import json
 
 from omegaconf import DictConfig
-from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
 from evaluation.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
@@ -18,10 +17,10 @@ from training.config import resolve
 from training.errors import UsageError
 from training.provenance import describe_environment, digest_file
 from training.record import read_record
-from training.validation import STRICT, construct
+from training.validation import construct, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class MeasureOptions:
     """The options of configs/measure.yaml itself."""
 

@@ -24,7 +24,6 @@ import models
 from acl import analytic_layers
 from training.checkpoint import Checkpointer, TrainState, serialize_weights
 from training.data import Data
-from training.datasets import Split
 from training.distributed import all_reduce, build_fabric, is_main_process, synchronize_batch_norm
 from training.errors import UsageError
 from training.evaluate import predict
@@ -34,6 +33,7 @@ from training.provenance import describe_environment, digest_file
 from training.record import RECORD_FORMAT, Record
 from training.run_directory import RunDirectory, serialize
 from training.settings import RunSettings, build_model, describe_inputs, find_changes, load_run_data
+from training.splits import Split
 from training.validation import construct
 
 CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device

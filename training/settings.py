@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
 import models
@@ -22,17 +21,17 @@ from acl.convert import Init
 from models.library import find_torchvision_weights
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
-from training.datasets import DATASETS, digest_dataset
+from training.datasets import digest_dataset
 from training.errors import UsageError
 from training.loggers import LoggerSettings
 from training.optim import OptimSettings
 from training.provenance import digest_file, digest_sources, find_changed_inputs
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.validation import STRICT, Count, FilePath, Seed, check_arguments, construct, format_value
+from training.validation import Count, FilePath, Seed, check_arguments, construct, format_value, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class RunOptions:
     """The options outside the sections."""
 
@@ -41,7 +40,7 @@ class RunOptions:
     debug: Literal["smoke"] | None = None
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class PathSettings:
     """The options of the section ``paths``."""
 
@@ -49,7 +48,7 @@ class PathSettings:
     results: FilePath
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class LayerSettings(LayerOptions):
     """The options of configs/model/layer, which ``acl.convert`` takes."""
 
@@ -61,7 +60,7 @@ Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true",
 """Those of Lightning Fabric that need no other library; the last four are short for 16-mixed, bf16-mixed and so on."""
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class TrainerSettings:
     """The options of configs/trainer: the length of a run, its devices and their precision."""
 
@@ -205,7 +204,7 @@ def find_changes(settings: RunSettings, record: Record) -> list[str]:
     changes = [] if record.sources == digest_sources() else ["code"]
     if record.data is not None:
         name = settings.data["name"]
-        reader_options = settings.data.keys() & inspect.signature(DATASETS[name]).parameters.keys()
+        reader_options = settings.data.keys() - inspect.signature(load_data).parameters.keys()
         options = json.dumps({key: settings.data[key] for key in sorted(reader_options)})
         inputs = {"data": {"digest": digest_dataset(name, options)}, "pretrained": digest_pretrained(settings)}
         changes += find_changed_inputs(record.to_dict(), inputs)

@@ -32,12 +32,12 @@ from evaluation.measurements import (
 from evaluation.transforms import ROTATIONS, SCALES
 from training.config import compose
 from training.data import Data
-from training.datasets import Split
 from training.errors import UsageError
 from training.loop import run as perform_run
 from training.loop import snapshot_akps
 from training.provenance import digest_file
 from training.settings import load_run_data, parse_run
+from training.splits import Split
 
 FILES = {"weights": "model", "akps": "akps"}
 

@@ -13,10 +13,10 @@ from scripts.evaluate import EvaluateSettings, count_confusions, main
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder, write_mnist
-from training.datasets import Split
 from training.errors import UsageError
 from training.loop import run
 from training.settings import load_run_data, parse_run
+from training.splits import Split
 
 HERE = {"root": None, "cache": None}
 

@@ -17,6 +17,8 @@ MODULES_WITHOUT_CONFIGURATION = [
             "distributed",
             "evaluate",
             "image_cache",
+            "image_folders",
+            "splits",
             "record",
             "files",
             "loggers",

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from evaluation.finished_run import load_finished_run
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_image, write_imagefolder, write_mnist
-from training import datasets, loop
+from training import datasets, image_folders, loop
 from training.config import identity, resolve
 from training.data import Augmentation
 from training.datasets import digest_dataset
 from training.errors import UsageError
 from training.evaluate import evaluate
+from training.image_folders import ImageFiles
 from training.loop import run, snapshot_akps
 from training.optim import build_optimizer
 from training.provenance import describe_environment, digest_sources
@@ -394,7 +395,7 @@ def test_finished_run_lists_but_does_not_decode_images(
     photo_run: tuple[DictConfig, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, root = photo_run
-    monkeypatch.setattr(datasets, "load_decoded_images", lambda *_: pytest.fail("images were decoded"))
+    monkeypatch.setattr(image_folders, "load_decoded_images", lambda *_: pytest.fail("images were decoded"))
     for file in root.rglob("*.png"):
         os.utime(file, (1, 1))  # as a copy on another machine
     assert list_changes(cfg) == []
@@ -415,7 +416,7 @@ def test_recorded_run_does_not_download_missing_data(tmp_path: Path, monkeypatch
 def test_data_digest_is_computed_once(photo_run: tuple[DictConfig, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, _ = photo_run
     assert list_changes(cfg) == []
-    monkeypatch.setattr(datasets, "_read_image_files", lambda *_: pytest.fail("images were listed again"))
+    monkeypatch.setattr(ImageFiles, "read", lambda *_: pytest.fail("images were listed again"))
     record = parse_run(cfg).directory.load_record()
     assert record is not None and find_changes(parse_run(cfg), record) == []
 

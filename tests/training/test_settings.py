@@ -7,10 +7,10 @@ import torch
 from tests.training.configurations import compose_run
 from tests.training.trees import write_imagefolder
 from training.config import compose
-from training.datasets import Split
 from training.errors import UsageError
 from training.loop import run
 from training.settings import build_model, load_run_data, parse_run
+from training.splits import Split
 
 
 def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> None:
