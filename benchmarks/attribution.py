@@ -18,7 +18,7 @@ from tqdm import tqdm
 from acl.explain import attribute
 from training.config import compose
 from training.evaluate import evaluate
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
 
 ROUNDS = 5
 

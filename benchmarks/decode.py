@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from training.config import compose
 from training.data import Data
-from training.runs import load_run_data, parse_run
+from training.settings import load_run_data, parse_run
 
 ROUNDS = 5
 WORKERS = (0, 2)

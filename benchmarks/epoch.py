@@ -23,7 +23,7 @@ from tqdm import tqdm
 from training.config import compose
 from training.data import Data
 from training.optim import build_optimizer
-from training.runs import RunSettings, build_model, load_run_data, parse_run
+from training.settings import RunSettings, build_model, load_run_data, parse_run
 
 ROUNDS = 5
 WORKERS = (0, 2)

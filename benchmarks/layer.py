@@ -28,8 +28,8 @@ from tqdm import tqdm
 from acl import AnalyticConv2d, convert, fold, param_groups
 from models.four_layer import FourLayer
 from models.lenet import LeNet
+from training.files import write_atomic
 from training.provenance import describe_environment
-from training.run_directory import write_atomic
 
 MOSAIC = {"conv1": "G2 Lg1 Lt1 Tf1 Ts1", "conv2": "G32 Lg16 Lt8 Tf32 Ts8"}
 FIVE_KINDS = "G35% Lg15% Lt10% Tf30% Ts10%"

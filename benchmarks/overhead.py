@@ -11,9 +11,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
-from omegaconf import DictConfig
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from training.config import compose
 from training.evaluate import evaluate
 from training.loop import run
 from training.optim import build_optimizer, build_schedule
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import RunSettings, build_model, load_run_data, parse_run
 
 PAIRS = 7
 
@@ -32,24 +32,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         defaults = ["data=mnist", "model=lenet", "trainer.epochs=3", "trainer.accelerator=cpu", f"paths.runs={folder}"]
         for pair in tqdm(range(PAIRS + 1), desc="pairs", disable=None):
-            cfg = compose([*defaults, *sys.argv[1:], f"seed={pair}"])
-            tasks = [("bare", run_bare), ("run", run)]
+            settings = parse_run(compose([*defaults, *sys.argv[1:], f"seed={pair}"]))
+            tasks: list[tuple[str, Callable[[RunSettings], object]]] = [("bare", run_bare), ("run", run)]
             if pair % 2:  # alternate the order
                 tasks.reverse()
             for name, task in tasks:
                 started = time.perf_counter(), time.process_time()
-                task(cfg)
+                task(settings)
                 wall[name].append(time.perf_counter() - started[0])
                 processor[name].append(time.process_time() - started[1])
-    print(f"{PAIRS} pairs of runs of {cfg.trainer.epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
+    epochs = settings.trainer.epochs
+    print(f"{PAIRS} pairs of runs of {epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
     for kind, seconds in (("wall time", wall), ("processor time", processor)):
         # The first pair is a warm-up.
         ratios = [a / b for a, b in zip(seconds["run"][1:], seconds["bare"][1:], strict=True)]
         print(f"  {kind:14} median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
-def run_bare(cfg: DictConfig) -> None:
-    settings = parse_run(cfg)
+def run_bare(settings: RunSettings) -> None:
     torch.manual_seed(settings.seed)
     data = load_run_data(settings)
     model = build_model(settings, data).to(memory_format=data.memory_format)

@@ -9,16 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from reporting.effects import (
-    COMPETITIVE,
-    Effect,
-    PairedRows,
-    compare_rows,
-    summarize_approximations,
-    summarize_fit,
-    summarize_measurements,
-)
-from reporting.measurements import (
+from evaluation.measurements import (
     AkpTravel,
     Attacks,
     Corruptions,
@@ -27,6 +18,15 @@ from reporting.measurements import (
     Shapley,
     Transforms,
     read_measurements,
+)
+from reporting.effects import (
+    COMPETITIVE,
+    Effect,
+    PairedRows,
+    compare_rows,
+    summarize_approximations,
+    summarize_fit,
+    summarize_measurements,
 )
 from reporting.statistics import correct_p_values
 from reporting.table import read_results

@@ -11,12 +11,12 @@ from pydantic import Field
 from scipy.special import ndtri, stdtr
 
 from acl.fit_result import Fit
-from reporting.json_lines import parse_json_lines
-from reporting.measurements import Measurement, read_measurements
+from evaluation.measurements import Measurement, read_measurements
 from reporting.settings import find_plain_row
 from reporting.statistics import compute_conv_ratio, interval_of_mean, t_quantile, top1_by_seed
 from training.errors import UsageError
-from training.record import Record, Recorded, read_bytes
+from training.files import parse_json_lines, read_bytes
+from training.record import Record, Recorded
 
 COMPETITIVE = -1.0
 """The largest loss of accuracy, in points, that counts as competitive."""

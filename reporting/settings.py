@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Any, NotRequired
 
-from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import TypedDict
 
 from training.config import compose, resolve
 from training.errors import UsageError
-from training.validation import STRICT, Seed, construct
+from training.validation import Seed, construct, strict_dataclass
 
 
 class RowSettings(TypedDict):
@@ -25,7 +24,7 @@ class Search(TypedDict):
     candidates: list[list[str]]
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class TableSettings:
     """The contents of ``configs/table/<name>.yaml``.
 

@@ -15,22 +15,22 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
-from reporting.json_lines import parse_json_lines, to_json_lines
 from reporting.render import draw_table, render_latex, render_markdown
 from reporting.settings import Search, TableSettings, is_seed
 from reporting.statistics import Row, summarize
 from training.config import compose, flatten, is_in_identity, resolve
 from training.errors import BusyError, UsageError
+from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
 from training.loggers import check_logger
-from training.loop import run
-from training.record import Record, read_bytes
-from training.run_directory import RunDirectory, write_atomic
-from training.runs import (
+from training.loop import load_valid_record, run
+from training.record import Record
+from training.run_directory import RunDirectory
+from training.settings import (
+    RunSettings,
     build_model,
     create_smoke_folder,
     find_changes,
     load_run_data,
-    open_run_directory,
     parse_run,
 )
 from training.validation import construct
@@ -42,15 +42,14 @@ POLL_SECONDS = 1.0
 @dataclass(frozen=True)
 class PlannedRun:
     title: str
-    cfg: DictConfig
-    directory: RunDirectory
+    settings: RunSettings
+
+    @property
+    def directory(self) -> RunDirectory:
+        return self.settings.directory
 
     def load_record(self) -> Record | None:
-        record = self.directory.load_record()
-        return None if record is not None and self.cfg.fresh and self.find_changes(record) else record
-
-    def find_changes(self, record: Record) -> list[str]:
-        return find_changes(parse_run(self.cfg), record)
+        return load_valid_record(self.settings)
 
     @property
     def last_failure_line(self) -> str:
@@ -82,6 +81,7 @@ class Table:
             for row in settings.kept_rows
         ]
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._planned: dict[tuple[str, int, tuple[str, ...]], PlannedRun] = {}
         paths = parse_run(self._compose(self.rows[0])).paths
         self.path = paths.results / "tables" / name
         # Failures are recognized by their files, not by time, since clocks of workers and file systems may differ.
@@ -101,11 +101,14 @@ class Table:
         return self._composed[key]
 
     def _plan(self, row: Row, title: str, seed: int, *overrides: str) -> PlannedRun:
-        cfg = self._compose(row, *overrides).copy()
-        cfg.seed = seed  # after composing, which is slow, so that the seeds of a row share one composition
-        if cfg.logger.name == "wandb":
-            cfg.logger.update(group=self.name, row=row.name, title=f"{row.name}, {title}")
-        return PlannedRun(f"{row.name}, {title}", cfg, open_run_directory(cfg))
+        key = (f"{row.name}, {title}", seed, overrides)
+        if key not in self._planned:
+            cfg = self._compose(row, *overrides).copy()
+            cfg.seed = seed  # after composing, which is slow, so that the seeds of a row share one composition
+            if cfg.logger.name == "wandb":
+                cfg.logger.update(group=self.name, row=row.name, title=key[0])
+            self._planned[key] = PlannedRun(key[0], parse_run(cfg))
+        return self._planned[key]
 
     def _plan_trials(self, row: Row) -> list[PlannedRun]:
         if self.settings.search is None:
@@ -198,7 +201,7 @@ class Table:
     def describe_outdated(self) -> str | None:
         """Counts the runs recorded with other code, data or pretrained weights than the current ones; None: none."""
         recorded = [
-            planned.find_changes(record)
+            find_changes(planned.settings, record)
             for planned in self.plan_runs()
             if (record := planned.directory.load_record()) is not None
         ]
@@ -223,7 +226,7 @@ class Table:
                     continue
                 progress.set_postfix_str(planned.title)
                 try:
-                    record, is_new = run(planned.cfg)
+                    record, is_new = run(planned.settings)
                 except BusyError:
                     is_waiting = True
                     continue

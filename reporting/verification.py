@@ -13,7 +13,7 @@ from reporting.render import format_difference
 from reporting.statistics import paired_difference, top1_by_seed
 from reporting.table import Table, describe_changes, read_results
 from training.record import Record
-from training.runs import load_run_data, parse_run
+from training.settings import load_run_data
 
 ERROR_RATE = 0.05
 """The probability that any row of a rerun that differs only by chance is reported to differ."""
@@ -51,7 +51,7 @@ def verify_table(table: Table, folder: Path) -> list[Comparison]:
     overrides = [f"paths.runs='{folder}'", f"paths.results='{folder}/results'", "fresh=true"]
     rerun = Table(table.name, table.settings, [*table.user_overrides, *overrides])
     rerun.reproduce()
-    settings = parse_run(rerun.plan_runs()[0].cfg)
+    settings = rerun.plan_runs()[0].settings
     data = load_run_data(settings)
     splits = {"test": data.test, "val": data.val} if settings.trainer.test else {"val": data.val}
     num_images = {name: len(split) for name, split in splits.items()}

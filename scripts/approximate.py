@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,12 +21,12 @@ from acl.kernels import Profile
 from acl.plot import approximation, to_pdf, to_png
 from models.library import read_kernels
 from reporting.render import describe_machine
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
+from training.files import write_atomic
 from training.provenance import describe_environment
 from training.record import Machine
-from training.run_directory import write_atomic
-from training.validation import STRICT, FilePath, Seed
+from training.validation import FilePath, Seed, strict_dataclass
 
 FITS: dict[str, dict[str, Any]] = {
     "Gabor, paper: shape alone": {"kinds": ["G"], "signed": True},
@@ -42,7 +41,7 @@ PAPER, BEST = "all kinds, amplitude", "all kinds, extended and amplitude"
 SOURCE = "Source: "
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class ApproximateSettings:
     source: str
     weights: bool | str

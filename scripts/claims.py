@@ -1,16 +1,14 @@
 """Writes results/CLAIMS.md and the figures in results/claims/ from the committed records: python scripts/claims.py"""
 
-from pydantic.dataclasses import dataclass as validated_dataclass
-
 from acl.plot import to_png
 from reporting.claims import CLAIMS, collect_effects, draw_effects, render_claims
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
-from training.run_directory import write_atomic
-from training.validation import STRICT, FilePath
+from training.files import write_atomic
+from training.validation import FilePath, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class ClaimsSettings:
     results: FilePath
 

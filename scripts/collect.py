@@ -6,17 +6,16 @@ Records that cannot be read are named on stderr and skipped.
 import sys
 
 import pandas as pd
-from pydantic.dataclasses import dataclass as validated_dataclass
 
-from training.config import run_script
+from evaluation.finished_run import find_finished_runs
+from training.cli import run_script
 from training.errors import UsageError
-from training.finished_run import find_finished_runs
+from training.files import write_atomic
 from training.record import read_record
-from training.run_directory import write_atomic
-from training.validation import STRICT, OutputFile
+from training.validation import OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class CollectSettings:
     runs: str | list[str]
     file: OutputFile

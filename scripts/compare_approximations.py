@@ -10,21 +10,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
 import acl
-from reporting.json_lines import to_json_lines
-from training.config import compose, run_script
-from training.datasets import Split
+from training.cli import run_script
+from training.config import compose
 from training.errors import UsageError
+from training.files import to_json_lines, write_atomic
 from training.provenance import describe_environment
-from training.run_directory import write_atomic
-from training.runs import create_network, load_run_data, parse_run
-from training.validation import STRICT, OutputFile
+from training.settings import create_network, load_run_data, parse_run
+from training.splits import Split
+from training.validation import OutputFile, strict_dataclass
 
 GABOR_OPTIONS: dict[int, dict[str, Any]] = {
     5: {},
@@ -37,7 +36,7 @@ PROBES = ("probe_correct", "refitted_probe_correct")
 """The probe is trained on the features of the original network, or again on those of each approximation."""
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class CompareSettings:
     overrides: list[str]
     layer: str

@@ -6,20 +6,19 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 
 from acl.plot import to_png
+from evaluation.finished_run import DataLocation, load_data_as_trained, load_finished_run, predict_run
 from reporting.render import draw_confusions
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, load_data_as_trained, load_finished_run, predict_run
-from training.run_directory import write_atomic
-from training.runs import parse_data
-from training.validation import STRICT, FilePath, OutputFile
+from training.files import write_atomic
+from training.settings import parse_data
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class EvaluateSettings:
     run: FilePath
     split: Literal["train", "val", "test"]

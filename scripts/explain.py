@@ -6,21 +6,20 @@ from typing import Literal
 
 from lightning_fabric.utilities.seed import seed_everything
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 
 from acl.explain import Attribution, attribute, leave_one_out
-from reporting.measurements import iterate_pairs
-from reporting.run_page import render_run_page
-from training.config import run_script
+from evaluation.finished_run import DataLocation, FinishedRun, load_akp_history, load_data_as_trained, load_finished_run
+from evaluation.measurements import iterate_pairs
+from evaluation.run_page import render_run_page
+from training.cli import run_script
 from training.errors import UsageError
-from training.finished_run import DataLocation, FinishedRun, load_akp_history, load_data_as_trained, load_finished_run
-from training.run_directory import write_together
-from training.runs import create_network
-from training.validation import STRICT, FilePath, OutputFile
+from training.files import write_together
+from training.settings import create_network
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class ExplainSettings:
     run: FilePath
     split: Literal["train", "val", "test"] | None

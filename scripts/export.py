@@ -3,17 +3,17 @@
 import numpy as np
 import onnxruntime
 import torch
-from pydantic.dataclasses import dataclass as validated_dataclass
 
 import acl
-from training.config import format_error, run_script
+from evaluation.finished_run import DataLocation, load_finished_run
+from training.cli import run_script
+from training.config import format_error
 from training.errors import UsageError
-from training.finished_run import DataLocation, load_finished_run
-from training.run_directory import write_atomic
-from training.validation import STRICT, FilePath, OutputFile
+from training.files import write_atomic
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class ExportSettings:
     run: FilePath
     file: OutputFile

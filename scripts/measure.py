@@ -7,20 +7,20 @@ their weights have changed since; the line is then replaced. Any number of proce
 import json
 
 from omegaconf import DictConfig
-from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
-from reporting.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
+from evaluation.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
+from evaluation.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
 from reporting.table import open_table
-from training.config import resolve, run_script
+from training.cli import run_script
+from training.config import resolve
 from training.errors import UsageError
-from training.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
 from training.provenance import describe_environment, digest_file
 from training.record import read_record
-from training.validation import STRICT, construct
+from training.validation import construct, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class MeasureOptions:
     """The options of configs/measure.yaml itself."""
 
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
         raise UsageError(f"table {table.name} has no finished run in these rows; run scripts/reproduce_table.py first")
     file = table.path.parents[1] / "evidence" / f"{table.name}_{options.measurement}.jsonl"
     for row, planned in tqdm(runs, desc=measurement.name, unit="run", disable=None):
-        data, path, seed = planned.cfg.data, planned.directory.path, planned.cfg.seed
+        data, path, seed = planned.settings.data, planned.directory.path, planned.settings.seed
         lines = read_measurements(file, measurement) if file.exists() else []  # another process may have added some
         record = read_record(planned.directory.record_file)
         if any((line.row, line.seed) == (row, seed) and is_current(line, record, path) for line in lines):
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
         digests = {"weights": digest_file(path / "model.safetensors")}
         if measurement.uses_akp_history:
             digests["akps"] = digest_file(path / "akps.safetensors")
-        run = load_finished_run(path, DataLocation(root=data.root, cache=data.get("cache")))
+        run = load_finished_run(path, DataLocation(root=data["root"], cache=data.get("cache")))
         values = measurement.measure(run, load_data_as_trained(run))
         key = {"row": row, "id": record.id, "seed": seed, "values": values}
         environment = describe_environment(build_run_fabric(run).device)

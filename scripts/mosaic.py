@@ -4,19 +4,18 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 
 from acl import AnalyticConv2d
 from acl.plot import mosaic, to_png
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
-from training.run_directory import write_atomic
-from training.validation import STRICT, OutputFile, Seed
+from training.files import write_atomic
+from training.validation import OutputFile, Seed, strict_dataclass
 
 Size = Annotated[int, Field(ge=1, le=2**12)]
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class MosaicSettings:
     in_channels: Size
     out_channels: Size

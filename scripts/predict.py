@@ -9,21 +9,20 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from training.config import run_script
+from evaluation.finished_run import FinishedRun, load_finished_run, prepare_run
+from training.cli import run_script
 from training.data import Data
-from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, load_finished_run, prepare_run
+from training.files import write_atomic
 from training.image_cache import load_decoded_images
-from training.run_directory import write_atomic
-from training.validation import STRICT, FilePath, OutputFile
+from training.splits import Split
+from training.validation import FilePath, OutputFile, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class PredictSettings:
     run: FilePath
     images: FilePath

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from reporting.table import open_table
 from reporting.verification import verify_table
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
 
 FLAGS = {flag for flag in ("--status", "--render", "--verify") if flag in sys.argv}

@@ -3,17 +3,16 @@
 import sys
 from typing import Any
 
-from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
-from training.config import run_script
+from evaluation.finished_run import find_finished_runs, read_run_folder
+from training.cli import run_script
 from training.errors import UsageError
-from training.finished_run import find_finished_runs, read_run_folder
 from training.loggers import LoggerSettings, check_logger, log_recorded_run
-from training.validation import STRICT, construct
+from training.validation import construct, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class UploadSettings:
     runs: str | list[str]
     logger: dict[str, Any]

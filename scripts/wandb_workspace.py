@@ -6,15 +6,14 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from pydantic import ValidationError
-from pydantic.dataclasses import dataclass as validated_dataclass
 
-from training.config import run_script
+from training.cli import run_script
 from training.errors import UsageError
 from training.loggers import report_refusals
-from training.validation import STRICT
+from training.validation import strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class WorkspaceSettings:
     entity: str
     project: str

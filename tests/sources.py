@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["acl", "models", "training", "reporting", "scripts"]
+PACKAGES = ["acl", "models", "training", "evaluation", "reporting", "scripts"]
 """In order of dependency: each package may import only those before it."""
 
 

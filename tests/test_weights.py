@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from evaluation.finished_run import evaluate_run, load_finished_run
 from tests.sources import ROOT
-from training.finished_run import evaluate_run, load_finished_run
-from training.runs import load_run_data
+from training.settings import load_run_data
 
 FOLDER = ROOT / "results/weights"
 RECORDS: dict[str, dict[str, Any]] = {

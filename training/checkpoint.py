@@ -1,12 +1,16 @@
-"""The resumable state of a run."""
+"""The resumable state of a run, and its file of weights."""
 
 import time
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
+import acl
+from training.data import Data
 from training.distributed import all_reduce, gather_random_states, set_random_state
 from training.errors import UsageError
 from training.provenance import find_changed_inputs
@@ -98,3 +102,9 @@ class Checkpointer:
     def elapsed(self) -> float:
         """Seconds spent on the run, including the time before an interruption."""
         return time.monotonic() - self._started
+
+
+def serialize_weights(model: nn.Module, run_identity: Mapping[str, Any], data: Data) -> bytes:
+    """Serializes a network with everything that is needed to build it again."""
+    info = {"config": dict(run_identity), "input_format": asdict(data.input_format), "classes": data.classes}
+    return acl.serialize(model, info)

@@ -1,24 +1,17 @@
-"""Composes configurations as the command line does, identifies runs by them, and runs scripts with them."""
+"""Composes configurations as the command line does, and identifies runs by them."""
 
-import functools
-import os
 import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue
 
 from training.errors import UsageError
-from training.validation import construct
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -46,18 +39,14 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The part of a run's configuration that determines its result."""
-    return _select_identity(resolve(cfg), ())
-
-
-def _select_identity(values: dict[str, Any], parent_path: tuple[str, ...]) -> dict[str, Any]:
+def identity(values: dict[str, Any], parent_path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The part of a run's resolved configuration that determines its result."""
     kept = {}
     for key, value in values.items():
         key_path = (*parent_path, key)
         is_ignored_null = value is None and key_path not in _NULL_IN_IDENTITY and key_path[0] != "arrangement"
         if key_path not in _NOT_IN_IDENTITY and not is_ignored_null:
-            kept[key] = _select_identity(value, key_path) if isinstance(value, dict) else value
+            kept[key] = identity(value, key_path) if isinstance(value, dict) else value
     return kept
 
 
@@ -87,18 +76,13 @@ def allow_new_keys(overrides: list[str], roots: tuple[str, ...] = ("arrangement"
     return [f"++{override}" if override.startswith(prefixes) else override for override in overrides]
 
 
-def _check_choices(overrides: list[str]) -> None:
+def check_choices(overrides: list[str]) -> None:
     """Raises UsageError for a group that is set to something other than the name of one of its files."""
     for override in overrides:
         group, _, choice = override.partition("=")
         if (CONFIGS / group).is_dir() and group and not isinstance(yaml.safe_load(choice), str):
             names = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
             raise UsageError(f"{override} is invalid: choose one of {', '.join(names)}")
-
-
-def _quote_text(override: str, text_keys: tuple[str, ...]) -> str:
-    key, _, value = override.partition("=")
-    return f"{key}='{value}'" if key in text_keys and value.isalnum() else override
 
 
 def compose(overrides: list[str], config: str = "train") -> DictConfig:
@@ -111,7 +95,7 @@ def compose(overrides: list[str], config: str = "train") -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            _check_choices(overrides)
+            check_choices(overrides)
             return hydra.compose(config, allow_new_keys(overrides))
     except Exception as error:  # Hydra raises errors of many types for invalid overrides
         raise UsageError(format_error(error)) from error
@@ -140,56 +124,3 @@ def format_error(error: BaseException) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     return ": ".join(dict.fromkeys(" ".join(str(cause).split()) for cause in causes))
-
-
-def run_script(
-    task: Callable[[Any], object],
-    config: str,
-    settings: Callable[..., Any] | None = None,
-    new_key_roots: tuple[str, ...] = ("arrangement",),
-    text_keys: tuple[str, ...] = (),
-) -> None:
-    """Runs a script's task under Hydra. An error that the user can fix becomes one line on stderr and exit status 2.
-
-    Args:
-        task: takes the configuration, or the ``settings`` built from it; a Hydra sweeper receives what it returns.
-        config: the name of the configuration file.
-        settings: a validated dataclass of the script's options; None: pass the configuration itself.
-        new_key_roots: as for ``allow_new_keys``.
-        text_keys: keys whose values are text, even if they look like numbers, such as the id of a run.
-    """
-    user_wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra formats errors itself and exits with status 1
-    sys.argv[1:] = [_quote_text(word, text_keys) for word in allow_new_keys(sys.argv[1:], new_key_roots)]
-
-    has_started = False
-
-    @functools.wraps(task)
-    def job(cfg: DictConfig) -> object:
-        nonlocal has_started
-        has_started = True
-        try:
-            return task(cfg if settings is None else construct(settings, resolve(cfg)))
-        except (UsageError, OmegaConfBaseException) as error:
-            # When an error propagates, Hydra adds a line that names the failing job, which helps only in a sweep.
-            if user_wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise
-            _exit_with(error)
-
-    try:
-        _check_choices(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
-    except KeyboardInterrupt:
-        print("interrupted; finished work is kept", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        # Before the task starts, any error comes from the command line: Hydra raises many types for invalid overrides.
-        is_expected = not has_started or isinstance(error, UsageError | HydraException | OmegaConfBaseException)
-        if user_wants_traceback or not is_expected:
-            raise
-        _exit_with(error)
-
-
-def _exit_with(error: Exception) -> NoReturn:
-    print(f"error: {format_error(error)}", file=sys.stderr)
-    sys.exit(2)

@@ -12,9 +12,11 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.datasets import DATASETS, Share, Split
+from training.datasets import DATASETS
 from training.errors import UsageError
-from training.validation import STRICT, Count, Pixels, Seed, construct, format_value
+from training.image_folders import Share
+from training.splits import Split
+from training.validation import STRICT, Count, Pixels, Seed, construct, format_value, strict_dataclass
 
 MAX_BYTES_ON_DEVICE = 2**32
 """Larger data sets stay in main memory or memory-mapped."""
@@ -23,7 +25,7 @@ EVAL_PIXELS = 2**24
 FLOAT32 = torch.finfo(torch.float32)
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class Augmentation:
     """Random augmentation of training images, and the center crop of test images to the same size."""
 

@@ -4,77 +4,27 @@ import functools
 import gzip
 import hashlib
 import json
-import os
-import re
-import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
-from unicodedata import normalize
 from urllib.error import URLError
 
 import torch
-from lightning_fabric.utilities.rank_zero import rank_zero_only
-from PIL import Image
-from pydantic import Field, ValidationError, validate_call
+from pydantic import ValidationError, validate_call
 from scipy.io import loadmat
-from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from training.errors import UsageError
-from training.image_cache import load_decoded_images
-from training.run_directory import write_atomic
-from training.validation import STRICT, Count, FilePath, Pixels
+from training.files import write_atomic
+from training.image_folders import ImageFiles, Listing, read_imagefolder
+from training.splits import Dataset, Split
+from training.validation import STRICT, FilePath
 
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class Split:
-    images: Tensor  # (n, channels, height, width) uint8
-    labels: Tensor  # (n,) int64
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor | slice) -> "Split":
-        return Split(self.images[index], self.labels[index])
-
-    def sample(self, count: int) -> "Split":
-        """The same ``count`` random images every time, in random order; all images if there are fewer."""
-        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]]
-
-    def to(self, device: torch.device) -> "Split":
-        images, labels = self.images, self.labels
-        if device.type == "cuda" and not images.is_cuda:  # pinned memory lets the copy overlap with computation
-            images, labels = images.pin_memory(), labels.pin_memory()
-        return Split(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-
-
-Splits = tuple[Split, Split, Split]
-"""The training, validation and test splits."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set whose image files are listed, but not decoded yet."""
-
-    classes: list[str]  # names, by label
-    digest: str  # 12 hexadecimal digits: a hash of the splits, labels and pixels (of image files: names and sizes)
-    load: Callable[[], Splits]
-
-
-Listing = list[tuple[Path, str]]
-"""Pairs of an image file and the name of its class."""
-IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats of image files in folders: those of photographs, of the many that Pillow opens."""
 _MAY_DOWNLOAD = ContextVar("_MAY_DOWNLOAD", default=True)
 
 
@@ -164,48 +114,30 @@ def read_cifar10(root: FilePath) -> Dataset:
     return _split_validation(splits[0], splits[1], 5000, part.classes)
 
 
-@validate_call(config=STRICT)
-def read_flowers102(
-    root: FilePath,
-    cache: FilePath,
-    title: str,
-    size: Pixels,
-    validation: Share,
-    skip_undecodable: bool,
-    max_images: Count | None = None,
-) -> Dataset:
-    """Oxford Flowers-102 with its official split: 1,020 / 1,020 / 6,149. ``validation`` is not used."""
-    folder = root / "flowers-102"
-    files = [folder / name for name in ("setid.mat", "imagelabels.mat", "jpg")]
+def read_flowers102(files: ImageFiles) -> Dataset:
+    """Oxford Flowers-102 with its official split: 1,020 / 1,020 / 6,149."""
+    folder = files.root / "flowers-102"
+    parts = [folder / name for name in ("setid.mat", "imagelabels.mat", "jpg")]
     file_names = "jpg/ (from 102flowers.tgz), imagelabels.mat and setid.mat"
-    _download_missing("Flowers-102", folder, file_names, files, lambda: datasets.Flowers102(root, download=True))
+    _download_missing("Flowers-102", folder, file_names, parts, lambda: datasets.Flowers102(files.root, download=True))
     try:
-        labels = loadmat(files[1])["labels"].ravel()
-        ids = [loadmat(files[0])[part].ravel() for part in ("trnid", "valid", "tstid")]
+        labels = loadmat(parts[1])["labels"].ravel()
+        ids = [loadmat(parts[0])[name].ravel() for name in ("trnid", "valid", "tstid")]
         listings = [[(folder / "jpg" / f"image_{i:05d}.jpg", f"{labels[i - 1]:03d}") for i in part] for part in ids]
     except Exception as error:
-        raise UsageError(f"{files[0]} or {files[1].name} is corrupt; delete both and download them again") from error
-    dataset = _read_image_files(folder, listings, cache, title, size, skip_undecodable, max_images)
+        raise UsageError(f"{parts[0]} or {parts[1].name} is corrupt; delete both and download them again") from error
+    dataset = files.read(folder, listings)
     return replace(dataset, classes=[datasets.Flowers102.classes[int(label) - 1] for label in dataset.classes])
 
 
-@validate_call(config=STRICT)
-def read_food101(
-    root: FilePath,
-    cache: FilePath,
-    title: str,
-    size: Pixels,
-    validation: Share,
-    skip_undecodable: bool,
-    max_images: Count | None = None,
-) -> Dataset:
-    """Food-101 with its official test split; ``validation`` is the share of each class's training images held out."""
-    folder = root / "food-101"
-    files = [folder / "meta" / "train.json", folder / "meta" / "test.json", folder / "images"]
+def read_food101(files: ImageFiles) -> Dataset:
+    """Food-101 with its official test split."""
+    folder = files.root / "food-101"
+    parts = [folder / "meta" / "train.json", folder / "meta" / "test.json", folder / "images"]
     file_names = "images/ and meta/, from food-101.tar.gz"
-    _download_missing("Food-101", folder, file_names, files, lambda: datasets.Food101(root, download=True))
+    _download_missing("Food-101", folder, file_names, parts, lambda: datasets.Food101(files.root, download=True))
     listings: list[Listing] = []
-    for file in files[:2]:
+    for file in parts[:2]:
         try:
             names = json.loads(file.read_text())
             listings.append(
@@ -213,97 +145,8 @@ def read_food101(
             )
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{file} is corrupt or truncated; delete it and download it again") from error
-    train, val = _split_listing(listings[0], validation)
-    return _read_image_files(folder, [train, val, listings[1]], cache, title, size, skip_undecodable, max_images)
-
-
-@validate_call(config=STRICT)
-def read_imagefolder(
-    root: FilePath,
-    cache: FilePath,
-    title: str,
-    size: Pixels,
-    validation: Share,
-    skip_undecodable: bool,
-    max_images: Count | None = None,
-) -> Dataset:
-    """The user's own images: <root>/train/<class>/*, <root>/test/<class>/* and optionally <root>/val/<class>/*.
-
-    ``validation`` is the share of each class's training images to hold out if there is no val/.
-    """
-    listings: dict[str, Listing] = {}
-    ignored: dict[str, list[Path]] = defaultdict(list)
-    for part in ("train", "val", "test"):
-        folder = root / part
-        if not folder.is_dir():
-            if part == "val":
-                continue
-            raise UsageError(f"no folder {folder}; data=imagefolder reads {root}/train/<class>/* and test/<class>/*")
-        try:
-            listings[part] = _list_images(folder, ignored)
-        except OSError as error:
-            raise UsageError(f"cannot list the files in {error.filename}: {error.strerror}") from error
-    if ignored:
-        counts = [f"{len(paths)} {reason}, such as {paths[0]}" for reason, paths in ignored.items()]
-        rank_zero_only(print)(f"ignored files in {root}: {'; '.join(counts)}", file=sys.stderr)
-    if "val" in listings:
-        train, val = listings["train"], listings["val"]
-    else:
-        train, val = _split_listing(listings["train"], validation)
-    return _read_image_files(root, [train, val, listings["test"]], cache, title, size, skip_undecodable, max_images)
-
-
-def _list_images(folder: Path, ignored: dict[str, list[Path]]) -> Listing:
-    """Lists the images in the class folders of a split, and adds all other files to ``ignored``, by reason."""
-    extensions = sorted(
-        suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS and name in Image.OPEN
-    )
-    listing: Listing = []
-    real_folder = folder.resolve()
-    for class_folder in sorted(folder.iterdir(), key=lambda path: _by_name(str(path))):
-        if not class_folder.is_dir():
-            ignored["outside the class folders"].append(class_folder)
-            continue
-        label, num_listed = normalize("NFC", class_folder.name), len(listing)
-        for file in _list_files(class_folder, {real_folder, *real_folder.parents, *class_folder.resolve().parents}):
-            path = Path(file)
-            if f"{os.sep}." in file.removeprefix(str(folder)):
-                ignored["hidden"].append(path)
-            elif path.suffix.lower() not in extensions:
-                ignored["without an image extension"].append(path)
-            else:
-                listing.append((path, label))
-        if class_folder.name.startswith("."):
-            continue
-        if len(listing) == num_listed:
-            raise UsageError(f"no images in {class_folder}; known: {' '.join(extensions)}")
-        if label.encode(errors="replace") != os.fsencode(label):
-            raise UsageError(f"the name of {class_folder} is not UTF-8; rename it")
-    if not listing:
-        raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(extensions)}")
-    return listing
-
-
-def _list_files(folder: Path, visited: set[Path]) -> list[str]:
-    """Lists the files below a folder by name. Follows links, but enters no folder in ``visited`` and none twice."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files: list[str] = []
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (real_parent := Path(parent).resolve()) in visited:
-            folders.clear()
-        else:
-            visited.add(real_parent)
-            folders.sort(key=_by_name)
-            files += [f"{parent}{os.sep}{name}" for name in names]
-    return sorted(files, key=_by_name)
-
-
-def _by_name(path: str) -> tuple[str, str]:
-    """A sort key that orders paths part by part, and equally on file systems that decompose letters (NFD)."""
-    return os.path.normcase(normalize("NFC", path)).replace(os.sep, "\0"), path
+    train, val = files.hold_out(listings[0])
+    return files.read(folder, [train, val, listings[1]])
 
 
 def _split_validation(train: Split, test: Split, count: int, classes: list[str]) -> Dataset:
@@ -316,21 +159,6 @@ def _split_validation(train: Split, test: Split, count: int, classes: list[str])
     for tensor in (tensor for split in splits for tensor in (split.labels, split.images)):
         digest.update(tensor.contiguous().numpy().data)
     return Dataset(classes, digest.hexdigest()[:12], lambda: splits)
-
-
-def _split_listing(listing: Listing, share: float) -> tuple[Listing, Listing]:
-    """Holds out a share of each class for validation, always the same images."""
-    from sklearn.model_selection import train_test_split  # imported here because it takes over a second
-
-    labels = [label for _, label in listing]
-    count = max(round(share * len(listing)), len(set(labels)))
-    try:
-        kept, held_out = train_test_split(range(len(listing)), test_size=count, stratify=labels, random_state=0)
-    except ValueError as error:
-        raise UsageError(
-            f"cannot hold out {count} of {len(listing)} training images for validation: {error}"
-        ) from error
-    return [listing[i] for i in sorted(kept)], [listing[i] for i in sorted(held_out)]
 
 
 def _download_missing(
@@ -360,61 +188,14 @@ def _download_missing(
             ) from error
 
 
-def _read_image_files(
-    root: Path,
-    listings: list[Listing],
-    cache: Path,
-    title: str,
-    size: int,
-    skip_undecodable: bool,
-    max_images: int | None,
-) -> Dataset:
-    """The data set of the training, validation and test listings; only ``max_images`` of each are decoded."""
-    class_sets = [{label for _, label in listing} for listing in listings]
-    classes = sorted(set.union(*class_sets))
-    parts = ("training", "validation", "test")
-    for part, labels in zip(parts, class_sets, strict=True):
-        if missing := [label for label in classes if label not in labels]:
-            raise UsageError(
-                f"{root}: the {part} split lacks {len(missing)} of {len(classes)} classes, such as '{missing[0]}'; "
-                "each split needs images of every class"
-            )
-    digest = hashlib.sha256()
-    for number, listing in enumerate(listings):
-        for path, label in listing:
-            if not path.is_file():
-                raise UsageError(f"{path} is listed but does not exist; download the data set again")
-            name, num_bytes = normalize("NFC", path.relative_to(root).as_posix()), path.stat().st_size
-            digest.update(os.fsencode(f"{number} {name} {label} {num_bytes}\n"))
-
-    def decode() -> Splits:
-        kept = [listing[:max_images] for listing in listings]
-        paths = [path for listing in kept for path, _ in listing]
-        cache_title = re.sub(r"[^\w-]+", "-", title).strip("-")
-        images, skipped = load_decoded_images(root, paths, size, cache, cache_title, skip_undecodable)
-        skipped_indices = set(skipped)
-        splits, first_image, first_path = [], 0, 0
-        for part, listing in zip(parts, kept, strict=True):
-            labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
-            # The splits are consecutive in the cache, so each is a view of it.
-            view = images[first_image : first_image + len(labels_kept)]
-            if lost := sorted({label for _, label in listing} - set(labels_kept)):
-                raise UsageError(f"{root}: no {part} image of class '{lost[0]}' can be decoded")
-            splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
-            first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
-        return splits[0], splits[1], splits[2]
-
-    return Dataset(classes, digest.hexdigest()[:12], decode)
-
-
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": read_digits,
     "mnist": partial(read_idx, datasets.MNIST),
     "fashion_mnist": partial(read_idx, datasets.FashionMNIST),
     "cifar10": read_cifar10,
-    "flowers102": read_flowers102,
-    "food101": read_food101,
-    "imagefolder": read_imagefolder,
+    "flowers102": lambda **options: read_flowers102(ImageFiles(**options)),
+    "food101": lambda **options: read_food101(ImageFiles(**options)),
+    "imagefolder": lambda **options: read_imagefolder(ImageFiles(**options)),
 }
 """Readers by ``data.name``. Each takes its options of ``configs/data/<name>.yaml`` as keyword arguments."""
 

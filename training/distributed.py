@@ -3,42 +3,17 @@
 import logging
 import os
 import warnings
-from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.rank_zero import rank_zero_only
-from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
 from training.errors import UsageError
-from training.validation import STRICT, Count
+from training.settings import TrainerSettings
 
 warnings.filterwarnings("ignore", message="The `srun` command is available")  # a single process needs no srun
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would log the precision of every run
-
-
-Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
-"""Those of Lightning Fabric that need no other library; the last four are short for 16-mixed, bf16-mixed and so on."""
-
-
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
-class TrainerSettings:
-    """The options of configs/trainer: the length of a run, its devices and their precision."""
-
-    epochs: Count
-    batch_size: Count
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
-    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
-    devices: Count
-    nodes: Count
-    precision: Precision
-    deterministic: bool
-    channels_last: bool
-    compile: bool
-    test: bool
-    checkpoint_minutes: float = Field(gt=0)
 
 
 CUDA_STATE_BYTES = 16

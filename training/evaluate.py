@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import Data
-from training.datasets import Split
 from training.distributed import all_reduce
+from training.splits import Split
 
 
 def evaluate(model: nn.Module, data: Data, split: Split, fabric: Fabric | None = None) -> dict[str, float]:

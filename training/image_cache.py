@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.errors import UsageError
-from training.run_directory import UNFINISHED, write_atomic
+from training.files import UNFINISHED, write_atomic
 
 FORMAT = 3
 CHUNK = 256

@@ -10,17 +10,16 @@ from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
 from acl import analytic_layers
 from training.errors import UsageError
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.validation import STRICT
+from training.validation import strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class LoggerSettings:
     """The options of configs/logger."""
 

@@ -6,13 +6,14 @@ import hashlib
 import io
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.optim import Optimizer
@@ -21,26 +22,40 @@ from tqdm import tqdm
 
 import models
 from acl import analytic_layers
-from training.checkpoint import Checkpointer, TrainState
+from training.checkpoint import Checkpointer, TrainState, serialize_weights
 from training.data import Data
-from training.datasets import Split
 from training.distributed import all_reduce, build_fabric, is_main_process, synchronize_batch_norm
 from training.errors import UsageError
 from training.evaluate import predict
-from training.finished_run import serialize_weights
 from training.loggers import Logger, check_logger, open_logger
 from training.optim import build_criterion, build_optimizer, build_schedule
 from training.provenance import describe_environment, digest_file
 from training.record import RECORD_FORMAT, Record
 from training.run_directory import RunDirectory, serialize
-from training.runs import RunSettings, build_model, describe_inputs, find_changes, load_run_data, parse_run
+from training.settings import RunSettings, build_model, describe_inputs, find_changes, load_run_data
+from training.splits import Split
 from training.validation import construct
 
 CHECK_EVERY = 50  # steps between checks of the loss; each check synchronizes with the device
 
 
-def run(cfg: DictConfig) -> tuple[Record, bool]:
-    """Trains, validates and tests the run that ``cfg`` (configs/train.yaml) describes, unless it is already recorded.
+@dataclass(frozen=True)
+class Setup:
+    """What a run trains with, from its first epoch to its last."""
+
+    settings: RunSettings
+    fabric: Fabric  # the launched processes
+    data: Data  # on the device
+    model: nn.Module  # the network, whose weights are saved
+    parallel_model: nn.Module  # the same network, as Fabric runs it on the processes
+    criterion: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    checkpointer: Checkpointer
+
+
+def run(settings: RunSettings) -> tuple[Record, bool]:
+    """Trains, validates and tests a run, unless it is already recorded.
 
     An interrupted run is resumed from its last checkpoint and gives the same result as one that never stopped.
 
@@ -51,7 +66,6 @@ def run(cfg: DictConfig) -> tuple[Record, bool]:
         UsageError: for invalid input (before training starts), a loss that is not finite, or an unwritable folder.
         BusyError: if another process is working on this run.
     """
-    settings = parse_run(cfg)
     if (record := load_valid_record(settings)) is not None:
         return record, False
     if is_main_process():
@@ -96,23 +110,12 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
         data: the data set, on the device.
         environment: the output of ``describe_environment``, for the record.
     """
-    trainer, directory = settings.trainer, settings.directory
-    num_conv_parameters, num_parameters = models.count_parameters(model)
-    if trainer.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if trainer.compile:
-        compile_if_possible(model, fabric.device)
-    steps_per_epoch = len(data.train) // trainer.batch_size
-    criterion = build_criterion(settings.optim)
-    optimizer = build_optimizer(model, settings.optim)
-    schedule = build_schedule(optimizer, settings.optim, steps_per_epoch * trainer.epochs)
-    parallel_model, optimizer = fabric.setup(model, optimizer)
-    precision = fabric.strategy.precision
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
-    checkpointer = Checkpointer(fabric, directory, trainer.checkpoint_minutes, **parts)
-    hits = torch.zeros((), dtype=torch.long, device=fabric.device)
+    setup = prepare_training(settings, fabric, model, data)
+    directory, checkpointer = settings.directory, setup.checkpointer
     inputs = describe_inputs(settings, data)
-    state = TrainState(losses=torch.zeros(steps_per_epoch, device=fabric.device), hits=hits, inputs=inputs)
+    losses = torch.zeros(len(data.train) // settings.trainer.batch_size, device=fabric.device)
+    hits = torch.zeros((), dtype=torch.long, device=fabric.device)
+    state = TrainState(losses=losses, hits=hits, inputs=inputs)
     if not checkpointer.restore(state):
         state.akps.append(snapshot_akps(model))
     if fabric.is_global_zero:
@@ -121,70 +124,88 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
         open_logger(settings.logger, directory, settings.config, model) if fabric.is_global_zero else Logger() as logger
     ):
         logger.start(state.epoch)
-        while state.epoch < trainer.epochs:
-            train_metrics = train_one_epoch(
-                parallel_model,
-                criterion,
-                data,
-                optimizer,
-                schedule,
-                fabric,
-                state,
-                checkpointer,
-                batch_size=trainer.batch_size,
-                seed=settings.seed,
-                description=f"epoch {state.epoch + 1}/{trainer.epochs}",
-            )
-            val, predictions = predict(parallel_model, data, data.val, fabric)
-            metrics = {"epoch": state.epoch + 1, "lr": float(schedule.get_last_lr()[0]), **train_metrics}
-            metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
-            is_best = not state.best or _score(metrics) > _score(state.best)
-            if is_best:
-                state.best, state.best_correct = metrics, pack_correct(predictions, data.val)
-            state.history.append(metrics)
-            state.akps.append(snapshot_akps(model))
-            state.epoch, state.step = state.epoch + 1, 0
-            if fabric.is_global_zero:
-                if is_best:
-                    weights = serialize_weights(model, directory.identity, data)
-                    contents = {"model.safetensors": weights, "optimizer.pt": serialize(optimizer.state_dict())}
-                    for name, content in contents.items():
-                        directory.write(name, content)
-                        state.best_files[name] = hashlib.sha256(content).hexdigest()
-                _write_history(directory, state)
-            logger.log(metrics)
+        while state.epoch < settings.trainer.epochs:
+            train_metrics = train_one_epoch(setup, state)
+            logger.log(finish_epoch(setup, state, train_metrics))
             checkpointer.save(state)
         if fabric.is_global_zero:
             directory.verify(state.best_files)
             _write_history(directory, state)  # again, in case the files were damaged before the run was resumed
         fabric.barrier()
-        test = test_correct = None
-        if trainer.test:
-            model.load_state_dict(load_file(directory.path / "model.safetensors"))
-            test, predictions = predict(parallel_model, data, data.test, fabric)
-            test_correct = pack_correct(predictions, data.test)
-        values = {
-            "format": RECORD_FORMAT,
-            "id": directory.id,
-            "config": directory.identity,
-            "test": test,
-            "val": {"top1": state.best["val_top1"], "loss": state.best["val_loss"]},
-            "best_epoch": state.best["epoch"],
-            "parameters": {"conv": num_conv_parameters, "total": num_parameters},
-            "random_layers": models.find_random_layers(model),
-            "seconds": round(checkpointer.elapsed, 2),
-            **environment,
-            **inputs,
-            "classes": data.classes,
-            "weights": digest_file(directory.path / "model.safetensors"),
-            "correct": {"val": state.best_correct, "test": test_correct},
-        }
-        record = construct(Record, values)
+        record = make_record(setup, state, {**environment, **inputs})
         if fabric.is_global_zero:
             directory.write_record(record)
             directory.delete_checkpoints()
         logger.finish(record)
     return record
+
+
+def prepare_training(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data) -> Setup:
+    """Prepares what a run trains with; arguments as for ``train``."""
+    trainer = settings.trainer
+    if trainer.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if trainer.compile:
+        compile_if_possible(model, fabric.device)
+    optimizer = build_optimizer(model, settings.optim)
+    schedule = build_schedule(optimizer, settings.optim, len(data.train) // trainer.batch_size * trainer.epochs)
+    parallel_model, optimizer = fabric.setup(model, optimizer)
+    precision = fabric.strategy.precision
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+    checkpointer = Checkpointer(fabric, settings.directory, trainer.checkpoint_minutes, **parts)
+    criterion = build_criterion(settings.optim)
+    return Setup(settings, fabric, data, model, parallel_model, criterion, optimizer, schedule, checkpointer)
+
+
+def finish_epoch(setup: Setup, state: TrainState, train_metrics: dict[str, float]) -> dict[str, float]:
+    """Validates a trained epoch, keeps its weights if they are the best, and returns its metrics."""
+    data, directory = setup.data, setup.settings.directory
+    val, predictions = predict(setup.parallel_model, data, data.val, setup.fabric)
+    metrics = {"epoch": state.epoch + 1, "lr": float(setup.schedule.get_last_lr()[0]), **train_metrics}
+    metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
+    is_best = not state.best or _score(metrics) > _score(state.best)
+    if is_best:
+        state.best, state.best_correct = metrics, pack_correct(predictions, data.val)
+    state.history.append(metrics)
+    state.akps.append(snapshot_akps(setup.model))
+    state.epoch, state.step = state.epoch + 1, 0
+    if setup.fabric.is_global_zero:
+        if is_best:
+            weights = serialize_weights(setup.model, directory.identity, data)
+            contents = {"model.safetensors": weights, "optimizer.pt": serialize(setup.optimizer.state_dict())}
+            for name, content in contents.items():
+                directory.write(name, content)
+                state.best_files[name] = hashlib.sha256(content).hexdigest()
+        _write_history(directory, state)
+    return metrics
+
+
+def make_record(setup: Setup, state: TrainState, origin: dict[str, Any]) -> Record:
+    """Tests the network of the best epoch, and collects the record; ``origin`` describes environment and inputs."""
+    data, directory = setup.data, setup.settings.directory
+    weights_file = directory.path / "model.safetensors"
+    test = test_correct = None
+    if setup.settings.trainer.test:
+        setup.model.load_state_dict(load_file(weights_file))
+        test, predictions = predict(setup.parallel_model, data, data.test, setup.fabric)
+        test_correct = pack_correct(predictions, data.test)
+    num_conv_parameters, num_parameters = models.count_parameters(setup.model)
+    values = {
+        "format": RECORD_FORMAT,
+        "id": directory.id,
+        "config": directory.identity,
+        "test": test,
+        "val": {"top1": state.best["val_top1"], "loss": state.best["val_loss"]},
+        "best_epoch": state.best["epoch"],
+        "parameters": {"conv": num_conv_parameters, "total": num_parameters},
+        "random_layers": models.find_random_layers(setup.model),
+        "seconds": round(setup.checkpointer.elapsed, 2),
+        **origin,
+        "classes": data.classes,
+        "weights": digest_file(weights_file),
+        "correct": {"val": state.best_correct, "test": test_correct},
+    }
+    return construct(Record, values)
 
 
 def pack_correct(predictions: torch.Tensor, split: Split) -> str:
@@ -204,20 +225,7 @@ def compile_if_possible(model: nn.Module, device: torch.device) -> None:
         model.compile()
 
 
-def train_one_epoch(
-    model: nn.Module,
-    criterion: nn.Module,
-    data: Data,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    fabric: Fabric,
-    state: TrainState,
-    checkpointer: Checkpointer,
-    *,
-    batch_size: int,
-    seed: int,
-    description: str,
-) -> dict[str, float]:
+def train_one_epoch(setup: Setup, state: TrainState) -> dict[str, float]:
     """Trains one epoch, or the rest of an interrupted one. Each process computes its share of every batch.
 
     Returns:
@@ -226,23 +234,14 @@ def train_one_epoch(
     Raises:
         UsageError: if the loss is not finite.
     """
-    rank, world_size = fabric.global_rank, fabric.world_size
-    generator, steps = checkpointer.generator, len(state.losses)
-    model.train()
-    # The order, augmentation and dropout of an epoch depend only on the seed, the epoch and the process.
-    epoch_seed = seed * 100_003 + state.epoch
-    generator.manual_seed(epoch_seed)
-    order = torch.randperm(len(data.train), generator=generator).to(data.train.images.device)
-    if state.step:
-        assert state.generator is not None
-        generator.set_state(state.generator)
-    else:
-        torch.manual_seed(epoch_seed * 1009 + rank)
-        state.losses.zero_()
-        state.hits.zero_()
+    fabric, data, trainer = setup.fabric, setup.data, setup.settings.trainer
+    rank, world_size, batch_size = fabric.global_rank, fabric.world_size, trainer.batch_size
+    generator, steps = setup.checkpointer.generator, len(state.losses)
+    setup.parallel_model.train()
+    order = _start_epoch(setup, state)
     progress = tqdm(
         range(state.step, steps),
-        desc=description,
+        desc=f"epoch {state.epoch + 1}/{trainer.epochs}",
         initial=state.step,
         total=steps,
         unit="image",
@@ -254,25 +253,42 @@ def train_one_epoch(
         batch = data.train[order[step * batch_size : (step + 1) * batch_size]].to(fabric.device)
         images = data.augmentation(batch.images, generator)
         images, labels = images[rank::world_size], batch.labels[rank::world_size]
-        logits = model(data.normalize(images))
+        logits = setup.parallel_model(data.normalize(images))
         # Weighted so that the mean over processes is the mean over the batch.
-        loss = criterion(logits, labels) * (len(labels) * world_size / batch_size)
-        optimizer.zero_grad()
+        loss = setup.criterion(logits, labels) * (len(labels) * world_size / batch_size)
+        setup.optimizer.zero_grad()
         fabric.backward(loss)
-        optimizer.step()
-        schedule.step()
+        setup.optimizer.step()
+        setup.schedule.step()
         state.losses[step] = loss.detach()
         state.hits += (logits.detach().argmax(1) == labels).sum()
         state.step = step + 1
         if state.step % CHECK_EVERY == 0 or state.step == steps:
             losses = all_reduce(fabric, state.losses[: state.step], "mean")
-            _check_finite(losses, state, checkpointer)
+            _check_finite(losses, state, setup.checkpointer)
             top1 = 100 * int(state.hits) * world_size / (state.step * batch_size)
             progress.set_postfix(loss=f"{float(losses.mean()):.3f}", top1=f"{top1:.2f}%")
             if state.step < steps:
-                checkpointer.save_if_due(state)
+                setup.checkpointer.save_if_due(state)
     hits = int(all_reduce(fabric, state.hits, "sum"))
     return {"train_loss": float(losses.mean()), "train_top1": 100 * hits / (steps * batch_size)}
+
+
+def _start_epoch(setup: Setup, state: TrainState) -> torch.Tensor:
+    """Seeds or restores all random generators, and returns the order of the training images."""
+    # The order, augmentation and dropout of an epoch depend only on the seed, the epoch and the process.
+    generator, train = setup.checkpointer.generator, setup.data.train
+    epoch_seed = setup.settings.seed * 100_003 + state.epoch
+    generator.manual_seed(epoch_seed)
+    order = torch.randperm(len(train), generator=generator).to(train.images.device)
+    if state.step:
+        assert state.generator is not None
+        generator.set_state(state.generator)
+    else:
+        torch.manual_seed(epoch_seed * 1009 + setup.fabric.global_rank)
+        state.losses.zero_()
+        state.hits.zero_()
+    return order
 
 
 def _score(metrics: dict[str, float]) -> tuple[float, float]:

@@ -4,17 +4,16 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 import models
 from acl import param_groups
 from training.errors import UsageError
-from training.validation import STRICT
+from training.validation import strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class OptimSettings:
     """The options of configs/optim."""
 

@@ -13,7 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("acl", "models", "training")
-"""The packages that determine the result of a run."""
+"""The packages that determine the result of a run, with their subfolders."""
+NOT_SOURCES = ("acl/explain.py", "acl/plot.py", "acl/transform.py", "training/cli.py", "training/loggers.py")
+"""Their modules that no result depends on: they start scripts, log, draw, or act on trained networks."""
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -39,12 +41,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def digest_sources() -> str:
-    """12 hexadecimal digits: a hash of the source files of ``SOURCES``."""
+    """12 hexadecimal digits: a hash of the source files of ``SOURCES`` without ``NOT_SOURCES``."""
     digest = hashlib.sha256()
-    for package in SOURCES:
-        for path in sorted((ROOT / package).glob("*.py")):
-            content = path.read_bytes()
-            digest.update(f"{package}/{path.name} {len(content)}\n".encode() + content)
+    files = {path.relative_to(ROOT).as_posix() for package in SOURCES for path in (ROOT / package).rglob("*.py")}
+    for name in sorted(files.difference(NOT_SOURCES)):
+        content = (ROOT / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
 
 

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from typing_extensions import TypedDict
 
 from training.errors import UsageError
-from training.validation import Seed, construct
+from training.files import parse_json, read_bytes
+from training.validation import Seed
 
-T = TypeVar("T")
 RECORD_FORMAT = 1
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -123,29 +123,6 @@ class Record(Recorded):
 def compute_run_id(identity: Mapping[str, Any]) -> str:
     """12 hexadecimal digits: a hash of the part of a configuration that determines a run's result."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read_bytes(file: Path) -> bytes:
-    """Reads a file. Raises UsageError if it is unreadable."""
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
-
-
-def parse_json(content: bytes, factory: Callable[..., T], description: str, source: str) -> T:
-    """Parses an object of JSON with ``construct``; errors say that ``source`` is not ``description``.
-
-    Raises:
-        UsageError: if the content is not such an object.
-    """
-    try:
-        values = json.loads(content)
-        if not isinstance(values, dict):
-            raise UsageError("it is not a JSON object")
-        return construct(factory, values)
-    except (ValueError, RecursionError, UsageError) as error:
-        raise UsageError(f"{source} is not {description}: {error}") from error
 
 
 def read_record(file: Path) -> Record:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +15,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from training.errors import BusyError, UsageError
+from training.files import UNFINISHED, write_atomic
 from training.record import Record, compute_run_id, read_record
-
-UNFINISHED = ".unfinished-"
-"""Prefix of files that are being written."""
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes one file; see ``write_together``."""
-    write_together({path: content})
-
-
-def write_together(contents: Mapping[Path, str | bytes]) -> None:
-    """Writes temporary files next to all files, then moves them into place.
-
-    Symbolic links stay, and devices and pipes are written to directly.
-
-    Raises:
-        UsageError: if the disk is full or a folder is not writable; existing files are untouched.
-    """
-    temporaries: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            target = path
-            if path.is_file() or not path.exists():
-                real = Path(os.path.realpath(path))
-                target = temporaries[real] = real.with_name(
-                    f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-{real.name}"
-                )
-            target.write_bytes(content.encode() if isinstance(content, str) else content)
-        for path, temporary in temporaries.items():
-            temporary.replace(path)
-    except OSError as error:
-        for temporary in temporaries.values():
-            with suppress(OSError):  # not there, or on a read-only file system
-                temporary.unlink()
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def serialize(state: dict[str, Any]) -> bytes:

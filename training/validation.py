@@ -3,16 +3,26 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from training.errors import UsageError
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 """For pydantic dataclasses and ``validate_call``: no type conversion, no unknown options, only finite numbers."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, field))
+def strict_dataclass(cls: type[T]) -> type[T]:
+    """A class decorator for settings: frozen fields, given by keyword, that are validated as ``STRICT`` says."""
+    decorate: Any = validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+    validated: type[T] = decorate(cls)
+    return validated
 
 
 def _check_is_path(value: object) -> object:

@@ -8,10 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from reporting.claims import CLAIMS, Claim, collect_effects, draw_effects, render_claims
-from reporting.effects import Effect, PairedRows
-from reporting.json_lines import to_json_lines
-from reporting.measurements import (
+from evaluation.measurements import (
     MEASUREMENTS,
     AkpTravel,
     Attacks,
@@ -24,9 +21,12 @@ from reporting.measurements import (
     Transforms,
     read_measurements,
 )
+from reporting.claims import CLAIMS, Claim, collect_effects, draw_effects, render_claims
+from reporting.effects import Effect, PairedRows
 from reporting.statistics import interval_of_mean, t_quantile
 from tests.reporting.helpers import load_settings, make_record
 from training.errors import UsageError
+from training.files import to_json_lines
 
 ROOT = Path(__file__).parents[2]
 

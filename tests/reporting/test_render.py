@@ -10,7 +10,7 @@ from reporting.statistics import Row, summarize
 from reporting.table import Table
 from tests.reporting.helpers import forbid_calls, load_settings, make_record
 from training.config import compose
-from training.runs import open_run_directory
+from training.settings import parse_run
 
 COMMITTED_TABLES = Path(__file__).parents[2] / "results" / "tables"
 
@@ -184,7 +184,7 @@ def test_markdown_command_gives_run_id_of_record(rendered_table: tuple[Table, Pa
         cfg = compose(commands[row.name])
         ids = {record.seed: record.id for record in row.records}
         assert cfg.seed == table.settings.seeds[0]
-        assert open_run_directory(cfg).id == ids[cfg.seed]
+        assert parse_run(cfg).directory.id == ids[cfg.seed]
 
 
 def read_commands(markdown: str) -> dict[str, list[str]]:

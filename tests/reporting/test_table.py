@@ -19,10 +19,10 @@ from tests.training import trees
 from tests.training.processes import run_in_child, start_process, wait_for
 from training.config import CONFIGS, compose
 from training.errors import UsageError
+from training.files import write_atomic
 from training.provenance import digest_sources
 from training.record import Record
-from training.run_directory import write_atomic
-from training.runs import open_run_directory, parse_run
+from training.settings import parse_run
 
 SEARCH = {"seed": 7, "candidates": [["optim.lr=0.0001"], ["optim.lr=0.02"]]}  # 1e-4 learns nothing in one epoch
 OTHER_SOURCES = "0" * 12
@@ -187,8 +187,8 @@ def test_status_names_corrupt_record(tmp_path: Path) -> None:
 def test_reproduce_reuses_records(searched_table_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
-    def run_recorded(cfg: Any) -> tuple[Record, bool]:
-        record, is_new = original(cfg)
+    def run_recorded(settings: Any) -> tuple[Record, bool]:
+        record, is_new = original(settings)
         assert not is_new, "a recorded run was run again"
         return record, is_new
 
@@ -201,12 +201,12 @@ def test_reproduce_reuses_records(searched_table_copy: Path, monkeypatch: pytest
 def test_interrupted_table_keeps_whole_records_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = reporting.table.run, 0
 
-    def run_interrupted(cfg: Any) -> tuple[Record, bool]:
+    def run_interrupted(settings: Any) -> tuple[Record, bool]:
         nonlocal count
         count += 1
         if count == 3:
             raise KeyboardInterrupt
-        return original(cfg)
+        return original(settings)
 
     monkeypatch.setattr(reporting.table, "run", run_interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -312,8 +312,8 @@ def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monk
     def work() -> None:
         original = reporting.table.run
 
-        def run_and_log(cfg: Any) -> tuple[Record, bool]:
-            record, is_new = original(cfg)
+        def run_and_log(settings: Any) -> tuple[Record, bool]:
+            record, is_new = original(settings)
             if is_new:
                 with log.open("a") as file:
                     file.write(record.id + "\n")
@@ -339,10 +339,10 @@ def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monk
 def test_failed_run_is_reported_and_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
-    def run_or_fail(cfg: Any) -> tuple[Record, bool]:
-        if cfg.seed == 0 and cfg.model.layer is not None:
+    def run_or_fail(settings: Any) -> tuple[Record, bool]:
+        if settings.seed == 0 and settings.model["layer"] is not None:
             raise RuntimeError("out of memory")
-        return original(cfg)
+        return original(settings)
 
     monkeypatch.setattr(reporting.table, "run", run_or_fail)
     message = r"1 of 4 runs failed, 3 are done.*conv1 Gabor, seed 0: RuntimeError: out of memory"
@@ -360,8 +360,8 @@ def test_failed_run_is_tried_once_even_if_the_clock_of_the_files_is_behind(
 ) -> None:
     attempts: list[str] = []
 
-    def fail(cfg: Any) -> None:
-        attempts.append(open_run_directory(cfg).id)
+    def fail(settings: Any) -> None:
+        attempts.append(settings.directory.id)
         raise RuntimeError("out of memory")
 
     def write_in_the_past(path: Path, content: str) -> None:
@@ -378,10 +378,10 @@ def test_failed_run_is_tried_once_even_if_the_clock_of_the_files_is_behind(
 def test_search_ignores_failed_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reporting.table.run
 
-    def run_or_fail(cfg: Any) -> tuple[Record, bool]:
-        if cfg.optim.lr == 0.02:
+    def run_or_fail(settings: Any) -> tuple[Record, bool]:
+        if settings.optim.lr == 0.02:
             raise UsageError("the loss is nan at step 3")
-        return original(cfg)
+        return original(settings)
 
     monkeypatch.setattr(reporting.table, "run", run_or_fail)
     table = create_table(tmp_path, search={"seed": 7, "candidates": [["optim.lr=0.02"], ["optim.lr=0.01"]]})
@@ -454,10 +454,10 @@ def test_fresh_does_not_reuse_an_outdated_record_if_the_rerun_fails(
     make_outdated(path)
     original = reporting.table.run
 
-    def run_or_fail(cfg: Any) -> tuple[Record, bool]:
-        if reporting.table.open_run_directory(cfg).path == path.parent:
+    def run_or_fail(settings: Any) -> tuple[Record, bool]:
+        if settings.directory.path == path.parent:
             raise RuntimeError("out of memory")
-        return original(cfg)
+        return original(settings)
 
     monkeypatch.setattr(reporting.table, "run", run_or_fail)
     with pytest.raises(UsageError, match="1 of 8 runs failed, 7 are done"):

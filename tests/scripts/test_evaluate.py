@@ -7,24 +7,24 @@ import pytest
 import torch
 
 import acl
+from evaluation.finished_run import FinishedRun, adapt_data, evaluate_run, load_data_as_trained, load_finished_run
 from reporting.render import draw_confusions
 from scripts.evaluate import EvaluateSettings, count_confusions, main
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder, write_mnist
-from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, adapt_data, evaluate_run, load_data_as_trained, load_finished_run
 from training.loop import run
-from training.runs import load_run_data, open_run_directory
+from training.settings import load_run_data, parse_run
+from training.splits import Split
 
 HERE = {"root": None, "cache": None}
 
 
 def train_run(folder: Path, *overrides: str) -> Path:
     cfg = compose_run(folder, "trainer.epochs=1", "trainer.batch_size=200", *overrides)
-    run(cfg)
-    return open_run_directory(cfg).path
+    run(parse_run(cfg))
+    return parse_run(cfg).directory.path
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,10 @@ def test_count_confusions_has_true_classes_in_lines() -> None:
 def test_renamed_class_is_refused_by_name(tmp_path: Path) -> None:
     root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
     cfg = compose_photo_run(tmp_path, root)
-    run(cfg)
+    run(parse_run(cfg))
     for split in ("train", "val", "test"):
         (root / split / "class_0").rename(root / split / "zebra")
-    path = open_run_directory(cfg).path
+    path = parse_run(cfg).directory.path
     for file in (path, path / "model.safetensors"):
         with pytest.raises(UsageError, match=f"have other classes than {file}: unknown zebra; missing class_0"):
             main(EvaluateSettings(run=file, split="test", data={"root": str(root), "cache": str(tmp_path)}))
@@ -141,8 +141,8 @@ def test_invalid_class_names_are_refused(finished: FinishedRun, tmp_path: Path, 
 def test_other_data_in_place_of_a_runs_own_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
     cfg = compose_photo_run(tmp_path, root)
-    run(cfg)
-    path = open_run_directory(cfg).path
+    run(parse_run(cfg))
+    path = parse_run(cfg).directory.path
     main(EvaluateSettings(run=path, split="test", data=HERE))
     (root / "test/class_0/1.png").unlink()
     main(EvaluateSettings(run=path, split="test", data=HERE))

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import acl
+from evaluation.finished_run import load_finished_run
 from tests.scripts.conftest import ROOT, RunScript
 from training.config import compose
-from training.finished_run import load_finished_run
 from training.loop import run, snapshot_akps
-from training.runs import build_model, load_run_data, open_run_directory
+from training.settings import build_model, load_run_data, parse_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -25,8 +25,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def train_run(folder: Path, *overrides: str) -> Path:
     """Trains for two epochs and returns the folder of the run."""
     cfg = compose([*overrides, "trainer.epochs=2", "trainer.accelerator=cpu", f"paths.runs={folder}"])
-    run(cfg)
-    return open_run_directory(cfg).path
+    run(parse_run(cfg))
+    return parse_run(cfg).directory.path
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.config import compose, flatten
 from training.loop import run
-from training.runs import open_run_directory
+from training.settings import parse_run
 
 NONSENSE = [
     *("null", "abc", "-1", "0", "1.5", "1e99", "nan", "inf", "true", "[]", "[a]", "{}", "{a:1}", "''", "' '", "../x"),
@@ -64,7 +64,7 @@ WORK = (
     "acl.fit_kernels",
     "acl.plot.mosaic",
     "pandas.json_normalize",
-    "reporting.run_page.render_run_page",
+    "evaluation.run_page.render_run_page",
     "reporting.table.run",
     "torch.onnx.export",
     "training.evaluate.evaluate",
@@ -128,16 +128,16 @@ def environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = compose_run(tmp_path_factory.mktemp("runs"), "trainer.epochs=1", "trainer.batch_size=600")
-    run(cfg)
-    return open_run_directory(cfg).path
+    run(parse_run(cfg))
+    return parse_run(cfg).directory.path
 
 
 @pytest.fixture(scope="module")
 def finished_color_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("color")
     cfg = compose_photo_run(folder, write_imagefolder(folder / "photos", train=2, val=1, test=1))
-    run(cfg)
-    return open_run_directory(cfg).path
+    run(parse_run(cfg))
+    return parse_run(cfg).directory.path
 
 
 @pytest.fixture

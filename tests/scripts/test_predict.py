@@ -5,14 +5,14 @@ import pandas as pd
 import pytest
 import torch
 
+from evaluation.finished_run import load_data_as_trained, load_finished_run
 from scripts.predict import PredictSettings, main
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.errors import UsageError
-from training.finished_run import load_data_as_trained, load_finished_run
 from training.loop import run
-from training.runs import open_run_directory
+from training.settings import parse_run
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = write_imagefolder(folder / "photos", size=50, train=12, val=2, test=4)
     options = ["data.size=36", "data.crop=28", "data.min_area=0.5", "trainer.epochs=8", "optim.lr=0.01"]
     cfg = compose_photo_run(folder, root, *options)
-    run(cfg)
-    return open_run_directory(cfg).path, root
+    run(parse_run(cfg))
+    return parse_run(cfg).directory.path, root
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
@@ -84,7 +84,7 @@ def test_images_without_image_files_are_refused(photos: tuple[Path, Path], tmp_p
 
 def test_network_of_gray_images_is_refused(photos: tuple[Path, Path], tmp_path: Path) -> None:
     cfg = compose_run(tmp_path, "trainer.epochs=1", "trainer.batch_size=600")
-    run(cfg)
-    path = open_run_directory(cfg).path
+    run(parse_run(cfg))
+    path = parse_run(cfg).directory.path
     with pytest.raises(UsageError, match=f"{path} takes images with 1 channel, not color image files"):
         main(PredictSettings(run=path, images=photos[1] / "test", file=None))

@@ -14,7 +14,7 @@ from tests.training.processes import run_in_child, start_process, wait_for
 from tests.training.trees import write_imagefolder
 from training.config import compose
 from training.loop import run
-from training.runs import open_run_directory
+from training.settings import parse_run
 
 
 def compose_image_run(folder: Path, validation: float) -> DictConfig:
@@ -25,14 +25,14 @@ def compose_image_run(folder: Path, validation: float) -> DictConfig:
 
 
 def read_result(cfg: DictConfig) -> dict[str, Any]:
-    path = open_run_directory(cfg).path
+    path = parse_run(cfg).directory.path
     record = json.loads((path / "record.json").read_text())
     return {"val": record["val"], "test": record["test"], "weights": (path / "model.safetensors").read_bytes()}
 
 
 def wait_until_training(cfg: DictConfig) -> None:
     deadline = time.monotonic() + 60
-    while not (open_run_directory(cfg).path / "metrics.csv").exists():
+    while not (parse_run(cfg).directory.path / "metrics.csv").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -42,18 +42,18 @@ def test_killed_run_and_deleted_images_leave_other_runs_unchanged(tmp_path: Path
     expected = []
     for validation in (0.1, 0.3):
         cfg = compose_image_run(tmp_path, validation)
-        assert run_in_child(lambda cfg=cfg: run(cfg)) == 0  # type: ignore[misc]
+        assert run_in_child(lambda cfg=cfg: run(parse_run(cfg))) == 0  # type: ignore[misc]
         expected.append(read_result(cfg))
         shutil.rmtree(tmp_path / "runs")
         shutil.rmtree(tmp_path / "cache")
     first, second = compose_image_run(tmp_path, 0.1), compose_image_run(tmp_path, 0.3)
-    first_process = start_process(lambda: run(first))
-    killed_process = start_process(lambda: run(second))
+    first_process = start_process(lambda: run(parse_run(first)))
+    killed_process = start_process(lambda: run(parse_run(second)))
     wait_until_training(second)
     os.kill(killed_process, signal.SIGKILL)
     assert wait_for(killed_process) == -signal.SIGKILL
-    (open_run_directory(second).path / "metrics.csv").unlink()
-    second_process = start_process(lambda: run(second))
+    (parse_run(second).directory.path / "metrics.csv").unlink()
+    second_process = start_process(lambda: run(parse_run(second)))
     wait_until_training(first)
     wait_until_training(second)
     shutil.rmtree(tmp_path / "photos")

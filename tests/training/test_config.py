@@ -11,7 +11,7 @@ from training.record import compute_run_id
 
 
 def get_identity(*overrides: str) -> dict[str, Any]:
-    return identity(compose(list(overrides)))
+    return identity(resolve(compose(list(overrides))))
 
 
 def compute_id(*overrides: str) -> str:
@@ -164,5 +164,5 @@ def test_run_id_of_existing_runs_is_unchanged(overrides: list[str], run_id: str)
 def test_identity_leaves_configuration_unchanged() -> None:
     cfg: DictConfig = compose(["++trainer.unknown=null"])
     before = cfg.copy()
-    identity(cfg)
+    identity(resolve(cfg))
     assert cfg == before

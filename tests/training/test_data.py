@@ -13,8 +13,9 @@ from training.data import (
     iterate_batches,
     load_data,
 )
-from training.datasets import DATASETS, Dataset, Split
+from training.datasets import DATASETS
 from training.errors import UsageError
+from training.splits import Dataset, Split
 
 
 def make_augmentation(**options: Any) -> Augmentation:

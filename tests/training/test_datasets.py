@@ -23,9 +23,9 @@ from tests.training.trees import (
 )
 from training.config import compose
 from training.data import Data
-from training.datasets import _list_images
 from training.errors import UsageError
-from training.runs import load_run_data, parse_run
+from training.image_folders import list_images
+from training.settings import load_run_data, parse_run
 
 
 def load(name: str, root: Path, *overrides: str) -> Data:
@@ -350,7 +350,7 @@ def test_ordinary_tree_is_listed_in_order_of_paths(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert _list_images(tmp_path, {}) == [(path, path.relative_to(tmp_path).parts[0]) for path in sorted(paths)]
+    assert list_images(tmp_path, {}) == [(path, path.relative_to(tmp_path).parts[0]) for path in sorted(paths)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")

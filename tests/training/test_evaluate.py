@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.config import compose
 from training.data import Data
 from training.evaluate import evaluate, predict
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 
 from tests.training.image_files import SIZE, ImageFile, list_image_files
 from tests.training.trees import write_image
-from training.datasets import read_imagefolder
 from training.errors import UsageError
 from training.image_cache import load_decoded_images
+from training.image_folders import ImageFiles, read_imagefolder
 
 CLASSES = (normalize("NFC", "Kühe"), "class 0", "日本語")  # in the order of their numbers
 STEMS = [
@@ -69,9 +69,10 @@ def test_folders_of_all_kinds_of_images_have_right_pixels(tmp_path: Path, capsys
     for split in ("val", "test"):
         for k, label in enumerate(CLASSES):
             write_image(tmp_path / split / normalize("NFD", label) / "a.png", k, 0)
-    train, val, test = read_imagefolder(
+    files = ImageFiles(
         root=tmp_path, cache=tmp_path / "cache", title="mine", size=SIZE, validation=0.1, skip_undecodable=True
-    ).load()
+    )
+    train, val, test = read_imagefolder(files).load()
     right = [(label, file) for label, _, file in entries if file.expected is not None]
     assert train.labels.tolist() == [CLASSES.index(label) for label, _ in right]
     differences = train.images.permute(0, 2, 3, 1).numpy() - np.stack([file.expected for _, file in right])

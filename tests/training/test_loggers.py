@@ -15,6 +15,7 @@ from training import loop
 from training.config import compose, resolve
 from training.errors import UsageError
 from training.loop import run
+from training.settings import parse_run
 from training.validation import construct
 
 BLOCK, HEADER = 32768, 7  # bytes
@@ -154,8 +155,8 @@ def test_resumed_run_keeps_wandb_id_and_steps(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(loop, "predict", interrupt_second_call)
     with pytest.raises(KeyboardInterrupt):
-        run(cfg)
-    record, _ = run(cfg)
+        run(parse_run(cfg))
+    record, _ = run(parse_run(cfg))
     logs = [read_log(path) for path in sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))]
     assert [log["run"].run_id for log in logs] == [record.id] * 2
     assert [[int(entry["_step"]) for entry in log["history"]] for log in logs] == [[0, 1], [2]]
@@ -166,7 +167,7 @@ def test_recorded_run_is_logged_again_with_metrics_and_record(
 ) -> None:
     """As in a W&B sweep that proposes a known configuration, and as ``upload_runs.py`` does."""
     overrides = ["model=lenet", "trainer.epochs=2", "trainer.batch_size=600"]
-    record, _ = run(compose([*overrides, f"paths.runs={tmp_path / 'old'}"]))
+    record, _ = run(parse_run(compose([*overrides, f"paths.runs={tmp_path / 'old'}"])))
     (tmp_path / "old").rename(tmp_path / "moved")
     upload_runs.main(
         UploadSettings(runs=[str(tmp_path / "moved")], logger={"name": "wandb", "project": "mine", "entity": "us"})
@@ -215,7 +216,7 @@ def test_options_that_wandb_refuses_are_reported_before_data_are_loaded(
 ) -> None:
     monkeypatch.setattr(loop, "load_run_data", None)
     with pytest.raises(UsageError) as error:
-        run(compose(["model=lenet", "logger=wandb", option, f"paths.runs={tmp_path / 'runs'}"]))
+        run(parse_run(compose(["model=lenet", "logger=wandb", option, f"paths.runs={tmp_path / 'runs'}"])))
     assert str(error.value).startswith(f"W&B error: {reason}") and "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
 
@@ -230,7 +231,7 @@ def test_unreachable_wandb_is_reported_before_data_are_loaded(tmp_path: Path, mo
     monkeypatch.setattr(loop, "load_run_data", None)
     message = "W&B error: Failed to authenticate: no route to host; set WANDB_MODE=offline to log "
     with pytest.raises(UsageError, match=f"^{message}without a connection$"):
-        run(compose(["model=lenet", "logger=wandb", f"paths.runs={tmp_path / 'runs'}"]))
+        run(parse_run(compose(["model=lenet", "logger=wandb", f"paths.runs={tmp_path / 'runs'}"])))
     with pytest.raises(UsageError, match=f"^{message}"):
         settings = construct(TableSettings, resolve(compose(["table=digits"], "reproduce_table").table), "table")
         Table("digits", settings, ["logger=wandb", f"paths.runs={tmp_path / 'runs'}"]).reproduce()
@@ -240,13 +241,13 @@ def test_unreachable_wandb_is_reported_before_data_are_loaded(tmp_path: Path, mo
 def test_unknown_mode_of_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "bogus")
     with pytest.raises(UsageError, match=r"^W&B error: mode: Input should be 'online', 'offline'"):
-        run(compose(["model=lenet", "logger=wandb", f"paths.runs={tmp_path / 'runs'}"]))
+        run(parse_run(compose(["model=lenet", "logger=wandb", f"paths.runs={tmp_path / 'runs'}"])))
 
 
 def test_mode_of_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     options = ["model=lenet", "trainer.epochs=1", "trainer.batch_size=600", "logger=wandb"]
-    run(compose([*options, f"paths.runs={tmp_path / 'runs'}"]))
+    run(parse_run(compose([*options, f"paths.runs={tmp_path / 'runs'}"])))
     (record,) = (tmp_path / "runs").glob("*/record.json")
     assert not (record.parent / "wandb").exists()
     assert not [file for file in (tmp_path / "wandb_data").rglob("*") if file.is_file()]  # no copies of the weights
@@ -258,7 +259,7 @@ def test_run_with_damaged_metrics_is_skipped(
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for seed in (0, 1):
         options = ["model=lenet", "trainer.epochs=2", "trainer.batch_size=600", "data.train_share=0.5", f"seed={seed}"]
-        run(compose([*options, f"paths.runs={tmp_path}"]))
+        run(parse_run(compose([*options, f"paths.runs={tmp_path}"])))
     file = min(tmp_path.glob("*/metrics.csv"))  # the first run; the second one is intact
     header, first, second = file.read_text().splitlines()
     for lines in (

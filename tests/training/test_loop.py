@@ -12,28 +12,29 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from evaluation.finished_run import load_finished_run
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_image, write_imagefolder, write_mnist
-from training import datasets, loop
-from training.config import identity
+from training import datasets, image_folders, loop
+from training.config import identity, resolve
 from training.data import Augmentation
 from training.datasets import digest_dataset
 from training.errors import UsageError
 from training.evaluate import evaluate
-from training.finished_run import load_finished_run
+from training.image_folders import ImageFiles
 from training.loop import run, snapshot_akps
 from training.optim import build_optimizer
 from training.provenance import describe_environment, digest_sources
 from training.record import NumParameters, Record, compute_run_id
 from training.run_directory import RunDirectory
-from training.runs import build_model, digest_pretrained, find_changes, load_run_data, open_run_directory, parse_run
+from training.settings import build_model, digest_pretrained, find_changes, load_run_data, parse_run
 from training.validation import construct
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, Record]:
     cfg = compose_run(tmp_path_factory.mktemp("runs"), "trainer.epochs=3", "trainer.batch_size=32")
-    record, is_new = run(cfg)
+    record, is_new = run(parse_run(cfg))
     assert is_new
     return cfg, record
 
@@ -58,7 +59,7 @@ def test_run_learns_and_writes_its_files(finished_run: tuple[DictConfig, Record]
     cfg, record = finished_run
     assert record.test is not None and record.test.top1 > 60 and record.val.top1 > 60
     assert record.parameters == NumParameters(conv=310, total=59444)
-    folder = open_run_directory(cfg).path
+    folder = parse_run(cfg).directory.path
     assert sorted(path.name for path in folder.iterdir()) == [
         "akps.safetensors",
         "config.yaml",
@@ -72,7 +73,7 @@ def test_run_learns_and_writes_its_files(finished_run: tuple[DictConfig, Record]
     assert json.loads((folder / "record.json").read_text()) == record.to_dict()
     written_config = OmegaConf.load(folder / "config.yaml")
     assert isinstance(written_config, DictConfig)
-    assert compute_run_id(identity(written_config)) == open_run_directory(cfg).id == record.id
+    assert compute_run_id(identity(resolve(written_config))) == parse_run(cfg).directory.id == record.id
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -86,7 +87,7 @@ def test_record_contains_source_digest(finished_run: tuple[DictConfig, Record]) 
 
 def test_akp_trajectories_contain_akps_of_saved_weights(finished_run: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run
-    folder = open_run_directory(cfg).path
+    folder = parse_run(cfg).directory.path
     trajectories = load_file(folder / "akps.safetensors")
     akps = snapshot_akps(load_finished_run(folder).model)
     assert trajectories.keys() == akps.keys()
@@ -118,12 +119,12 @@ def test_recorded_run_is_not_repeated(finished_run: tuple[DictConfig, Record]) -
     same_run = cfg.copy()
     same_run.data.root = "somewhere/else"
     same_run.logger = {"name": "none"}
-    assert run(same_run) == (record, False)
+    assert run(parse_run(same_run)) == (record, False)
 
 
 def replace_source_digest(cfg: DictConfig, sources: str | None) -> Record:
     """Rewrites a run's record as if other code had written it; None: code that recorded no digest."""
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
     record = directory.load_record()
     assert record is not None
     values = record.to_dict(exclude={"sources"})
@@ -136,26 +137,26 @@ def replace_source_digest(cfg: DictConfig, sources: str | None) -> Record:
 def test_fresh_repeats_run_of_other_code(finished_run_copy: tuple[DictConfig, Record], sources: str | None) -> None:
     cfg, _ = finished_run_copy
     old_record = replace_source_digest(cfg, sources)
-    folder = open_run_directory(cfg).path
+    folder = parse_run(cfg).directory.path
     old_files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("lock", "worker")}
     cfg.fresh = True
-    record, is_new = run(cfg)
+    record, is_new = run(parse_run(cfg))
     assert is_new and record.sources == digest_sources()
     assert record.id == old_record.id and record.test == old_record.test
-    assert open_run_directory(cfg).load_record() == record
+    assert parse_run(cfg).directory.load_record() == record
     superseded = folder / "superseded-1"
     assert {path.name: path.read_bytes() for path in superseded.iterdir()} == old_files
     assert json.loads(old_files["record.json"]) == old_record.to_dict()
     assert {path.name for path in folder.iterdir()} == {*old_files, "lock", "worker", "superseded-1"}
-    assert run(cfg) == (record, False)
+    assert run(parse_run(cfg)) == (record, False)
 
 
 @pytest.mark.usefixtures("forbid_training")
 def test_fresh_keeps_run_of_same_code(finished_run_copy: tuple[DictConfig, Record]) -> None:
     cfg, record = finished_run_copy
     cfg.fresh = True
-    assert run(cfg) == (record, False)
-    assert not list(open_run_directory(cfg).path.glob("superseded-*"))
+    assert run(parse_run(cfg)) == (record, False)
+    assert not list(parse_run(cfg).directory.path.glob("superseded-*"))
 
 
 @pytest.mark.usefixtures("forbid_training")
@@ -165,14 +166,14 @@ def test_run_of_other_code_is_reused_without_fresh(
 ) -> None:
     cfg, _ = finished_run_copy
     record = replace_source_digest(cfg, sources)
-    assert run(cfg) == (record, False)
+    assert run(parse_run(cfg)) == (record, False)
 
 
 def test_seed_determines_run(tmp_path: Path) -> None:
     def train_with_seed(folder: str, seed: int) -> tuple[dict[str, torch.Tensor], str]:
         cfg = compose_run(tmp_path / folder, f"seed={seed}", "data.shift=1", "data.flip=true")
-        record, _ = run(cfg)
-        return load_file(open_run_directory(cfg).path / "model.safetensors"), record.id
+        record, _ = run(parse_run(cfg))
+        return load_file(parse_run(cfg).directory.path / "model.safetensors"), record.id
 
     weights, run_id = train_with_seed("first", 1)
     same_weights, same_id = train_with_seed("second", 1)
@@ -197,7 +198,7 @@ def test_nonfinite_loss_stops_run_and_keeps_checkpoint(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Augmentation, "__call__", return_nan_once)
     with pytest.raises(UsageError, match=rf"the loss is nan at step {steps + 4} \(epoch 2\); the last good checkpoint"):
-        run(cfg)
+        run(parse_run(cfg))
     assert settings.directory.load_record() is None
     assert settings.directory.load_checkpoint() is not None
     weights = load_file(settings.directory.path / "model.safetensors")
@@ -210,13 +211,13 @@ def test_run_without_working_compiler_trains_eagerly_and_says_so(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     options = ["arrangement=mosaic", "trainer.epochs=1"]
-    record, _ = run(compose_run(tmp_path / "compiled", *options, "trainer.compile=true"))
+    record, _ = run(parse_run(compose_run(tmp_path / "compiled", *options, "trainer.compile=true")))
     error = capsys.readouterr().err.splitlines()
     assert [line for line in error if "compile" in line] == [
         "torch.compile does not work here, so the network is not compiled: "
         "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: ('no-such-compiler',)"
     ]
-    eager, _ = run(compose_run(tmp_path / "eager", *options))
+    eager, _ = run(parse_run(compose_run(tmp_path / "eager", *options)))
     assert record.test == eager.test
 
 
@@ -250,7 +251,7 @@ def test_invalid_option_is_rejected_before_anything_is_written(
     tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        run(compose_run(tmp_path / "runs", *overrides))
+        run(parse_run(compose_run(tmp_path / "runs", *overrides)))
     assert not (tmp_path / "runs").exists()
 
 
@@ -263,20 +264,20 @@ def test_environment_is_described_before_training(tmp_path: Path, monkeypatch: p
         return describe_environment(device)
 
     monkeypatch.setattr(loop, "describe_environment", describe)
-    record, _ = run(compose_run(tmp_path / "runs", "trainer.epochs=1"))
+    record, _ = run(parse_run(compose_run(tmp_path / "runs", "trainer.epochs=1")))
     assert devices == [torch.device("cpu")] and record.sources == digest_sources()
 
 
 def test_batch_norm_over_processes_without_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="batch normalization over 2 processes needs GPUs"):
-        run(compose_run(tmp_path / "runs", "model=four_layer", "arrangement=plain", "trainer=ddp"))
+        run(parse_run(compose_run(tmp_path / "runs", "model=four_layer", "arrangement=plain", "trainer=ddp")))
     assert not (tmp_path / "runs").exists()
 
 
 def test_checkpoint_holds_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints: list[set[str]] = []
     monkeypatch.setattr(RunDirectory, "save_checkpoint", lambda _, state: checkpoints.append(set(state)))
-    run(compose_run(tmp_path / "runs", "trainer.epochs=1"))
+    run(parse_run(compose_run(tmp_path / "runs", "trainer.epochs=1")))
     assert all({"model", "optimizer", "schedule", "precision"} <= keys for keys in checkpoints) and checkpoints
 
 
@@ -293,7 +294,7 @@ def test_every_epoch_trains_on_each_image_at_most_once_in_another_order(
         return batch
 
     monkeypatch.setattr(Augmentation, "__call__", record_batch)
-    run(cfg)
+    run(parse_run(cfg))
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(first) == len(images) // 32 * 32 and len(set(first)) >= 0.99 * len(first)  # a few images are duplicates
     assert first != sorted(first) and first != second
@@ -310,7 +311,7 @@ def test_best_epoch_has_lower_loss_if_accuracies_are_equal() -> None:
 def list_changes(cfg: DictConfig) -> list[str]:
     """What a new process would announce for a recorded run."""
     digest_dataset.cache_clear()
-    record = open_run_directory(cfg).load_record()
+    record = parse_run(cfg).directory.load_record()
     assert record is not None
     return find_changes(parse_run(cfg), record)
 
@@ -335,7 +336,7 @@ def test_record_holds_correctly_classified_images(finished_run: tuple[DictConfig
 
 
 def test_run_without_test_has_no_bits_of_test_images(tmp_path: Path) -> None:
-    record, _ = run(compose_run(tmp_path, "trainer.epochs=1", "trainer.test=false"))
+    record, _ = run(parse_run(compose_run(tmp_path, "trainer.epochs=1", "trainer.test=false")))
     assert record.correct["test"] is None and len(base64.b64decode(record.correct["val"])) == 200 / 8
 
 
@@ -344,7 +345,7 @@ def photo_run(tmp_path: Path) -> tuple[DictConfig, Path]:
     """A finished run of LeNet on image files, and their folder."""
     root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
     cfg = compose_photo_run(tmp_path, root)
-    run(cfg)
+    run(parse_run(cfg))
     return cfg, root
 
 
@@ -383,9 +384,9 @@ def test_changed_image_files_are_announced_and_fresh_reruns(photo_run: tuple[Dic
     assert list_changes(cfg) == []
     change(root)
     assert list_changes(cfg) == ["data"]
-    assert not run(cfg)[1]
+    assert not run(parse_run(cfg))[1]
     cfg.fresh = True
-    record, is_new = run(cfg)
+    record, is_new = run(parse_run(cfg))
     assert is_new and list_changes(cfg) == []
     assert record.data["train"] == len(list((root / "train").rglob("*.png")))
 
@@ -394,18 +395,18 @@ def test_finished_run_lists_but_does_not_decode_images(
     photo_run: tuple[DictConfig, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, root = photo_run
-    monkeypatch.setattr(datasets, "load_decoded_images", lambda *_: pytest.fail("images were decoded"))
+    monkeypatch.setattr(image_folders, "load_decoded_images", lambda *_: pytest.fail("images were decoded"))
     for file in root.rglob("*.png"):
         os.utime(file, (1, 1))  # as a copy on another machine
     assert list_changes(cfg) == []
     shutil.rmtree(root)
-    assert list_changes(cfg) == [] and not run(cfg)[1]  # unknown
+    assert list_changes(cfg) == [] and not run(parse_run(cfg))[1]  # unknown
 
 
 def test_recorded_run_does_not_download_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_mnist(tmp_path / "data")
     cfg = compose_run(tmp_path / "runs", "data=mnist", f"data.root={tmp_path}/data", "trainer.epochs=1")
-    run(cfg)
+    run(parse_run(cfg))
     assert list_changes(cfg) == []
     shutil.rmtree(raw)
     monkeypatch.setattr(datasets.datasets.MNIST, "download", lambda _: pytest.fail("data were downloaded"))
@@ -415,14 +416,14 @@ def test_recorded_run_does_not_download_missing_data(tmp_path: Path, monkeypatch
 def test_data_digest_is_computed_once(photo_run: tuple[DictConfig, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, _ = photo_run
     assert list_changes(cfg) == []
-    monkeypatch.setattr(datasets, "_read_image_files", lambda *_: pytest.fail("images were listed again"))
-    record = open_run_directory(cfg).load_record()
+    monkeypatch.setattr(ImageFiles, "read", lambda *_: pytest.fail("images were listed again"))
+    record = parse_run(cfg).directory.load_record()
     assert record is not None and find_changes(parse_run(cfg), record) == []
 
 
 def test_record_without_inputs_is_not_outdated(photo_run: tuple[DictConfig, Path]) -> None:
     cfg, root = photo_run
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
     record = directory.load_record()
     assert record is not None
     values = record.to_dict(exclude={"data", "pretrained", "correct"})
@@ -433,7 +434,7 @@ def test_record_without_inputs_is_not_outdated(photo_run: tuple[DictConfig, Path
 
 def test_other_content_of_pretrained_file_is_announced(photo_run: tuple[DictConfig, Path], tmp_path: Path) -> None:
     cfg, root = photo_run
-    record, file = open_run_directory(cfg).load_record(), tmp_path / "source.pth"
+    record, file = parse_run(cfg).directory.load_record(), tmp_path / "source.pth"
     assert record is not None
     pretrained = compose_photo_run(tmp_path, root, "model=resnet18", f"model.pretrained={file}")
     file.write_bytes(b"weights")
@@ -458,11 +459,11 @@ def test_unfinished_run_is_not_resumed_on_other_data(
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "write_record", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(cfg)
+            run(parse_run(cfg))
     change(root)
-    folder = open_run_directory(cfg).path
+    folder = parse_run(cfg).directory.path
     message = f"the unfinished run in {folder} has used other data; restore them to resume it, or delete this folder to"
     with pytest.raises(UsageError, match=message):
-        run(cfg)
+        run(parse_run(cfg))
     shutil.rmtree(folder)
-    assert run(cfg)[1]
+    assert run(parse_run(cfg))[1]

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 import models
 from acl import akp_parameters
-from training.config import compose, identity
+from training.config import compose, identity, resolve
 from training.errors import UsageError
 from training.optim import OptimSettings, build_criterion, build_optimizer, build_schedule
 from training.record import compute_run_id
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
 
 
 def build_model_and_settings(*overrides: str) -> tuple[nn.Module, OptimSettings]:
@@ -51,8 +51,8 @@ def test_gains_have_own_learning_rate_if_it_is_set() -> None:
 
 
 def test_run_id_is_that_of_runs_before_gain_lr_scale() -> None:
-    assert compute_run_id(identity(compose(["model=ana_lenet", "arrangement=mosaic"]))) == "0430b5a689d0"
-    assert "gain_lr_scale" not in identity(compose(["optim=sgd"]))["optim"]
+    assert compute_run_id(identity(resolve(compose(["model=ana_lenet", "arrangement=mosaic"])))) == "0430b5a689d0"
+    assert "gain_lr_scale" not in identity(resolve(compose(["optim=sgd"])))["optim"]
 
 
 def test_pretrained_layers_have_own_learning_rate_if_it_is_set(tmp_path: Path) -> None:

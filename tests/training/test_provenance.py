@@ -1,11 +1,13 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.sources import PACKAGES, ROOT
 from training import provenance
-from training.provenance import SOURCES, describe_environment, digest_sources
+from training.provenance import NOT_SOURCES, SOURCES, describe_environment, digest_sources
 
 
 @pytest.fixture
@@ -60,6 +62,33 @@ def test_digest_ignores_files_that_do_not_determine_results(root: Path) -> None:
     (root / "reporting").mkdir()
     (root / "reporting/table.py").write_text("z = 1\n")
     assert compute_digest() == before
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project's packages, which replaces the project."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "file", [*NOT_SOURCES, "evaluation/corruptions.py", "evaluation/run_page.py", "reporting/table.py"]
+)
+def test_digest_ignores_module_that_no_result_depends_on(checkout: Path, file: str) -> None:
+    before, content = compute_digest(), (checkout / file).read_text()
+    (checkout / file).write_text(content + "\nx = 1\n")
+    assert compute_digest() == before
+
+
+@pytest.mark.parametrize("file", ["acl/kernels.py", "training/loop.py", "models/families/resnet.py"])
+def test_digest_changes_with_module_that_determines_results(checkout: Path, file: str) -> None:
+    (checkout / file).parent.mkdir(exist_ok=True)
+    before = compute_digest()
+    with (checkout / file).open("a") as source:
+        source.write("\nx = 1\n")
+    assert compute_digest() != before
 
 
 def test_environment_contains_digest_and_versions() -> None:

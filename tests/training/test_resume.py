@@ -26,7 +26,7 @@ from training.loop import run
 from training.provenance import digest_sources
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.runs import open_run_directory
+from training.settings import parse_run
 from training.validation import construct
 
 STEPS = 1237 // 8
@@ -59,11 +59,11 @@ def kill_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int) 
 def run_until_killed(cfg: DictConfig, owner: Any, name: str, number: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         kill_at_call(patch, owner, name, number)
-        assert run_in_child(lambda: run(cfg)) == -signal.SIGKILL
+        assert run_in_child(lambda: run(parse_run(cfg))) == -signal.SIGKILL
 
 
 def read_outcome(cfg: DictConfig) -> Outcome:
-    folder = open_run_directory(cfg).path
+    folder = parse_run(cfg).directory.path
     record = json.loads((folder / "record.json").read_text())
     del record["seconds"]
     return (folder / "model.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes(), record
@@ -72,8 +72,8 @@ def read_outcome(cfg: DictConfig) -> Outcome:
 @pytest.fixture(scope="module")
 def uninterrupted_outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     cfg = compose_checkpointed_run(tmp_path_factory.mktemp("uninterrupted"))
-    assert run_in_child(lambda: run(cfg)) == 0
-    assert not list(open_run_directory(cfg).path.glob("checkpoint*"))  # a finished run needs none
+    assert run_in_child(lambda: run(parse_run(cfg))) == 0
+    assert not list(parse_run(cfg).directory.path.glob("checkpoint*"))  # a finished run needs none
     return read_outcome(cfg)
 
 
@@ -83,10 +83,10 @@ def test_run_killed_anywhere_is_resumed_with_same_result(tmp_path: Path, uninter
     kill_points = [(Data, "normalize", 60), (Path, "replace", 4), (Path, "write_bytes", 2), (loop, "load_run_data", 1)]
     for owner, name, last in kill_points * 2:
         run_until_killed(cfg, owner, name, generator.randint(1, last))
-    assert open_run_directory(cfg).load_checkpoint() is not None
-    assert run_in_child(lambda: run(cfg)) == 0
+    assert parse_run(cfg).directory.load_checkpoint() is not None
+    assert run_in_child(lambda: run(parse_run(cfg))) == 0
     assert read_outcome(cfg) == uninterrupted_outcome
-    assert not list(open_run_directory(cfg).path.glob(".unfinished*"))
+    assert not list(parse_run(cfg).directory.path.glob(".unfinished*"))
 
 
 def copy_run(cfg: DictConfig, runs: Path) -> DictConfig:
@@ -120,11 +120,11 @@ def test_damaged_checkpoint_falls_back_to_previous_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     cfg = copy_run(run_killed_in_second_epoch, tmp_path)
-    path = open_run_directory(cfg).checkpoint_files[0]
+    path = parse_run(cfg).directory.checkpoint_files[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes({"truncated": bytes(content[:-1000]), "flipped bit": bytes(content), "empty": b""}[damage])
-    assert run_in_child(lambda: run(cfg)) == 0
+    assert run_in_child(lambda: run(parse_run(cfg))) == 0
     assert f"{path} is damaged; trying the checkpoint before it" in capfd.readouterr().err
     assert read_outcome(cfg) == uninterrupted_outcome
 
@@ -135,7 +135,7 @@ def test_old_checkpoint_without_newer_fields_is_resumed_with_same_result(
     """The removed fields are not needed at the start of an epoch."""
     cfg = compose_checkpointed_run(tmp_path)
     run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
     checkpoint = directory.load_checkpoint()
     assert checkpoint is not None and (checkpoint["epoch"], checkpoint["step"]) == (1, 0)
     del checkpoint["seconds"], checkpoint["generator"]
@@ -151,7 +151,7 @@ def test_old_checkpoint_without_newer_fields_is_resumed_with_same_result(
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Augmentation, "__call__", count_steps)
-            _, is_new = run(cfg)
+            _, is_new = run(parse_run(cfg))
         assert is_new and calls == STEPS  # the second epoch only
 
     assert run_in_child(resume) == 0
@@ -243,22 +243,22 @@ def test_run_started_on_another_kind_of_device_raises_one_line_error(
     tmp_path: Path, run_killed_in_second_epoch: DictConfig
 ) -> None:
     cfg = copy_run(run_killed_in_second_epoch, tmp_path)
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
     checkpoint = directory.load_checkpoint()
     assert checkpoint is not None
     checkpoint["random"] = torch.zeros(1, CUDA_STATE_BYTES, dtype=torch.uint8)
     directory.save_checkpoint(checkpoint)
     with pytest.raises(UsageError, match="the checkpoint was written on a GPU; resume the run on a GPU"):
-        run(cfg)
+        run(parse_run(cfg))
 
 
 def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, uninterrupted_outcome: Outcome) -> None:
     cfg = compose_checkpointed_run(tmp_path, "fresh=true")
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
     directory.write_record(construct(Record, {**uninterrupted_outcome[2], "sources": "0123456789ab", "seconds": 1.0}))
     run_until_killed(cfg, Augmentation, "__call__", STEPS + 10)
     assert directory.load_record() is None and directory.load_checkpoint() is not None
-    assert run_in_child(lambda: run(cfg)) == 0
+    assert run_in_child(lambda: run(parse_run(cfg))) == 0
     assert read_outcome(cfg) == uninterrupted_outcome and uninterrupted_outcome[2]["sources"] == digest_sources()
     assert [path.name for path in directory.path.glob("superseded-*")] == ["superseded-1"]
 
@@ -270,11 +270,11 @@ def test_damaged_best_weights_stop_the_resumed_run_with_one_line(
 ) -> None:
     """Without a test of these files, the run would report another test result."""
     cfg = copy_run(run_killed_after_last_epoch, tmp_path)
-    file = open_run_directory(cfg).path / name
+    file = parse_run(cfg).directory.path / name
     damage_file(file, damage)
     with pytest.raises(UsageError, match=rf"{file} (is missing|was modified); delete .* to train again") as error:
-        run(cfg)
-    assert "\n" not in str(error.value) and open_run_directory(cfg).load_record() is None
+        run(parse_run(cfg))
+    assert "\n" not in str(error.value) and parse_run(cfg).directory.load_record() is None
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "akps.safetensors"])
@@ -283,10 +283,10 @@ def test_other_damaged_files_are_written_again_by_the_resumed_run(
     tmp_path: Path, run_killed_after_last_epoch: DictConfig, name: str, damage: str
 ) -> None:
     cfg = copy_run(run_killed_after_last_epoch, tmp_path)
-    file = open_run_directory(cfg).path / name
+    file = parse_run(cfg).directory.path / name
     expected = file.read_bytes().replace(run_killed_after_last_epoch.paths.runs.encode(), str(tmp_path).encode())
     damage_file(file, damage)
-    assert run_in_child(lambda: run(cfg)) == 0
+    assert run_in_child(lambda: run(parse_run(cfg))) == 0
     assert file.read_bytes() == expected
 
 
@@ -307,14 +307,14 @@ def check_damaged_runs(folder: Path, cases: int, seed: int, expected: Outcome) -
     for case in range(cases):
         cfg = compose_checkpointed_run(folder / str(case))
         run_until_killed(cfg, Augmentation, "__call__", generator.randint(2, 2 * STEPS))
-        files = sorted(file for file in open_run_directory(cfg).path.rglob("*") if file.is_file())
+        files = sorted(file for file in parse_run(cfg).directory.path.rglob("*") if file.is_file())
         file, damage = generator.choice(files), generator.choice(["missing", "empty", "truncated", "flipped"])
         damage_file(file, damage)
         try:
             assert run_in_child(lambda cfg=cfg: run_or_write_error(cfg, folder / "error")) == 0  # type: ignore[misc]
             if (folder / "error").exists():
                 message = (folder / "error").read_text()
-                assert str(open_run_directory(cfg).path) in message and "\n" not in message
+                assert str(parse_run(cfg).directory.path) in message and "\n" not in message
                 (folder / "error").unlink()
             else:
                 assert read_outcome(cfg) == expected
@@ -324,7 +324,7 @@ def check_damaged_runs(folder: Path, cases: int, seed: int, expected: Outcome) -
 
 def run_or_write_error(cfg: DictConfig, file: Path) -> None:
     try:
-        run(cfg)
+        run(parse_run(cfg))
     except UsageError as error:
         file.write_text(str(error))
 

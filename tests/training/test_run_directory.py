@@ -10,12 +10,13 @@ import torch
 
 from tests.training.configurations import compose_run
 from tests.training.processes import run_in_child
-from training.config import compose, identity
+from training.config import compose, identity, resolve
 from training.errors import BusyError, UsageError
+from training.files import UNFINISHED, write_atomic, write_together
 from training.loop import run
 from training.record import Record, compute_run_id, read_record
-from training.run_directory import UNFINISHED, RunDirectory, serialize, write_atomic, write_together
-from training.runs import open_run_directory
+from training.run_directory import RunDirectory, serialize
+from training.settings import parse_run
 
 
 @pytest.fixture
@@ -45,22 +46,22 @@ RECORD = {
 def test_run_id_excludes_options_that_do_not_change_result(tmp_path: Path) -> None:
     cfg = compose_run(tmp_path)
     options = ["data.root=/x", "logger=wandb", "fresh=true", "trainer.accelerator=auto", "trainer.checkpoint_minutes=1"]
-    assert open_run_directory(cfg).id == open_run_directory(compose_run(tmp_path / "other", *options)).id
-    assert "paths" not in identity(cfg)
+    assert parse_run(cfg).directory.id == parse_run(compose_run(tmp_path / "other", *options)).directory.id
+    assert "paths" not in identity(resolve(cfg))
 
 
 def test_run_id_includes_options_that_change_result(tmp_path: Path) -> None:
     overrides = ("seed=1", "optim.lr=0.1", "arrangement.conv1=G6", "data.shift=1", "trainer.test=false")
     cfgs = [compose_run(tmp_path), *(compose_run(tmp_path, override) for override in overrides)]
-    assert len({open_run_directory(cfg).id for cfg in cfgs}) == 1 + len(overrides)
+    assert len({parse_run(cfg).directory.id for cfg in cfgs}) == 1 + len(overrides)
 
 
 def test_identity_ignores_new_option_at_null(tmp_path: Path) -> None:
     cfg = compose_run(tmp_path)
-    assert identity(compose_run(tmp_path, "++optim.new_option=null")) == identity(cfg)
-    assert identity(compose_run(tmp_path, "++optim.new_option=1")) != identity(cfg)
-    assert {"init", "tolerance"}.isdisjoint(identity(cfg)["model"]["layer"])  # these were added later, too
-    assert identity(compose(["model=lenet"]))["model"]["layer"] is None  # this was null from the start
+    assert identity(resolve(compose_run(tmp_path, "++optim.new_option=null"))) == identity(resolve(cfg))
+    assert identity(resolve(compose_run(tmp_path, "++optim.new_option=1"))) != identity(resolve(cfg))
+    assert {"init", "tolerance"}.isdisjoint(identity(resolve(cfg))["model"]["layer"])  # these were added later, too
+    assert identity(resolve(compose(["model=lenet"])))["model"]["layer"] is None  # this was null from the start
 
 
 def test_run_id_does_not_depend_on_key_order() -> None:
@@ -132,11 +133,11 @@ def test_read_record_names_file_and_problem(
 )
 def test_invalid_record_is_rejected_and_kept(tmp_path: Path, content: str, message: str) -> None:
     cfg = compose_run(tmp_path)
-    record_file = open_run_directory(cfg).record_file
+    record_file = parse_run(cfg).directory.record_file
     record_file.parent.mkdir()
     record_file.write_text(content)
     with pytest.raises(UsageError, match=rf"{record_file} {message}"):
-        run(cfg)
+        run(parse_run(cfg))
     assert record_file.read_text() == content
 
 
@@ -170,11 +171,11 @@ def test_set_aside_moves_files_into_numbered_folders(directory: RunDirectory) ->
 
 def test_run_lock_excludes_second_worker(tmp_path: Path) -> None:
     cfg = compose_run(tmp_path)
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
 
     def expect_busy() -> None:
         with pytest.raises(BusyError, match=rf"{directory.path} is in use by process {os.getppid()} on"):
-            run(cfg)
+            run(parse_run(cfg))
 
     with directory.lock():
         assert run_in_child(expect_busy) == 0
@@ -213,7 +214,7 @@ def test_lock_deletes_unfinished_files_of_killed_process(directory: RunDirectory
 def test_folder_that_cannot_be_created_raises_usage_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UsageError, match=r"cannot use .*runs.*: (Not a directory|File exists)"):
-        run(compose_run(tmp_path / "runs"))
+        run(parse_run(compose_run(tmp_path / "runs")))
 
 
 # Files
@@ -319,10 +320,10 @@ def test_damaged_checkpoints_are_reported_and_skipped(
 
 def test_checkpoint_of_another_configuration_is_rejected_and_kept(tmp_path: Path) -> None:
     cfg = compose_run(tmp_path)
-    directory = open_run_directory(cfg)
+    directory = parse_run(cfg).directory
     directory.save_checkpoint({"config": {}})
     file = directory.checkpoint_files[0]
     content = file.read_bytes()
     with pytest.raises(UsageError, match=rf"{file} belongs to another configuration"):
-        run(cfg)
+        run(parse_run(cfg))
     assert file.read_bytes() == content and content.endswith(serialize({"config": {}}))

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from training.data import Augmentation, load_data
-from training.datasets import read_imagefolder
+from training.datasets import DATASETS
 from training.errors import UsageError
 from training.optim import OptimSettings
-from training.runs import TrainerSettings
+from training.settings import TrainerSettings
 from training.validation import construct, format_value
 
 
@@ -54,7 +54,7 @@ TRAINER = Section(
 )
 AUGMENTATION = Section(Augmentation, "data", {"shift": 1, "flip": True, "crop": 24, "min_area": 0.25})
 IMAGEFOLDER = Section(
-    read_imagefolder,
+    DATASETS["imagefolder"],
     "data",
     {"root": "data", "cache": "cache", "title": "mine", "size": 32, "validation": 0.1, "skip_undecodable": False},
 )

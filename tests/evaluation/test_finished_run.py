@@ -12,27 +12,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acl
-from tests.training.configurations import compose_run
-from training.errors import UsageError
-from training.evaluate import evaluate
-from training.finished_run import (
+from evaluation.finished_run import (
     FinishedRun,
     find_finished_runs,
     load_akp_history,
     load_finished_run,
     resolve_run_path,
 )
+from tests.training.configurations import compose_run
+from training.errors import UsageError
+from training.evaluate import evaluate
 from training.loop import run
 from training.record import read_record
-from training.runs import load_run_data, open_run_directory, parse_run
+from training.settings import load_run_data, parse_run
 
 SHORT = ("trainer.epochs=1", "trainer.batch_size=200")
 
 
 def train_run(folder: Path, *overrides: str) -> Path:
     cfg = compose_run(folder, *SHORT, *overrides)
-    run(cfg)
-    return open_run_directory(cfg).path
+    run(parse_run(cfg))
+    return parse_run(cfg).directory.path
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_home_folder_in_globs_of_runs_is_expanded(
 ) -> None:
     monkeypatch.setenv("HOME", str(finished_path.parent))
     assert find_finished_runs("~") == find_finished_runs(["~/*"]) == [finished_path]
-    assert open_run_directory(compose_run(Path("'~'"), *SHORT)).path == finished_path
+    assert parse_run(compose_run(Path("'~'"), *SHORT)).directory.path == finished_path
 
 
 def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:

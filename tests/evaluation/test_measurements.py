@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from acl.explain import attribute
-from reporting.measurements import (
+from evaluation.corruptions import CORRUPTIONS
+from evaluation.finished_run import FinishedRun, evaluate_run, load_akp_history, load_finished_run
+from evaluation.measurements import (
     ATTACK_SIZES,
     MEASUREMENTS,
     AkpTravel,
@@ -27,25 +29,23 @@ from reporting.measurements import (
     read_measurements,
     write_measurement,
 )
-from reporting.transforms import ROTATIONS, SCALES
+from evaluation.transforms import ROTATIONS, SCALES
 from training.config import compose
-from training.corruptions import CORRUPTIONS
 from training.data import Data
-from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, evaluate_run, load_akp_history, load_finished_run
 from training.loop import run as perform_run
 from training.loop import snapshot_akps
 from training.provenance import digest_file
-from training.runs import load_run_data, open_run_directory
+from training.settings import load_run_data, parse_run
+from training.splits import Split
 
 FILES = {"weights": "model", "akps": "akps"}
 
 
 def load_trained(folder: Path, *overrides: str) -> FinishedRun:
     cfg = compose([*overrides, "trainer.accelerator=cpu", f"paths.runs={folder}"])
-    perform_run(cfg)
-    return load_finished_run(open_run_directory(cfg).path)
+    perform_run(parse_run(cfg))
+    return load_finished_run(parse_run(cfg).directory.path)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_replaced_akps_change_nothing_but_akps(tmp_path: Path, monkeypatch: pyte
         networks.append(run.model)
         return evaluate_run(run, data, split)
 
-    monkeypatch.setattr("reporting.measurements.evaluate_run", evaluate_and_keep)
+    monkeypatch.setattr("evaluation.measurements.evaluate_run", evaluate_and_keep)
     accuracies = ReplacedAkps.measure(run, load_run_data(run.settings))
     assert run.record is not None and accuracies["trained"] == run.record.val.top1
     assert list(accuracies) == ["trained", "initial", "redrawn"]

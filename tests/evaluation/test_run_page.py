@@ -1,7 +1,7 @@
 from torch import nn
 
 from acl import AnalyticConv2d
-from reporting.run_page import render_run_page
+from evaluation.run_page import render_run_page
 from tests.reporting.helpers import make_record
 
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 import acl
 from acl.inspection import analytic_layers
+from evaluation.finished_run import FinishedRun, evaluate_run
 from training.data import Data
-from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, evaluate_run
+from training.splits import Split
 
 ROTATIONS = (15.0, 30.0, 45.0, 60.0, 75.0, 90.0)
 """In degrees, counterclockwise."""

@@ -19,18 +19,17 @@ from typing_extensions import TypedDict
 from acl.explain import attribute
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
-from reporting.json_lines import parse_json_lines, to_json_lines
-from reporting.transforms import measure_transforms
+from evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from evaluation.finished_run import FinishedRun, evaluate_run, load_akp_history
+from evaluation.transforms import measure_transforms
 from training.config import flatten
-from training.corruptions import CORRUPTIONS, SEVERITIES
 from training.data import Data
-from training.datasets import Split
 from training.errors import UsageError
-from training.finished_run import FinishedRun, evaluate_run, load_akp_history
+from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
 from training.loop import snapshot_akps
 from training.provenance import digest_file
-from training.record import Percent, Record, Recorded, read_bytes
-from training.run_directory import write_atomic
+from training.record import Percent, Record, Recorded
+from training.splits import Split
 from training.validation import Seed
 
 ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)

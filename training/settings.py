@@ -4,7 +4,6 @@ import atexit
 import functools
 import inspect
 import json
-import os
 import tempfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import nn
 
 import models
@@ -23,18 +21,17 @@ from acl.convert import Init
 from models.library import find_torchvision_weights
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
-from training.datasets import DATASETS, digest_dataset
-from training.distributed import TrainerSettings
+from training.datasets import digest_dataset
 from training.errors import UsageError
 from training.loggers import LoggerSettings
 from training.optim import OptimSettings
 from training.provenance import digest_file, digest_sources, find_changed_inputs
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.validation import STRICT, FilePath, Seed, check_arguments, construct, format_value
+from training.validation import Count, FilePath, Seed, check_arguments, construct, format_value, strict_dataclass
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class RunOptions:
     """The options outside the sections."""
 
@@ -43,7 +40,7 @@ class RunOptions:
     debug: Literal["smoke"] | None = None
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class PathSettings:
     """The options of the section ``paths``."""
 
@@ -51,12 +48,34 @@ class PathSettings:
     results: FilePath
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class LayerSettings(LayerOptions):
     """The options of configs/model/layer, which ``acl.convert`` takes."""
 
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
+
+
+Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
+"""Those of Lightning Fabric that need no other library; the last four are short for 16-mixed, bf16-mixed and so on."""
+
+
+@strict_dataclass
+class TrainerSettings:
+    """The options of configs/trainer: the length of a run, its devices and their precision."""
+
+    epochs: Count
+    batch_size: Count
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
+    devices: Count
+    nodes: Count
+    precision: Precision
+    deterministic: bool
+    channels_last: bool
+    compile: bool
+    test: bool
+    checkpoint_minutes: float = Field(gt=0)
 
 
 @dataclass(frozen=True)
@@ -88,12 +107,6 @@ def create_smoke_folder() -> Path:
     return Path(folder.name)
 
 
-def open_run_directory(cfg: DictConfig) -> RunDirectory:
-    """The folder of the run that a configuration describes; nothing is written."""
-    runs = Path(os.path.expanduser(cfg.paths.runs)) if cfg.get("debug") is None else create_smoke_folder()  # noqa: PTH111
-    return RunDirectory(runs, identity(cfg))
-
-
 def parse_run(cfg: DictConfig) -> RunSettings:
     """Validates a run's configuration (configs/train.yaml) and turns it into plain objects.
 
@@ -108,10 +121,12 @@ def parse_run(cfg: DictConfig) -> RunSettings:
             raise UsageError(f"{name}={format_value(section)} is invalid: it should be a section of options")
         sections[name] = section
     options = construct(RunOptions, {name: value for name, value in config.items() if name not in SECTIONS})
+    paths = construct(PathSettings, sections["paths"], "paths")
+    runs = paths.runs if options.debug is None else create_smoke_folder()  # where the run is; nothing is written yet
     settings = RunSettings(
         config=config,
-        paths=construct(PathSettings, sections["paths"], "paths"),
-        directory=open_run_directory(cfg),
+        paths=paths,
+        directory=RunDirectory(runs, identity(config)),
         seed=options.seed,
         fresh=options.fresh,
         model={**_parse_model(sections["model"]), "arrangement": _parse_arrangement(sections["arrangement"])},
@@ -189,7 +204,7 @@ def find_changes(settings: RunSettings, record: Record) -> list[str]:
     changes = [] if record.sources == digest_sources() else ["code"]
     if record.data is not None:
         name = settings.data["name"]
-        reader_options = settings.data.keys() & inspect.signature(DATASETS[name]).parameters.keys()
+        reader_options = settings.data.keys() - inspect.signature(load_data).parameters.keys()
         options = json.dumps({key: settings.data[key] for key in sorted(reader_options)})
         inputs = {"data": {"digest": digest_dataset(name, options)}, "pretrained": digest_pretrained(settings)}
         changes += find_changed_inputs(record.to_dict(), inputs)

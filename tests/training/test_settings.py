@@ -7,10 +7,10 @@ import torch
 from tests.training.configurations import compose_run
 from tests.training.trees import write_imagefolder
 from training.config import compose
-from training.datasets import Split
 from training.errors import UsageError
 from training.loop import run
-from training.runs import build_model, load_run_data, parse_run
+from training.settings import build_model, load_run_data, parse_run
+from training.splits import Split
 
 
 def test_built_model_is_in_training_mode_and_depends_on_seed(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_smoke_run_takes_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
     data = load_run_data(settings)
     assert len(data.train) == 2 * settings.trainer.batch_size and settings.trainer.epochs == 1
     assert len(data.classes) == 10
-    run(cfg)
+    run(parse_run(cfg))
     assert not list(tmp_path.iterdir())
 
 

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -27,7 +27,7 @@ from training.evaluate import predict
 from training.provenance import digest_file, find_changed_inputs
 from training.record import Record, read_record
 from training.run_directory import RunDirectory
-from training.runs import RunSettings, load_run_data, parse_run
+from training.settings import RunSettings, load_run_data, parse_run
 from training.validation import construct
 
 RECORDS = ("record.json", "*/record.json")
@@ -49,12 +49,6 @@ class FinishedRun:
     input_format: InputFormat
     model: nn.Module  # with the weights of its best epoch, in eval mode
     classes: list[str] | None = None  # names, by label; None: unknown
-
-
-def serialize_weights(model: nn.Module, run_identity: Mapping[str, Any], data: Data) -> bytes:
-    """Serializes a network with everything that ``load_finished_run`` needs to build it again."""
-    info = {"config": dict(run_identity), "input_format": asdict(data.input_format), "classes": data.classes}
-    return acl.serialize(model, info)
 
 
 def resolve_run_path(path: Path) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.corruptions import CORRUPTIONS, SEVERITIES
+from evaluation.corruptions import CORRUPTIONS, SEVERITIES
 
 
 @pytest.fixture

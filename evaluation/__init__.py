@@ -1,0 +1,1 @@
+"""Trained networks: finished runs, measurements on them, transforms, corruptions, and the page of a run."""

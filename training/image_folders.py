@@ -1,0 +1,173 @@
+"""Image files in folders of classes: how they are listed, split and decoded."""
+
+import hashlib
+import os
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+from unicodedata import normalize
+
+import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
+from pydantic import Field
+
+from training.errors import UsageError
+from training.image_cache import load_decoded_images
+from training.splits import Dataset, Split, Splits
+from training.validation import Count, FilePath, Pixels, strict_dataclass
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Listing = list[tuple[Path, str]]
+"""Pairs of an image file and the name of its class."""
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats of image files in folders: those of photographs, of the many that Pillow opens."""
+
+
+@strict_dataclass
+class ImageFiles:
+    """The options of a data set of image files."""
+
+    root: FilePath
+    cache: FilePath
+    """The folder of all decoded images."""
+    title: str
+    size: Pixels
+    """Of the decoded images."""
+    validation: Share
+    """The share of each class's training images to hold out, if there is no other validation split."""
+    skip_undecodable: bool
+    max_images: Count | None = None
+    """How many images of each split to decode; None: all."""
+
+    def hold_out(self, listing: Listing) -> tuple[Listing, Listing]:
+        """Holds out the share ``validation`` of each class, always the same images; returns training and validation."""
+        from sklearn.model_selection import train_test_split  # imported here because it takes over a second
+
+        labels = [label for _, label in listing]
+        count = max(round(self.validation * len(listing)), len(set(labels)))
+        try:
+            kept, held_out = train_test_split(range(len(listing)), test_size=count, stratify=labels, random_state=0)
+        except ValueError as error:
+            problem = f"cannot hold out {count} of {len(listing)} training images for validation"
+            raise UsageError(f"{problem}: {error}") from error
+        return [listing[i] for i in sorted(kept)], [listing[i] for i in sorted(held_out)]
+
+    def read(self, root: Path, listings: list[Listing]) -> Dataset:
+        """The data set of the training, validation and test listings; ``root`` contains their files."""
+        class_sets = [{label for _, label in listing} for listing in listings]
+        classes = sorted(set.union(*class_sets))
+        parts = ("training", "validation", "test")
+        for part, labels in zip(parts, class_sets, strict=True):
+            if missing := [label for label in classes if label not in labels]:
+                raise UsageError(
+                    f"{root}: the {part} split lacks {len(missing)} of {len(classes)} classes, such as '{missing[0]}'; "
+                    "each split needs images of every class"
+                )
+        digest = hashlib.sha256()
+        for number, listing in enumerate(listings):
+            for path, label in listing:
+                if not path.is_file():
+                    raise UsageError(f"{path} is listed but does not exist; download the data set again")
+                name, num_bytes = normalize("NFC", path.relative_to(root).as_posix()), path.stat().st_size
+                digest.update(os.fsencode(f"{number} {name} {label} {num_bytes}\n"))
+
+        def decode() -> Splits:
+            kept = [listing[: self.max_images] for listing in listings]
+            paths = [path for listing in kept for path, _ in listing]
+            title = re.sub(r"[^\w-]+", "-", self.title).strip("-")
+            images, skipped = load_decoded_images(root, paths, self.size, self.cache, title, self.skip_undecodable)
+            skipped_indices = set(skipped)
+            splits, first_image, first_path = [], 0, 0
+            for part, listing in zip(parts, kept, strict=True):
+                labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
+                # The splits are consecutive in the cache, so each is a view of it.
+                view = images[first_image : first_image + len(labels_kept)]
+                if lost := sorted({label for _, label in listing} - set(labels_kept)):
+                    raise UsageError(f"{root}: no {part} image of class '{lost[0]}' can be decoded")
+                splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
+                first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
+            return splits[0], splits[1], splits[2]
+
+        return Dataset(classes, digest.hexdigest()[:12], decode)
+
+
+def read_imagefolder(files: ImageFiles) -> Dataset:
+    """The user's own images: <root>/train/<class>/*, <root>/test/<class>/* and optionally <root>/val/<class>/*."""
+    listings: dict[str, Listing] = {}
+    ignored: dict[str, list[Path]] = defaultdict(list)
+    for part in ("train", "val", "test"):
+        folder = files.root / part
+        if not folder.is_dir():
+            if part == "val":
+                continue
+            raise UsageError(
+                f"no folder {folder}; data=imagefolder reads {files.root}/train/<class>/* and test/<class>/*"
+            )
+        try:
+            listings[part] = list_images(folder, ignored)
+        except OSError as error:
+            raise UsageError(f"cannot list the files in {error.filename}: {error.strerror}") from error
+    if ignored:
+        counts = [f"{len(paths)} {reason}, such as {paths[0]}" for reason, paths in ignored.items()]
+        rank_zero_only(print)(f"ignored files in {files.root}: {'; '.join(counts)}", file=sys.stderr)
+    if "val" in listings:
+        train, val = listings["train"], listings["val"]
+    else:
+        train, val = files.hold_out(listings["train"])
+    return files.read(files.root, [train, val, listings["test"]])
+
+
+def list_images(folder: Path, ignored: dict[str, list[Path]]) -> Listing:
+    """Lists the images in the class folders of a split, and adds all other files to ``ignored``, by reason."""
+    extensions = sorted(
+        suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS and name in Image.OPEN
+    )
+    listing: Listing = []
+    real_folder = folder.resolve()
+    for class_folder in sorted(folder.iterdir(), key=lambda path: _by_name(str(path))):
+        if not class_folder.is_dir():
+            ignored["outside the class folders"].append(class_folder)
+            continue
+        label, num_listed = normalize("NFC", class_folder.name), len(listing)
+        for file in _list_files(class_folder, {real_folder, *real_folder.parents, *class_folder.resolve().parents}):
+            path = Path(file)
+            if f"{os.sep}." in file.removeprefix(str(folder)):
+                ignored["hidden"].append(path)
+            elif path.suffix.lower() not in extensions:
+                ignored["without an image extension"].append(path)
+            else:
+                listing.append((path, label))
+        if class_folder.name.startswith("."):
+            continue
+        if len(listing) == num_listed:
+            raise UsageError(f"no images in {class_folder}; known: {' '.join(extensions)}")
+        if label.encode(errors="replace") != os.fsencode(label):
+            raise UsageError(f"the name of {class_folder} is not UTF-8; rename it")
+    if not listing:
+        raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(extensions)}")
+    return listing
+
+
+def _list_files(folder: Path, visited: set[Path]) -> list[str]:
+    """Lists the files below a folder by name. Follows links, but enters no folder in ``visited`` and none twice."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real_parent := Path(parent).resolve()) in visited:
+            folders.clear()
+        else:
+            visited.add(real_parent)
+            folders.sort(key=_by_name)
+            files += [f"{parent}{os.sep}{name}" for name in names]
+    return sorted(files, key=_by_name)
+
+
+def _by_name(path: str) -> tuple[str, str]:
+    """A sort key that orders paths part by part, and equally on file systems that decompose letters (NFD)."""
+    return os.path.normcase(normalize("NFC", path)).replace(os.sep, "\0"), path

@@ -1,0 +1,42 @@
+"""Images with labels, and data sets of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    images: Tensor  # (n, channels, height, width) uint8
+    labels: Tensor  # (n,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def sample(self, count: int) -> "Split":
+        """The same ``count`` random images every time, in random order; all images if there are fewer."""
+        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]]
+
+    def to(self, device: torch.device) -> "Split":
+        images, labels = self.images, self.labels
+        if device.type == "cuda" and not images.is_cuda:  # pinned memory lets the copy overlap with computation
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return Split(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+
+Splits = tuple[Split, Split, Split]
+"""The training, validation and test splits."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set whose image files are listed, but not decoded yet."""
+
+    classes: list[str]  # names, by label
+    digest: str  # 12 hexadecimal digits: a hash of the splits, labels and pixels (of image files: names and sizes)
+    load: Callable[[], Splits]
