@@ -28,7 +28,7 @@ from reporting.measurements import (
     Transforms,
     read_measurements,
 )
-from reporting.statistics import correct_p_values
+from reporting.statistics import Interval, correct_p_values
 from reporting.table import read_results
 from training.config import format_error
 from training.errors import UsageError
@@ -207,8 +207,10 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
             effects += _summarize(summarize, results / path)
         else:
             missing[f"`scripts/{script}`"] = None
-    missing |= {f"{effect.what} ({effect.data}): no seed in common": None for effect in effects if not effect.n}
-    return _correct_for_multiplicity([effect for effect in effects if effect.n]), list(missing)
+    missing |= {
+        f"{effect.what} ({effect.data}): no seed in common": None for effect in effects if not effect.interval.n
+    }
+    return _correct_for_multiplicity([effect for effect in effects if effect.interval.n]), list(missing)
 
 
 def _check_measurements(measurement: type[Measurement], file: Path, table_file: Path, command: str) -> None:
@@ -243,9 +245,10 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
         "",
         "Written by `make claims` from the records in this folder. An effect *holds* if its whole 95% interval is "
         "above the claim's threshold, *does not hold* if the whole interval is below it, and is *undecided* otherwise. "
-        "Intervals are t-intervals over paired seeds (or test images, if *n* says so), except that of the fit, which "
-        "is a bootstrap over kernels. They are not adjusted for the number of comparisons, so about 1 in 20 misses its "
-        "true value. **Bold** verdicts survive Holm's correction for all t-intervals of the claim that have a verdict. "
+        f"Intervals are {Interval.method}s over paired seeds (or test images, if *n* says so), except that of the fit, "
+        "which is a bootstrap over kernels. They are not adjusted for the number of comparisons, so about 1 in 20 "
+        "misses its true value. **Bold** verdicts survive Holm's correction for all "
+        f"{Interval.method}s of the claim that have a verdict. "
         "*To decide* is the number of seeds or images at which the same mean and spread would give a verdict.",
         "",
         "| claim | holds | does not hold | undecided |",
@@ -289,14 +292,17 @@ def _count_verdicts(effects: Sequence[Effect]) -> str:
 
 def _format_effect(effect: Effect) -> str:
     number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
-    mean, low, high = (number.format(value) for value in (effect.mean, effect.low, effect.high))
-    interval = "" if math.isnan(effect.low) else f" [{low}, {high}]"  # of a single seed
+    mean, low, high = (
+        number.format(value) for value in (effect.interval.mean, effect.interval.low, effect.interval.high)
+    )
+    interval = "" if math.isnan(effect.interval.low) else f" [{low}, {high}]"  # of a single seed
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
     verdict = f"**{effect.verdict}**" if effect.survives_correction else effect.verdict
-    to_decide = "" if effect.num_to_decide is None else f"about {effect.num_to_decide:,} {effect.sampled}"
+    n_to_decide = None if effect.threshold is None else effect.interval.n_to_decide(effect.threshold)
+    to_decide = "" if n_to_decide is None else f"about {n_to_decide:,} {effect.sampled}"
     return (
         f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean}{interval} {effect.unit} "
-        f"| {effect.n} {effect.sampled} | {verdict} | {to_decide} |"
+        f"| {effect.interval.n} {effect.sampled} | {verdict} | {to_decide} |"
     )
 
 
@@ -310,10 +316,11 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     colors = {"holds": "tab:green", "does not hold": "tab:red", "undecided": "tab:gray"}
     for position, effect in enumerate(drawn):
         assert effect.threshold is not None
-        error = [[effect.mean - effect.low], [effect.high - effect.mean]]
+        interval = effect.interval
+        error = [[interval.mean - interval.low], [interval.high - interval.mean]]
         color = colors[effect.verdict]
         fill = color if effect.survives_correction else "white"
-        axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=color, markerfacecolor=fill)
+        axes.errorbar(interval.mean, -position, xerr=error, fmt="o", markersize=4, color=color, markerfacecolor=fill)
         axes.plot([effect.threshold] * 2, [-position - 0.5, -position + 0.5], color="black", linewidth=0.8)
     labels = [textwrap.fill(f"{effect.data}: {effect.what}", 70) for effect in drawn]
     axes.set_yticks([-i for i in range(len(drawn))], labels, fontsize=7)

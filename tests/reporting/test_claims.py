@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from scipy import stats
 
 from reporting.claims import CLAIMS, Claim, collect_effects, draw_effects, render_claims
 from reporting.effects import Effect, PairedRows
@@ -24,7 +23,7 @@ from reporting.measurements import (
     Transforms,
     read_measurements,
 )
-from reporting.statistics import interval_of_mean, t_quantile
+from reporting.statistics import Interval
 from tests.reporting.helpers import load_settings, make_record
 from training.errors import UsageError
 
@@ -32,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_effect(low: float, high: float, threshold: float | None = -1.0, n: int = 5) -> Effect:
-    return Effect("mnist", "a row", "points", (low + high) / 2, low, high, n, threshold, "tables/mnist.md")
+    interval = Interval((low + high) / 2, low, high, n)
+    return Effect("mnist", "a row", "points", interval, threshold, "tables/mnist.md")
 
 
 def write_table(folder: Path, **accuracies: list[float]) -> None:
@@ -68,37 +68,6 @@ def test_verdict_holds_only_if_whole_interval_is_beyond_threshold(low: float, hi
     assert make_effect(low, high).verdict == verdict
 
 
-def make_effect_of(values: list[float], threshold: float) -> Effect:
-    series = pd.Series(values)
-    interval, standard_error = interval_of_mean(series), float(series.std()) / math.sqrt(len(values))
-    source = "tables/mnist.md"
-    return Effect("mnist", "a row", "points", *interval, len(values), threshold, source, standard_error=standard_error)
-
-
-def test_num_to_decide_is_first_number_at_which_interval_excludes_threshold() -> None:
-    values = [0.0, 1.0, 3.5]
-    half_widths = {n: t_quantile(n) * pd.Series(values).std() / math.sqrt(n) for n in range(2, 100)}
-    expected = min(n for n, half_width in half_widths.items() if half_width < 1.5)
-    assert make_effect_of(values, 0.0).num_to_decide == expected
-    assert make_effect(-0.5, 2.0).num_to_decide is None
-    assert make_effect(-1.0, 1.0, threshold=None).num_to_decide is None
-
-
-def test_p_value_is_that_of_t_test_over_seeds() -> None:
-    values = [0.3, 1.0, 3.5]
-    assert make_effect_of(values, -1.0).p_value == pytest.approx(stats.ttest_1samp(values, -1.0).pvalue)
-    assert make_effect(-1.0, 1.0).p_value is None  # as of a bootstrap, whose standard error is not known
-    assert make_effect_of([1.0, 1.0], 0.0).p_value == 0.0
-    assert make_effect_of([0.0, 0.0], 0.0).p_value == 1.0
-
-
-def test_differences_that_cancel_up_to_rounding_have_no_effect() -> None:
-    differences = [90.65 - 91.04, 90.62 - 91.24, 90.51 - 89.5]
-    assert 0 < abs(sum(differences)) < 1e-12
-    effect = make_effect_of(differences, 0.0)
-    assert (effect.verdict, effect.num_to_decide, effect.p_value) == ("undecided", None, 1.0)
-
-
 def test_verdicts_are_corrected_for_all_effects_of_a_claim(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0, 70.0], clear=[91.0, 81.1, 70.9], vague=[91.0, 83.0, 71.0])
     pairs = [PairedRows("toy", row, "plain", 0.0) for row in ("clear", "vague")]
@@ -119,15 +88,15 @@ def test_effects_of_small_savings_are_counted_separately() -> None:
 def test_single_seed_is_undecided(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0], analytic=[95.0])
     (effect,), _ = collect_effects(make_claim(PairedRows("toy", "analytic", "plain")), tmp_path)
-    assert (effect.mean, effect.verdict, effect.num_to_decide) == (5.0, "undecided", None)
+    assert (effect.interval.mean, effect.verdict, effect.p_value) == (5.0, "undecided", None)
 
 
 def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0, 70.0], analytic=[91.0, 81.0, 71.5])
     (effect,), missing = collect_effects(make_claim(PairedRows("toy", "analytic", "plain")), tmp_path)
-    assert effect.mean == pytest.approx(3.5 / 3)
-    assert effect.high - effect.low < 2  # far less than the spread of a row
-    assert (effect.n, effect.ratio, effect.verdict, missing) == (3, 5 / 8, "holds", [])
+    assert effect.interval.mean == pytest.approx(3.5 / 3)
+    assert effect.interval.high - effect.interval.low < 2  # far less than the spread of a row
+    assert (effect.interval.n, effect.ratio, effect.verdict, missing) == (3, 5 / 8, "holds", [])
 
 
 def test_table_without_test_results_gives_no_effect(tmp_path: Path) -> None:
@@ -159,20 +128,20 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     write_measurements(tmp_path, "akp_travel", {"mosaic": [{"G/theta": 10.0, "G/sigma": 0.1}]})
     claim = make_claim(measurements={Shapley: ("toy",), AkpTravel: ("toy",)})
     effects, _ = collect_effects(claim, tmp_path)
-    assert [(e.what, e.mean, e.unit, e.n) for e in effects] == [
+    assert [(e.what, e.interval.mean, e.unit, e.interval.n) for e in effects] == [
         ("Gabor in mosaic", 2.0, "points", 2),
         ("Plain in mosaic", 4.0, "points", 2),
         ("distance traveled by theta of Gabor in mosaic", 10.0, "degrees", 1),
         ("distance traveled by sigma of Gabor in mosaic", 0.1, "px", 1),
     ]
-    assert effects[2].verdict == "" and effects[1].low == effects[1].high == 4.0
+    assert effects[2].verdict == "" and effects[1].interval.low == effects[1].interval.high == 4.0
 
 
 def test_replaced_akps_are_compared_with_trained_ones_by_seed(tmp_path: Path) -> None:
     trained = [{"trained": 90.0, "initial": 80.0, "redrawn": 10.0}, {"trained": 92.0, "initial": 92.0, "redrawn": 14.0}]
     write_measurements(tmp_path, "replaced_akps", {"plain": [{}], "mosaic": trained})
     effects, _ = collect_effects(make_claim(measurements={ReplacedAkps: ("toy",)}), tmp_path)
-    assert [(e.what, e.mean, e.n, e.threshold) for e in effects] == [
+    assert [(e.what, e.interval.mean, e.interval.n, e.threshold) for e in effects] == [
         ("mosaic: AKPs trained, against initial ones", 5.0, 2, 0.0),
         ("mosaic: AKPs trained, against redrawn ones", 79.0, 2, None),
     ]
@@ -191,7 +160,7 @@ def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -
     write_measurements(tmp_path, "corruptions", corrupted, "mnist")
     write_measurements(tmp_path, "attacks", attacked, "mnist")
     effects, _ = collect_effects(make_claim(measurements={Corruptions: ("mnist",), Attacks: ("mnist",)}), tmp_path)
-    assert [(e.what, e.mean, e.verdict) for e in effects] == [
+    assert [(e.what, e.interval.mean, e.verdict) for e in effects] == [
         ("all Gabor, under corruptions, against LeNet-5 plain", 3.0, "holds"),
         ("all Gabor, under noise, against LeNet-5 plain", 1.5, ""),
         ("all Gabor, under blur, against LeNet-5 plain", 4.5, ""),
@@ -217,7 +186,7 @@ def test_transforms_compare_closed_form_with_other_ways(tmp_path: Path) -> None:
     ]
     write_measurements(tmp_path, "transforms", {"plain": [{}], "all Gabor": values})
     effects, _ = collect_effects(make_claim(measurements={Transforms: ("toy",)}), tmp_path)
-    assert [(e.mean, e.unit, e.verdict) for e in effects] == [
+    assert [(e.interval.mean, e.unit, e.verdict) for e in effects] == [
         (10.0, "points", "holds"),
         (31.0, "points", "holds"),
         (10.0, "%", "holds"),
@@ -249,7 +218,7 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
     (tmp_path / "evidence/flowers17_approximations.jsonl").write_text(to_json_lines(lines))
     claim = next(claim for claim in CLAIMS if claim.name == "C3")
     effects = [effect for effect in collect_effects(claim, tmp_path)[0] if effect.sampled == "images"]
-    assert [(e.what, e.mean, e.n) for e in effects[:4]] == [
+    assert [(e.what, e.interval.mean, e.interval.n) for e in effects[:4]] == [
         ("error of conv1's outputs, Gabor fit, 5.0 numbers per kernel", 2.5, 4),
         ("error of conv1's outputs, codebook, 5.0 numbers per kernel", 2.5, 4),
         ("linear probe, Gabor fit with 5 numbers per kernel, against the original", -25.0, 4),
@@ -367,7 +336,7 @@ def test_new_measurement_is_one_class(tmp_path: Path) -> None:
 
     write_measurements(tmp_path, "sharpness", {"mosaic": [{"x": 1.0}, {"x": 2.0}]})
     (effect,), missing = collect_effects(make_claim(measurements={Sharpness: ("toy", "other")}), tmp_path)
-    assert (effect.what, effect.mean, effect.n) == ("sharpness", 1.5, 2)
+    assert (effect.what, effect.interval.mean, effect.interval.n) == ("sharpness", 1.5, 2)
     assert missing == ["`scripts/measure.py table=other measurement=sharpness`"]
 
 
