@@ -3,22 +3,16 @@
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import field, replace
+from functools import cache, partial
 from pathlib import Path
 
+import yaml
 from matplotlib.figure import Figure
+from pydantic.dataclasses import dataclass as validated_dataclass
+from typing_extensions import TypedDict
 
-from evaluation.measurements import (
-    AkpTravel,
-    Attacks,
-    Corruptions,
-    Measurement,
-    ReplacedAkps,
-    Shapley,
-    Transforms,
-    read_measurements,
-)
+from evaluation.measurements import MEASUREMENTS, Measurement, read_measurements
 from reporting.effects import (
     COMPETITIVE,
     Effect,
@@ -28,146 +22,69 @@ from reporting.effects import (
     summarize_fit,
     summarize_measurements,
 )
-from reporting.statistics import correct_p_values
+from reporting.statistics import Interval, correct_p_values
 from reporting.table import read_results
-from training.config import format_error
+from training.config import CONFIGS, format_error
 from training.errors import UsageError
+from training.validation import STRICT, construct
+
+SUMMARIES = {"approximate": summarize_fit, "compare_approximations": summarize_approximations}
+"""The script that writes a file of records -> what summarizes the file."""
 
 
-@dataclass(frozen=True)
+class Comparison(TypedDict):
+    """Rows that are compared with others in each of some tables."""
+
+    tables: list[str]
+    rows: list[str] | dict[str, str]
+    """Rows compared with the plain row of their table; or each row -> the row that it is compared with."""
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Claim:
-    """A claim, and the records that bear on it."""
+    """A claim, and the records that bear on it: the contents of ``configs/claims/<name>.yaml``."""
 
     name: str
     text: str
     source: str
     rule: str
-    pairs: tuple[PairedRows, ...] = ()
-    measurements: Mapping[type[Measurement], tuple[str, ...]] = field(default_factory=dict)
-    """A measurement -> the tables whose networks it was made on."""
-    files: Mapping[str, tuple[Callable[[Path], list[Effect]], str]] = field(default_factory=dict)
-    """Another file of records, relative to ``results/`` -> what summarizes it, and the script that writes it."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    threshold: float = COMPETITIVE
+    """Of the comparisons, in points."""
     min_ratio: float = 0.0
     """Effects with a smaller ratio of parameters are counted separately: they bear on a part of the claim only."""
+    measurements: dict[str, list[str]] = field(default_factory=dict)
+    """The name of a measurement -> the tables whose networks it was made on."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Another file of records, relative to ``results/`` -> the script that writes it, of ``SUMMARIES``."""
+
+    def __post_init__(self) -> None:
+        for what, names, known in (
+            ("measurement", self.measurements, MEASUREMENTS),
+            ("script", self.files.values(), SUMMARIES),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise UsageError(f"claim {self.name} names the {what} '{unknown[0]}'; known: {', '.join(known)}")
+
+    @property
+    def pairs(self) -> list[PairedRows]:
+        return [
+            PairedRows(
+                table, row, comparison["rows"][row] if isinstance(comparison["rows"], dict) else None, self.threshold
+            )
+            for comparison in self.comparisons
+            for table in comparison["tables"]
+            for row in comparison["rows"]
+        ]
 
 
-_LENET_TABLES = ("mnist", "fashion_mnist")
-_LENET_ROWS = ("all Gabor", "mosaic, no plain kernel", "mosaic, with amplitude", "half plain")
-_FOUR_LAYER_ROWS = (
-    "all Gabor",
-    "all Gabor, with amplitude",
-    "mosaic, no plain kernel",
-    "mosaic, with amplitude",
-    "half plain",
-)
-_PHOTOGRAPH_ROWS: dict[str, str | None] = {
-    "exp1: Gabor, pretrained": None,
-    "exp1 fitted, with amplitude, pretrained": None,
-    "exp1 fitted, extended, with amplitude, pretrained": None,
-    "exp2: mosaic, no plain kernel, pretrained": None,
-    "exp3: the paper's, half plain, pretrained": None,
-    "exp3 fitted, pretrained": None,
-    "auto, extended, with amplitude, pretrained": None,
-    "exp3: the paper's, half plain, from scratch": "plain, from scratch",
-    "AlexNet, exp3, from scratch": "AlexNet, plain, from scratch",
-}
-_FITTED_GABOR = "exp1 fitted, with amplitude, pretrained"
-_FITTED_EXTENDED = "exp1 fitted, extended, with amplitude, pretrained"
-_FITTED = (
-    (_FITTED_GABOR, "exp1: Gabor, pretrained"),
-    (_FITTED_EXTENDED, "exp1: Gabor, pretrained"),
-    ("exp3 fitted, pretrained", "exp3: the paper's, half plain, pretrained"),
-)
-
-CLAIMS = (
-    Claim(
-        "C1",
-        "Analytic networks are competitive in accuracy with far fewer parameters.",
-        "the paper",
-        f"The accuracy is competitive if the whole interval of the paired difference is above {COMPETITIVE:g} points. "
-        "*Reference / row* says how many times fewer convolution parameters the whole network has.",
-        (
-            *(PairedRows(table, row) for table in _LENET_TABLES for row in _LENET_ROWS),
-            *(PairedRows("fashion_mnist_shares", f"{share}% plain", "100% plain") for share in (75, 50, 25, 0)),
-            *(PairedRows("cifar10_jpeg", row) for row in _FOUR_LAYER_ROWS),
-            PairedRows("cifar10_jpeg", "mosaic, with amplitude", "all Gabor, with amplitude"),
-            *(PairedRows("flowers17", row, against) for row, against in _PHOTOGRAPH_ROWS.items()),
-            *(PairedRows("imagenette", row) for row, against in _PHOTOGRAPH_ROWS.items() if against is None),
-        ),
-        min_ratio=2.0,
-    ),
-    Claim(
-        "C2",
-        "AKPs that learn adapt to the data.",
-        "the paper",
-        "Learned AKPs are better than random AKPs that are not trained; trained networks are less accurate on "
-        "the validation split, which also chose their epoch, if all AKPs are set back to their initial values, and "
-        "nothing else changes; and more AKPs are better than fewer: the interval is above 0. There is no verdict on "
-        "the distances that AKPs travel during training, nor on redrawn AKPs: what is lost with them shows how far the "
-        "other layers depend on the kernels, even on kernels that training hardly changed.",
-        (
-            *(
-                PairedRows(table, "all Gabor", "all Gabor, frozen at random", 0.0)
-                for table in (*_LENET_TABLES, "cifar10_jpeg")
-            ),
-            *(
-                PairedRows(table, "mosaic, with amplitude", "mosaic, no plain kernel", 0.0)
-                for table in (*_LENET_TABLES, "cifar10_jpeg")
-            ),
-            PairedRows("cifar10_jpeg", "all Gabor, with amplitude", "all Gabor", 0.0),
-            PairedRows("flowers17", _FITTED_EXTENDED, _FITTED_GABOR, 0.0),
-        ),
-        {
-            ReplacedAkps: ("fashion_mnist", "flowers17_choices", "imagenette"),
-            AkpTravel: ("flowers17", "flowers17_choices"),
-        },
-    ),
-    Claim(
-        "C3",
-        "Pretrained kernels are approximated by a few AKPs.",
-        "the paper (figures 1 and 3)",
-        "The fit explains more than 90% of the energy of the kernels; networks that start from the fit are better than "
-        "networks that start from random AKPs (the interval is above 0); and without training, linear probes on layer3 "
-        f"of a network whose conv1 is replaced by its fit are above {COMPETITIVE:g} points of the original, and better "
-        "than with a truncated SVD or a codebook of at least as many numbers.",
-        tuple(PairedRows(table, *rows, 0.0) for table in ("flowers17", "imagenette") for rows in _FITTED),
-        files={
-            "approximation/resnet18_conv1_paper.json": (summarize_fit, "approximate.py"),
-            "approximation/resnet18_conv1.json": (summarize_fit, "approximate.py"),
-            "evidence/flowers17_approximations.jsonl": (summarize_approximations, "compare_approximations.py"),
-        },
-    ),
-    Claim(
-        "C4",
-        "Every kind of kernel contributes measurably.",
-        "the paper",
-        "The Shapley value of the kind, in points of validation accuracy, is above 0.",
-        measurements={Shapley: ("fashion_mnist", "flowers17")},
-    ),
-    Claim(
-        "C5",
-        "The analytical formulation increases reliability.",
-        "the paper",
-        "The analytic network is more accurate than the plain one under corruptions, averaged over six corruptions and "
-        "five severities; under attacks (PGD), averaged over four sizes; and if it is trained on few images: the "
-        "interval is above 0.",
-        tuple(
-            PairedRows("fashion_mnist_few", f"{row}, {share}%", f"plain, {share}%", 0.0)
-            for row in ("all Gabor", "mosaic", "half plain")
-            for share in (1, 3, 10, 30)
-        ),
-        measurements={Corruptions: ("fashion_mnist", "flowers17"), Attacks: ("fashion_mnist", "flowers17")},
-    ),
-    Claim(
-        "C6",
-        "Analytic layers can be moved to other image scales and angles in closed form.",
-        "ours",
-        "On rotated and rescaled images, a network whose formulas are moved is more accurate than one whose kernels "
-        "are resampled, and than one that is left unchanged, and the outputs of its first analytic layer have a "
-        "smaller error: the interval is above 0.",
-        measurements={Transforms: ("cifar10_jpeg_choices", "flowers17")},
-    ),
-)
+@cache
+def load_claims() -> list[Claim]:
+    """Loads the claims of configs/claims. Raises UsageError for an invalid one."""
+    return [
+        construct(Claim, {"name": file.stem, **yaml.safe_load(file.read_text("utf-8"))}, f"claims/{file.stem}")
+        for file in sorted((CONFIGS / "claims").glob("*.yaml"))
+    ]
 
 
 def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str]]:
@@ -193,22 +110,25 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
             effects.append(effect)
         else:
             missing[f"'{pair.row}' against '{pair.reference}' in table {pair.table}"] = None
-    for measurement, tables in claim.measurements.items():
+    for name, tables in claim.measurements.items():
+        measurement = MEASUREMENTS[name]
         for table in tables:
-            file = results / "evidence" / f"{table}_{measurement.name}.jsonl"
-            command = f"`scripts/measure.py table={table} measurement={measurement.name}`"
+            file = results / "evidence" / f"{table}_{name}.jsonl"
+            command = f"`scripts/measure.py table={table} measurement={name}`"
             if file.exists():
                 _check_measurements(measurement, file, results / "tables" / f"{table}.jsonl", command)
                 effects += _summarize(partial(summarize_measurements, measurement, table), file)
             else:
                 missing[command] = None
-    for path, (summarize, script) in claim.files.items():
+    for path, script in claim.files.items():
         if (results / path).exists():
-            effects += _summarize(summarize, results / path)
+            effects += _summarize(SUMMARIES[script], results / path)
         else:
-            missing[f"`scripts/{script}`"] = None
-    missing |= {f"{effect.what} ({effect.data}): no seed in common": None for effect in effects if not effect.n}
-    return _correct_for_multiplicity([effect for effect in effects if effect.n]), list(missing)
+            missing[f"`scripts/{script}.py`"] = None
+    missing |= {
+        f"{effect.what} ({effect.data}): no seed in common": None for effect in effects if not effect.interval.n
+    }
+    return _correct_for_multiplicity([effect for effect in effects if effect.interval.n]), list(missing)
 
 
 def _check_measurements(measurement: type[Measurement], file: Path, table_file: Path, command: str) -> None:
@@ -243,15 +163,16 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
         "",
         "Written by `make claims` from the records in this folder. An effect *holds* if its whole 95% interval is "
         "above the claim's threshold, *does not hold* if the whole interval is below it, and is *undecided* otherwise. "
-        "Intervals are t-intervals over paired seeds (or test images, if *n* says so), except that of the fit, which "
-        "is a bootstrap over kernels. They are not adjusted for the number of comparisons, so about 1 in 20 misses its "
-        "true value. **Bold** verdicts survive Holm's correction for all t-intervals of the claim that have a verdict. "
+        f"Intervals are {Interval.method}s over paired seeds (or test images, if *n* says so), except that of the fit, "
+        "which is a bootstrap over kernels. They are not adjusted for the number of comparisons, so about 1 in 20 "
+        "misses its true value. **Bold** verdicts survive Holm's correction for all "
+        f"{Interval.method}s of the claim that have a verdict. "
         "*To decide* is the number of seeds or images at which the same mean and spread would give a verdict.",
         "",
         "| claim | holds | does not hold | undecided |",
         "|---|---:|---:|---:|",
     ]
-    for claim in CLAIMS:
+    for claim in load_claims():
         effects = effects_of[claim.name][0]
         below = [effect for effect in effects if effect.ratio is not None and effect.ratio < claim.min_ratio]
         others = [effect for effect in effects if effect not in below]
@@ -260,7 +181,7 @@ def render_claims(effects_of: Mapping[str, tuple[list[Effect], list[str]]]) -> s
             text = f"{claim.name}, ratios of parameters below {claim.min_ratio:g}"
             lines.append(f"| {text} | {_count_verdicts(below)} |")
     lines.append("")
-    for claim in CLAIMS:
+    for claim in load_claims():
         effects, missing = effects_of[claim.name]
         lines += [f"## {claim.name}", "", f"**{claim.text}** Source: {claim.source}. {claim.rule}", ""]
         if effects:
@@ -289,14 +210,17 @@ def _count_verdicts(effects: Sequence[Effect]) -> str:
 
 def _format_effect(effect: Effect) -> str:
     number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
-    mean, low, high = (number.format(value) for value in (effect.mean, effect.low, effect.high))
-    interval = "" if math.isnan(effect.low) else f" [{low}, {high}]"  # of a single seed
+    mean, low, high = (
+        number.format(value) for value in (effect.interval.mean, effect.interval.low, effect.interval.high)
+    )
+    interval = "" if math.isnan(effect.interval.low) else f" [{low}, {high}]"  # of a single seed
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
     verdict = f"**{effect.verdict}**" if effect.survives_correction else effect.verdict
-    to_decide = "" if effect.num_to_decide is None else f"about {effect.num_to_decide:,} {effect.sampled}"
+    n_to_decide = None if effect.threshold is None else effect.interval.n_to_decide(effect.threshold)
+    to_decide = "" if n_to_decide is None else f"about {n_to_decide:,} {effect.sampled}"
     return (
         f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean}{interval} {effect.unit} "
-        f"| {effect.n} {effect.sampled} | {verdict} | {to_decide} |"
+        f"| {effect.interval.n} {effect.sampled} | {verdict} | {to_decide} |"
     )
 
 
@@ -310,10 +234,11 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     colors = {"holds": "tab:green", "does not hold": "tab:red", "undecided": "tab:gray"}
     for position, effect in enumerate(drawn):
         assert effect.threshold is not None
-        error = [[effect.mean - effect.low], [effect.high - effect.mean]]
+        interval = effect.interval
+        error = [[interval.mean - interval.low], [interval.high - interval.mean]]
         color = colors[effect.verdict]
         fill = color if effect.survives_correction else "white"
-        axes.errorbar(effect.mean, -position, xerr=error, fmt="o", markersize=4, color=color, markerfacecolor=fill)
+        axes.errorbar(interval.mean, -position, xerr=error, fmt="o", markersize=4, color=color, markerfacecolor=fill)
         axes.plot([effect.threshold] * 2, [-position - 0.5, -position + 0.5], color="black", linewidth=0.8)
     labels = [textwrap.fill(f"{effect.data}: {effect.what}", 70) for effect in drawn]
     axes.set_yticks([-i for i in range(len(drawn))], labels, fontsize=7)

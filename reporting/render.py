@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from reporting.statistics import DIFFERENCE, Row, summarize
+from reporting.rows import DIFFERENCE, Row, summarize
+from reporting.statistics import Interval
 from training.record import Machine, Record
 
 NUM_FIRST_COLUMNS = 5
@@ -113,8 +114,8 @@ def describe_statistics(rows: Sequence[Row]) -> str:
         "val": "the accuracy is of that epoch, on the same split; the test set is not used",
     }
     return (
-        f"Mean ± standard deviation over {_count_seeds(len(rows[0].records))}; differences are paired "
-        f"by seed, with their 95% t-interval. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
+        f"Mean ± standard deviation over {_count_seeds(len(rows[0].records))}; differences are paired by seed, with "
+        f"their 95% {Interval.method}. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
         f"Convolution parameters include biases and frozen AKPs.{_describe_references(rows)}"
     )
 
@@ -171,11 +172,12 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     """
     figure = Figure(figsize=(10, max(3.2, 0.3 * len(frame) + 1.6)), layout="constrained")
     differences, accuracies = figure.subplots(1, 2, width_ratios=(6, 5))
-    half_widths = (frame["diff_ci95_high"] - frame["diff_mean"]).fillna(0.0)  # NaN for a single seed
+    means = frame["diff_mean"]  # an interval is NaN for a single seed
+    errors = [(means - frame["diff_ci95_low"]).fillna(0.0), (frame["diff_ci95_high"] - means).fillna(0.0)]
     deviations = frame["top1_std"].fillna(0.0)
     for i, line in enumerate(frame.itertuples()):
         style = {"marker": "osD^vP*X"[i % 8], "color": f"C{i}", "markersize": 5, "capsize": 3}
-        differences.errorbar(line.diff_mean, -i, xerr=half_widths[i], **style)
+        differences.errorbar(line.diff_mean, -i, xerr=[[error[i]] for error in errors], **style)
         accuracies.errorbar(line.conv_params, line.top1_mean, yerr=deviations[i], **style)
     differences.set_yticks([-i for i in range(len(frame))], frame["row"], fontsize=8)
     differences.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))

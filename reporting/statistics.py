@@ -1,110 +1,95 @@
-"""Means over seeds and paired intervals."""
+"""Intervals and tests. Another method of either is a change of this module alone."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from training.errors import UsageError
-from training.record import Record
-
-DIFFERENCE = ["diff_mean", "diff_ci95_low", "diff_ci95_high"]
-COLUMNS = [
-    "row",
-    "arrangement",
-    "conv_params",
-    "params",
-    "conv_ratio",
-    "seeds",
-    "top1_mean",
-    "top1_std",
-    *DIFFERENCE,
-    "epochs",
-]
+# scipy.stats is imported where it is used, since the import takes most of a second.
 
 
-@dataclass
-class Row:
-    """One row of a table: a configuration without the seed and without the hyperparameters chosen by a search."""
+@dataclass(frozen=True)
+class Interval:
+    """The mean of ``n`` values with its interval."""
 
-    name: str
-    overrides: list[str]
-    against: str | None = None
-    """The name of the row it is compared with; None: the first row."""
-    chosen: list[str] | None = None
-    """Overrides with the chosen hyperparameters; None until the search is done."""
-    records: list[Record] = field(default_factory=list)
-    """One per seed."""
+    mean: float
+    low: float
+    high: float
+    n: int
+    standard_error: float | None = None
+    """Of the mean; None for a single value and for methods that do not assume a t-distribution."""
+    method: str = "t-interval"
 
-    @property
-    def split(self) -> str:
-        """The split whose accuracy is listed: ``test``, or ``val`` if the runs do not evaluate the test set."""
-        return "test" if self.records[0].test else "val"
+    def p_value(self, threshold: float) -> float | None:
+        """Of a two-sided t-test of the mean against the threshold; None without a standard error."""
+        if self.standard_error is None:
+            return None
+        if not self.standard_error:
+            return 0.0 if self._distance(threshold) else 1.0
+        from scipy import stats
+
+        return 2 * float(stats.t.sf(self._distance(threshold) / self.standard_error, self.n - 1))
+
+    def n_to_decide(self, threshold: float) -> int | None:
+        """The number of values at which an interval with this mean and spread would exclude the threshold.
+
+        None if this one does, if the mean equals the threshold, and without a standard error.
+        """
+        from scipy import stats
+
+        distance = self._distance(threshold)
+        if self.standard_error is None or not distance or not self.low <= threshold <= self.high:
+            return None
+        deviations = distance / self.standard_error / math.sqrt(self.n)
+        n = max(self.n, math.ceil((float(stats.norm.ppf(0.975)) / deviations) ** 2))
+        while stats.t.ppf(0.975, n - 1) >= deviations * math.sqrt(n):
+            n += 1
+        return n
+
+    def _distance(self, threshold: float) -> float:
+        """Between mean and threshold; rounding errors, as of differences that cancel, count as 0."""
+        distance = abs(self.mean - threshold)
+        return distance if distance > 1e-9 else 0.0
 
 
-def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
-    """Computes the columns ``COLUMNS``, one line per row; numbers of parameters are means over its runs.
+def interval_of_mean(values: "pd.Series[Any]", confidence: float = 0.95) -> Interval:
+    """Mean and its interval, which is NaN for a single value.
 
-    Accuracies are in percent. Differences are in points, paired by seed, with a 95% t-interval.
-
-    Args:
-        rows: the rows, with their records.
-        against: the name of the row to compare all rows with; None: the row that each row names.
-
-    Raises:
-        UsageError: for a row without records, or without a seed that its reference has.
+    NaN values are skipped: the difference of two series has them at indices, such as seeds, that only one has.
     """
-    by_name = {row.name: row for row in rows}
-    lines: list[dict[str, Any]] = []
-    for row in rows:
-        if not row.records:
-            raise UsageError(f"row '{row.name}' has no finished run")
-        reference = by_name[against or row.against or rows[0].name]
-        top1 = top1_by_seed(row.records, row.split)
-        mean, low, high = paired_difference(top1, top1_by_seed(reference.records, row.split))
-        if math.isnan(mean):
-            raise UsageError(f"rows '{row.name}' and '{reference.name}' have no seed in common")
-        arrangement = row.records[0].config["arrangement"]
-        lines.append(
-            {
-                "row": row.name,
-                "arrangement": "; ".join(f"{k}: {v}" for k, v in arrangement.items() if v) or "plain",
-                "conv_params": round(mean_num_parameters(row.records)),
-                "params": round(mean_num_parameters(row.records, "total")),
-                "conv_ratio": compute_conv_ratio(reference.records, row.records),
-                "seeds": len(top1),
-                "top1_mean": top1.mean(),
-                "top1_std": top1.std(),
-                "diff_mean": mean,
-                "diff_ci95_low": low,
-                "diff_ci95_high": high,
-                "epochs": row.records[0].epochs,
-            }
-        )
-    return pd.DataFrame(lines, columns=COLUMNS)
+    from scipy import stats
+
+    values = values.dropna()
+    mean, n = values.mean(), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    half_width = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * values.sem()
+    return Interval(mean, mean - half_width, mean + half_width, n, values.sem())
 
 
-def paired_difference(
-    values: "pd.Series[Any]", reference: "pd.Series[Any]", confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean difference and its t-interval, over the seeds that both have; for a single seed, the interval is NaN."""
-    return interval_of_mean((values - reference).dropna(), confidence)
+def interval_of_ratio(numerators: "pd.Series[Any]", denominators: "pd.Series[Any]") -> Interval:
+    """The ratio of two sums with its 95% interval, a bootstrap over pairs of values."""
+    samples = [numerators.sample(frac=1, replace=True, random_state=seed).index for seed in range(1000)]
+    ratios = pd.Series([numerators[sample].sum() / denominators[sample].sum() for sample in samples])
+    low, high = ratios.quantile([0.025, 0.975])
+    return Interval(numerators.sum() / denominators.sum(), low, high, len(numerators), method="bootstrap")
 
 
-def interval_of_mean(values: "pd.Series[Any]", confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and its t-interval; for a single value, the interval is NaN."""
-    n = len(values)
-    half_width = t_quantile(n, confidence) * values.std() / math.sqrt(n) if n > 1 else math.nan
-    mean = values.mean()
-    return mean, mean - half_width, mean + half_width
+def chance_difference(values: "pd.Series[Any]", groups: "pd.Series[Any]", n: int, confidence: float) -> float:
+    """How far two means over ``n`` values differ by chance: half the interval of their difference.
 
+    The variance is pooled over the groups, since the values of one group are few. NaN if every group has one value.
+    """
+    from scipy import stats
 
-def t_quantile(n: int, confidence: float = 0.95) -> float:
-    """The half width of the t-interval of a mean of ``n`` values, in standard errors."""
-    return float(stdtrit(n - 1, (1 + confidence) / 2))
+    degrees = len(values) - groups.nunique()
+    if degrees == 0:
+        return math.nan
+    variance = (values - values.groupby(groups).transform("mean")).pow(2).sum() / degrees
+    return float(stats.t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(2 * variance / n)
 
 
 def correct_p_values(p_values: Sequence[float]) -> list[float]:
@@ -112,24 +97,6 @@ def correct_p_values(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
-
-
-def top1_by_seed(records: Sequence[Record], split: str = "test") -> "pd.Series[Any]":
-    return pd.Series({record.seed: record.results[split].top1 for record in records}, dtype=float)
-
-
-def mean_num_parameters(records: Sequence[Record], name: str = "conv") -> float:
-    """The mean over runs, since ``auto`` chooses other kernels for every seed."""
-    return sum(getattr(record.parameters, name) for record in records) / len(records)
-
-
-def compute_conv_ratio(reference: Sequence[Record], records: Sequence[Record]) -> float | None:
-    """How many times more convolution parameters the reference has; None if the others have none."""
-    mean = mean_num_parameters(records)
-    return mean_num_parameters(reference) / mean if mean else None
+    ascending = pd.Series(p_values, dtype=float).sort_values()
+    corrected = (ascending * np.arange(len(ascending), 0, -1)).clip(upper=1.0).cummax()
+    return corrected.sort_index().tolist()

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
 from reporting.render import draw_table, render_latex, render_markdown
+from reporting.rows import Row, summarize
 from reporting.settings import Search, TableSettings, is_seed
-from reporting.statistics import Row, summarize
 from training.config import compose, flatten, is_in_identity, resolve
 from training.errors import BusyError, UsageError
 from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from scipy.special import stdtrit
 
 from reporting.render import format_difference
-from reporting.statistics import paired_difference, top1_by_seed
+from reporting.rows import top1_by_seed
+from reporting.statistics import chance_difference, interval_of_mean
 from reporting.table import Table, describe_changes, read_results
 from training.record import Record
 from training.settings import load_run_data
@@ -65,7 +65,7 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
 
     - *reproduced* if the results of all its seeds are equal;
     - *consistent* if its mean accuracies differ by at most one image, or by no more than chance explains, as when
-      another machine rounds differently. That is, the t-interval of the differences, paired by seed, includes 0, and
+      another machine rounds differently. That is, the interval of the differences, paired by seed, includes 0, and
       the mean difference is no larger than between means over other seeds. The first condition notices a small shift of
       all seeds; the second a rerun so erratic that its interval includes anything. All intervals together cover 95%
       (Bonferroni);
@@ -90,15 +90,16 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         if any(b.results[split] != a.results[split] for b, a in zip(befores, afters, strict=True) for split in splits):
             verdict = "consistent"
             for split in splits:
-                difference = paired_difference(top1_by_seed(afters, split), top1_by_seed(befores, split), confidence)
-                limit = seed_spread(committed, split, len(common), confidence)
+                difference = interval_of_mean(top1_by_seed(afters, split) - top1_by_seed(befores, split), confidence)
+                top1 = pd.DataFrame([(record.row, record.results[split].top1) for record in committed])
+                limit = chance_difference(top1[1], top1[0], len(common), confidence)
                 details.append(
-                    f"{split} {format_difference(*difference)} points"
+                    f"{split} {format_difference(difference.mean, difference.low, difference.high)} points"
                     + ("" if math.isnan(limit) else f" (chance alone: ±{limit:.2f})")
                 )
-                mean, low, high = difference
-                is_rounding = abs(mean) <= 100 / num_images[split] * (1 + 1e-9)
-                if not is_rounding and not (low <= 0 <= high and abs(mean) <= limit):
+                is_rounding = abs(difference.mean) <= 100 / num_images[split] * (1 + 1e-9)
+                is_by_chance = difference.low <= 0 <= difference.high and abs(difference.mean) <= limit
+                if not is_rounding and not is_by_chance:
                     verdict = "differs"
         for problem, missing in (("not rerun", old.keys() - new.keys()), ("not committed", new.keys() - old.keys())):
             seeds = ", ".join(str(seed) for name, seed in sorted(missing) if name == row)
@@ -111,16 +112,3 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
             details.append(f"other configuration: {', '.join(dict.fromkeys(changes))}")
         comparisons.append(Comparison(row, verdict, "; ".join(details)))
     return comparisons
-
-
-def seed_spread(records: Records, split: str, n: int, confidence: float) -> float:
-    """Half the interval of the difference between two means over ``n`` seeds, from the spread of records over seeds.
-
-    The variance is pooled over the rows, since the seeds of one row are few. NaN if every row has one seed.
-    """
-    rows = pd.DataFrame([(record.row, record.results[split].top1) for record in records]).groupby(0)[1]
-    degrees = int((rows.size() - 1).sum())
-    if degrees == 0:
-        return math.nan
-    variance = float((rows.var() * (rows.size() - 1)).sum()) / degrees
-    return float(stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(2 * variance / n)

@@ -1,7 +1,7 @@
 """Writes results/CLAIMS.md and the figures in results/claims/ from the committed records: python scripts/claims.py"""
 
 from acl.plot import to_png
-from reporting.claims import CLAIMS, collect_effects, draw_effects, render_claims
+from reporting.claims import collect_effects, draw_effects, load_claims, render_claims
 from training.cli import run_script
 from training.errors import UsageError
 from training.files import write_atomic
@@ -14,10 +14,10 @@ class ClaimsSettings:
 
 
 def main(settings: ClaimsSettings) -> None:
-    effects_of = {claim.name: collect_effects(claim, settings.results) for claim in CLAIMS}
+    effects_of = {claim.name: collect_effects(claim, settings.results) for claim in load_claims()}
     if not any(effects for effects, _ in effects_of.values()):
         raise UsageError(f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/")
-    for claim in CLAIMS:
+    for claim in load_claims():
         figure = draw_effects(claim, effects_of[claim.name][0])
         if figure is not None:
             write_atomic(settings.results / "claims" / f"{claim.name}.png", to_png(figure))

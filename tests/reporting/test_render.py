@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from reporting.render import describe_runs, draw_table, format_difference, render_latex, render_markdown
-from reporting.statistics import Row, summarize
+from reporting.rows import Row, summarize
 from reporting.table import Table
 from tests.reporting.helpers import forbid_calls, load_settings, make_record
 from training.config import compose

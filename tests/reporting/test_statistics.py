@@ -1,57 +1,38 @@
-import math
-
 import pandas as pd
 import pytest
 from scipy import stats
 
-from reporting.statistics import COLUMNS, Row, correct_p_values, paired_difference, summarize
-from tests.reporting.helpers import make_record
-from training.errors import UsageError
+from reporting.statistics import Interval, correct_p_values, interval_of_mean
 
 
-def test_summarize_gives_means_and_paired_intervals() -> None:
-    plain = Row("plain", [], records=[make_record(s, v) for s, v in enumerate((90.0, 92.0, 97.0))])
-    other = Row("other", [], records=[make_record(s, v, 25) for s, v in enumerate((91.5, 92.5, 98.0))])
-    frame = summarize([plain, other])
-    assert list(frame.columns) == COLUMNS
-    assert frame["diff_mean"][0] == frame["diff_ci95_low"][0] == frame["diff_ci95_high"][0] == 0
-    line = frame.iloc[1]
-    assert (line["conv_ratio"], line["seeds"], line["epochs"], line["params"]) == (4.0, 3, 3, 50)
-    low, high = stats.ttest_rel([91.5, 92.5, 98.0], [90.0, 92.0, 97.0]).confidence_interval(0.95)
-    assert (line["diff_mean"], line["diff_ci95_low"], line["diff_ci95_high"]) == pytest.approx((1.0, low, high))
-    assert line["top1_mean"] == pytest.approx(94.0)
-    assert line["top1_std"] == pytest.approx(pd.Series([91.5, 92.5, 98.0]).std())
-
-
-def test_summarize_single_seed_has_no_spread() -> None:
-    frame = summarize([Row("plain", [], records=[make_record(0, 90.0)])])
-    assert math.isnan(frame["top1_std"][0]) and math.isnan(frame["diff_ci95_low"][0])
-
-
-def test_summarize_compares_each_row_with_the_row_it_names() -> None:
-    rows = [
-        Row(name, [], against, records=[make_record(0, top1)])
-        for name, against, top1 in (("a", None, 90), ("b", "b", 50), ("c", "b", 53))
-    ]
-    assert list(summarize(rows)["diff_mean"]) == [0, 0, 3]
-    assert list(summarize(rows, against="c")["diff_mean"]) == [37, -3, 0]
-
-
-def test_summarize_rejects_row_without_records() -> None:
-    with pytest.raises(UsageError, match="row 'empty' has no finished run"):
-        summarize([Row("empty", [])])
-
-
-def test_summarize_rejects_rows_without_common_seed() -> None:
-    rows = [Row(name, [], records=[make_record(seed, 90.0)]) for seed, name in enumerate(("plain", "other"))]
-    with pytest.raises(UsageError, match="rows 'other' and 'plain' have no seed in common"):
-        summarize(rows)
-
-
-def test_paired_difference_uses_common_seeds_only() -> None:
-    mean, low, high = paired_difference(pd.Series({0: 2.0, 1: 5.0, 7: 90.0}), pd.Series({1: 4.0, 0: 2.0, 8: 10.0}))
+def test_interval_of_difference_uses_common_seeds_only() -> None:
+    interval = interval_of_mean(pd.Series({0: 2.0, 1: 5.0, 7: 90.0}) - pd.Series({1: 4.0, 0: 2.0, 8: 10.0}))
     expected = stats.ttest_rel([2.0, 5.0], [2.0, 4.0]).confidence_interval(0.95)
-    assert (mean, low, high) == pytest.approx((0.5, *expected))
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.5, *expected)) and interval.n == 2
+
+
+def test_n_to_decide_is_first_number_at_which_interval_excludes_threshold() -> None:
+    interval = interval_of_mean(pd.Series([0.0, 1.0, 3.5]))
+    errors = {n: stats.t.ppf(0.975, n - 1) * pd.Series([0.0, 1.0, 3.5]).std() / n**0.5 for n in range(2, 100)}
+    assert interval.n_to_decide(0.0) == min(n for n, error in errors.items() if error < 1.5)
+    assert interval.n_to_decide(interval.high + 1) is None  # decided already
+    assert Interval(0.75, -0.5, 2.0, 5).n_to_decide(0.0) is None
+
+
+def test_p_value_is_that_of_t_test() -> None:
+    values = [0.3, 1.0, 3.5]
+    p_value = interval_of_mean(pd.Series(values)).p_value(-1.0)
+    assert p_value == pytest.approx(stats.ttest_1samp(values, -1.0).pvalue)
+    assert Interval(0.0, -1.0, 1.0, 5).p_value(-1.0) is None  # as of a bootstrap
+    assert interval_of_mean(pd.Series([1.0, 1.0])).p_value(0.0) == 0.0
+    assert interval_of_mean(pd.Series([0.0, 0.0])).p_value(0.0) == 1.0
+
+
+def test_differences_that_cancel_up_to_rounding_have_no_effect() -> None:
+    differences = [90.65 - 91.04, 90.62 - 91.24, 90.51 - 89.5]
+    assert 0 < abs(sum(differences)) < 1e-12
+    interval = interval_of_mean(pd.Series(differences))
+    assert (interval.n_to_decide(0.0), interval.p_value(0.0)) == (None, 1.0)
 
 
 def test_corrected_p_values_are_those_of_holm() -> None:
