@@ -4,12 +4,12 @@ Writes a line per image: its path, the predicted class, and the probability of e
 """
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from evaluation.finished_run import FinishedRun, load_finished_run, prepare_run
@@ -18,6 +18,7 @@ from training.data import Data
 from training.errors import UsageError
 from training.files import write_atomic
 from training.image_cache import load_decoded_images
+from training.image_folders import list_image_files, report_ignored
 from training.splits import Split
 from training.validation import FilePath, OutputFile, strict_dataclass
 
@@ -60,12 +61,11 @@ def list_images(path: Path) -> list[Path]:
     """Lists an image file, or all image files in a folder; reports on stderr how many other files are ignored."""
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    images = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+    ignored: dict[str, list[Path]] = defaultdict(list)
+    images = list_image_files(path, path, ignored) if path.is_dir() else []
     if not images:
         raise UsageError(f"images={path} is invalid: it should be an image file or a folder of image files")
-    if len(images) < len(files):
-        print(f"ignored {len(files) - len(images)} files that are not images", file=sys.stderr)
+    report_ignored(path, ignored)
     return images
 
 

@@ -110,9 +110,7 @@ def read_imagefolder(files: ImageFiles) -> Dataset:
             listings[part] = list_images(folder, ignored)
         except OSError as error:
             raise UsageError(f"cannot list the files in {error.filename}: {error.strerror}") from error
-    if ignored:
-        counts = [f"{len(paths)} {reason}, such as {paths[0]}" for reason, paths in ignored.items()]
-        rank_zero_only(print)(f"ignored files in {files.root}: {'; '.join(counts)}", file=sys.stderr)
+    report_ignored(files.root, ignored)
     if "val" in listings:
         train, val = listings["train"], listings["val"]
     else:
@@ -122,33 +120,56 @@ def read_imagefolder(files: ImageFiles) -> Dataset:
 
 def list_images(folder: Path, ignored: dict[str, list[Path]]) -> Listing:
     """Lists the images in the class folders of a split, and adds all other files to ``ignored``, by reason."""
-    extensions = sorted(
-        suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS and name in Image.OPEN
-    )
     listing: Listing = []
-    real_folder = folder.resolve()
     for class_folder in sorted(folder.iterdir(), key=lambda path: _by_name(str(path))):
         if not class_folder.is_dir():
             ignored["outside the class folders"].append(class_folder)
             continue
-        label, num_listed = normalize("NFC", class_folder.name), len(listing)
-        for file in _list_files(class_folder, {real_folder, *real_folder.parents, *class_folder.resolve().parents}):
-            path = Path(file)
-            if f"{os.sep}." in file.removeprefix(str(folder)):
-                ignored["hidden"].append(path)
-            elif path.suffix.lower() not in extensions:
-                ignored["without an image extension"].append(path)
-            else:
-                listing.append((path, label))
+        label = normalize("NFC", class_folder.name)
+        paths = list_image_files(class_folder, folder, ignored)
+        listing += [(path, label) for path in paths]
         if class_folder.name.startswith("."):
             continue
-        if len(listing) == num_listed:
-            raise UsageError(f"no images in {class_folder}; known: {' '.join(extensions)}")
+        if not paths:
+            raise UsageError(f"no images in {class_folder}; known: {' '.join(_list_extensions())}")
         if label.encode(errors="replace") != os.fsencode(label):
             raise UsageError(f"the name of {class_folder} is not UTF-8; rename it")
     if not listing:
-        raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(extensions)}")
+        raise UsageError(f"no images in {folder}/<class>/; known: {' '.join(_list_extensions())}")
     return listing
+
+
+def list_image_files(folder: Path, root: Path, ignored: dict[str, list[Path]]) -> list[Path]:
+    """Lists the images below a folder by name, and adds all other files to ``ignored``, by reason.
+
+    Args:
+        folder: ``root`` or a folder in it. Links are followed, but not to ``root`` and the folders above it.
+        root: what is hidden below it is ignored.
+        ignored: reason -> files.
+    """
+    visited = {*root.resolve().parents, *folder.resolve().parents, *([root.resolve()] if folder != root else [])}
+    extensions, paths = _list_extensions(), []
+    for file in _list_files(folder, visited):
+        path = Path(file)
+        if f"{os.sep}." in file.removeprefix(str(root)):
+            ignored["hidden"].append(path)
+        elif path.suffix.lower() not in extensions:
+            ignored["without an image extension"].append(path)
+        else:
+            paths.append(path)
+    return paths
+
+
+def report_ignored(root: Path, ignored: dict[str, list[Path]]) -> None:
+    """Says on stderr how many files are ignored, and why."""
+    if ignored:
+        counts = [f"{len(paths)} {reason}, such as {paths[0]}" for reason, paths in ignored.items()]
+        rank_zero_only(print)(f"ignored files in {root}: {'; '.join(counts)}", file=sys.stderr)
+
+
+def _list_extensions() -> list[str]:
+    known = Image.registered_extensions().items()
+    return sorted(suffix for suffix, name in known if name in IMAGE_FORMATS and name in Image.OPEN)
 
 
 def _list_files(folder: Path, visited: set[Path]) -> list[str]:

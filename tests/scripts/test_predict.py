@@ -67,7 +67,7 @@ def test_undecodable_and_other_files_are_left_out(
     main(PredictSettings(run=path, images=tmp_path / "test", file=None))
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 1 + 11 and "class_0/0.png" not in output.out
-    assert "ignored 1 files that are not images" in output.err
+    assert "1 without an image extension" in output.err
     assert f"left out 1 images that cannot be decoded: {tmp_path}/test/class_0/0.png" in output.err
     with pytest.raises(UsageError, match=r"images=.*0\.png: no image can be decoded"):
         main(PredictSettings(run=path, images=tmp_path / "test/class_0/0.png", file=None))
