@@ -24,6 +24,7 @@ from training.data import Data, InputFormat
 from training.distributed import build_fabric
 from training.errors import UsageError
 from training.evaluate import predict
+from training.loop import snapshot_akps
 from training.provenance import digest_file, find_changed_inputs
 from training.record import Record, read_record
 from training.run_directory import RunDirectory
@@ -215,6 +216,29 @@ def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
         if values.shape != shapes.get(name) or not (values.is_floating_point() and values.isfinite().all()):
             expected = f"hold finite numbers {shapes[name]}" if name in shapes else "be absent"
             raise UsageError(f"{file} is not the AKP history of this run: {name} should {expected}")
+    return history
+
+
+def load_own_akp_history(run: FinishedRun) -> dict[str, Tensor]:
+    """The AKPs before training and after each epoch; empty for a network without AKPs.
+
+    Raises:
+        UsageError: if the history is missing, or the AKPs of the best epoch are not those of the network.
+    """
+    assert run.record is not None
+    history, trained, best = load_akp_history(run), snapshot_akps(run.model), run.record.best_epoch
+    file = run.path / "akps.safetensors"
+    if trained and not history:
+        raise UsageError(f"{file} is missing; delete {run.path} and train again")
+    # The network of a run with half precision may be rebuilt with full precision.
+    tolerance = 0.02 if run.settings.trainer.precision in ("16-true", "bf16-true") else 1e-4
+    for name in history.keys() | trained.keys():
+        if (
+            name not in history
+            or name not in trained
+            or not torch.allclose(history[name][best].float(), trained[name], rtol=tolerance, atol=tolerance)
+        ):
+            raise UsageError(f"{file} is of another run: its {name} at epoch {best} are not those of model.safetensors")
     return history
 
 

@@ -8,34 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
 from pydantic import Field, create_model
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from acl.explain import attribute
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
+from evaluation.attacks import measure_attacks
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from evaluation.finished_run import FinishedRun, evaluate_run, load_akp_history
+from evaluation.finished_run import FinishedRun, evaluate_run, load_own_akp_history
 from evaluation.transforms import measure_transforms
 from training.config import flatten
 from training.data import Data
 from training.errors import UsageError
 from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
-from training.loop import snapshot_akps
 from training.provenance import digest_file
 from training.record import Percent, Record, Recorded
 from training.splits import Split
 from training.validation import Seed
 
-ATTACK_SIZES = (0.5, 1.0, 2.0, 4.0)
-"""The largest change of a pixel by an attack, of 255."""
-MAX_ATTACKED = 1000
-"""Images to attack."""
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -97,30 +92,6 @@ def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the images and labels of a split for ``acl.explain``, which keeps up to 16 outputs per batch."""
     for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
         yield batch.images, batch.labels
-
-
-def load_own_akp_history(run: FinishedRun) -> dict[str, Tensor]:
-    """The AKPs before training and after each epoch; empty for a network without AKPs.
-
-    Raises:
-        UsageError: if the history is missing, or the AKPs of the best epoch are not those of the network.
-    """
-    assert run.record is not None
-    history, trained, best = load_akp_history(run), snapshot_akps(run.model), run.record.best_epoch
-    file = run.path / "akps.safetensors"
-    if trained and not history:
-        raise UsageError(f"{file} is missing; delete {run.path} and train again")
-    # The network of a run with half precision may be rebuilt with full precision.
-    tolerance = 0.02 if run.settings.trainer.precision in ("16-true", "bf16-true") else 1e-4
-    for name in history.keys() | trained.keys():
-        if (
-            name not in history
-            or name not in trained
-            or history[name].shape != (run.record.epochs + 1, *trained[name].shape)
-            or not torch.allclose(history[name][best].float(), trained[name], rtol=tolerance, atol=tolerance)
-        ):
-            raise UsageError(f"{file} is of another run: its {name} at epoch {best} are not those of model.safetensors")
-    return history
 
 
 class AkpTravel(Measurement):
@@ -242,48 +213,12 @@ class Corruptions(Measurement):
 
 
 class Attacks(Measurement):
-    """Test accuracy under projected gradient descent: L-infinity, 10 steps from a random start.
-
-    Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
-    """
+    """Test accuracy under projected gradient descent."""
 
     name = "attacks"
     values = dict[str, Percent]
     is_against_plain = True
-
-    @staticmethod
-    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
-        """Returns the largest change of a pixel, of 255 -> accuracy on ``MAX_ATTACKED`` random test images.
-
-        Once it is 0, it is taken to be 0 under larger changes too.
-        """
-        from art.attacks.evasion import ProjectedGradientDescentPyTorch  # imported here because it takes seconds
-        from art.estimators.classification import PyTorchClassifier
-
-        test = data.test.sample(MAX_ATTACKED)
-        images = data.augmentation.center_crop(test.images).float().div(255).numpy()
-        labels = test.labels.numpy()
-        moments = tuple((moment / 255).flatten(1)[0].view(-1, 1, 1).numpy() for moment in (data.mean, data.std))
-        classifier = PyTorchClassifier(
-            run.model,
-            nn.CrossEntropyLoss(),
-            images.shape[1:],
-            len(data.classes),
-            clip_values=(0, 1),
-            preprocessing=moments,
-        )
-        accuracies = {"0": _compute_accuracy(classifier, images, labels)}
-        for size in ATTACK_SIZES:
-            if 0.0 in accuracies.values():
-                accuracies[f"{size:g}"] = 0.0
-                continue
-            np.random.seed(run.settings.seed)  # the library draws the random starts from it
-            step = size / 255 / 4
-            attack = ProjectedGradientDescentPyTorch(
-                classifier, eps=size / 255, eps_step=step, max_iter=10, num_random_init=1, batch_size=100, verbose=False
-            )
-            accuracies[f"{size:g}"] = _compute_accuracy(classifier, attack.generate(images, labels), labels)
-        return accuracies
+    measure = staticmethod(measure_attacks)
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
@@ -293,10 +228,6 @@ class Attacks(Measurement):
                 for seed, values in by_seed.items()
             }
             yield Summary(row, "under attacks", pd.Series(means), 0.0)
-
-
-def _compute_accuracy(classifier: Any, images: np.ndarray, labels: np.ndarray) -> float:
-    return 100 * float((classifier.predict(images).argmax(1) == labels).mean())
 
 
 class _MovedResult(TypedDict):

@@ -66,4 +66,4 @@ def count_confusions(labels: Tensor, predictions: Tensor, classes: list[str]) ->
 
 
 if __name__ == "__main__":
-    run_script(main, "evaluate", EvaluateSettings, ("arrangement", "data"), text_keys=("run",))
+    run_script(main, "evaluate", EvaluateSettings, ("arrangement", "data"))

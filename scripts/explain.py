@@ -87,4 +87,4 @@ def summarize_attribution(attribution: Attribution) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run_script(main, "explain", ExplainSettings, text_keys=("run",))
+    run_script(main, "explain", ExplainSettings)

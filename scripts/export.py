@@ -52,4 +52,4 @@ def main(settings: ExportSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, "export", ExportSettings, text_keys=("run",))
+    run_script(main, "export", ExportSettings)

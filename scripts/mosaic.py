@@ -29,11 +29,7 @@ def main(settings: MosaicSettings) -> None:
     torch.manual_seed(settings.seed)
     try:
         layer = AnalyticConv2d(
-            settings.in_channels,
-            settings.out_channels,
-            settings.kernel_size,
-            bias=False,
-            arrangement=settings.mosaic,
+            settings.in_channels, settings.out_channels, settings.kernel_size, bias=False, arrangement=settings.mosaic
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -87,4 +87,4 @@ def predict_probabilities(run: FinishedRun, images: torch.Tensor) -> torch.Tenso
 
 
 if __name__ == "__main__":
-    run_script(main, "predict", PredictSettings, text_keys=("run",))
+    run_script(main, "predict", PredictSettings)

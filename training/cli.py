@@ -23,7 +23,6 @@ def run_script(
     config: str,
     settings: Callable[..., Any] | None = None,
     new_key_roots: tuple[str, ...] = ("arrangement",),
-    text_keys: tuple[str, ...] = (),
 ) -> None:
     """Runs a script's task under Hydra. An error that the user can fix becomes one line on stderr and exit status 2.
 
@@ -32,11 +31,10 @@ def run_script(
         config: the name of the configuration file.
         settings: a validated dataclass of the script's options; None: pass the configuration itself.
         new_key_roots: as for ``allow_new_keys``.
-        text_keys: keys whose values are text, even if they look like numbers, such as the id of a run.
     """
     user_wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra formats errors itself and exits with status 1
-    sys.argv[1:] = [_quote_text(word, text_keys) for word in allow_new_keys(sys.argv[1:], new_key_roots)]
+    sys.argv[1:] = [_quote_run_id(word) for word in allow_new_keys(sys.argv[1:], new_key_roots)]
 
     has_started = False
 
@@ -71,6 +69,7 @@ def _exit_with(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
-def _quote_text(override: str, text_keys: tuple[str, ...]) -> str:
+def _quote_run_id(override: str) -> str:
+    """Keeps Hydra from reading the id of a run as a number."""
     key, _, value = override.partition("=")
-    return f"{key}='{value}'" if key in text_keys and value.isalnum() else override
+    return f"run='{value}'" if key == "run" and value.isalnum() else override

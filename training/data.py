@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from training.datasets import DATASETS
 from training.errors import UsageError
 from training.image_folders import Share
-from training.splits import Split
+from training.splits import Split, split_by_class
 from training.validation import STRICT, Count, Pixels, Seed, construct, format_value, strict_dataclass
 
 MAX_BYTES_ON_DEVICE = 2**32
@@ -185,15 +185,13 @@ def load_data(
 
 def _keep_share(split: Split, share: float, seed: int) -> Split:
     """Keeps a random share of the images, in order, with every class in proportion."""
-    from sklearn.model_selection import train_test_split  # imported here because it takes over a second
-
     try:
-        kept, _ = train_test_split(range(len(split)), train_size=share, stratify=split.labels, random_state=seed)
+        kept, _ = split_by_class(split.labels, train_size=share, random_state=seed)
     except ValueError as error:
         raise UsageError(
             f"data.train_share={share} of {len(split)} training images is not possible: {error}"
         ) from error
-    return split[torch.tensor(sorted(kept))]
+    return split[torch.tensor(kept)]
 
 
 def _compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from training.errors import UsageError
 from training.image_cache import load_decoded_images
-from training.splits import Dataset, Split, Splits
+from training.splits import Dataset, Split, Splits, split_by_class
 from training.validation import Count, FilePath, Pixels, strict_dataclass
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -44,16 +44,14 @@ class ImageFiles:
 
     def hold_out(self, listing: Listing) -> tuple[Listing, Listing]:
         """Holds out the share ``validation`` of each class, always the same images; returns training and validation."""
-        from sklearn.model_selection import train_test_split  # imported here because it takes over a second
-
         labels = [label for _, label in listing]
         count = max(round(self.validation * len(listing)), len(set(labels)))
         try:
-            kept, held_out = train_test_split(range(len(listing)), test_size=count, stratify=labels, random_state=0)
+            kept, held_out = split_by_class(labels, test_size=count, random_state=0)
         except ValueError as error:
             problem = f"cannot hold out {count} of {len(listing)} training images for validation"
             raise UsageError(f"{problem}: {error}") from error
-        return [listing[i] for i in sorted(kept)], [listing[i] for i in sorted(held_out)]
+        return [listing[i] for i in kept], [listing[i] for i in held_out]
 
     def read(self, root: Path, listings: list[Listing]) -> Dataset:
         """The data set of the training, validation and test listings; ``root`` contains their files."""

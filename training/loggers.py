@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -39,9 +38,7 @@ class Logger:
     def __enter__(self) -> "Logger":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def start(self, epoch: int) -> None:
         """Called before training; ``epoch`` is the number of epochs that an interrupted run has completed."""
@@ -116,9 +113,7 @@ class WandbLogger(Logger):
                 reinit="create_new",
             )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.run.finish(exit_code=0 if kind is None else 1)
 
     def start(self, epoch: int) -> None:

@@ -114,14 +114,11 @@ def parse_run(cfg: DictConfig) -> RunSettings:
         UsageError: for the first invalid value.
     """
     config = resolve(cfg)
-    sections: dict[str, dict[str, Any]] = {}
     for name in SECTIONS:
-        section = config.get(name)
-        if not isinstance(section, dict):
+        if not isinstance(section := config.get(name), dict):
             raise UsageError(f"{name}={format_value(section)} is invalid: it should be a section of options")
-        sections[name] = section
     options = construct(RunOptions, {name: value for name, value in config.items() if name not in SECTIONS})
-    paths = construct(PathSettings, sections["paths"], "paths")
+    paths = construct(PathSettings, config["paths"], "paths")
     runs = paths.runs if options.debug is None else create_smoke_folder()  # where the run is; nothing is written yet
     settings = RunSettings(
         config=config,
@@ -129,11 +126,11 @@ def parse_run(cfg: DictConfig) -> RunSettings:
         directory=RunDirectory(runs, identity(config)),
         seed=options.seed,
         fresh=options.fresh,
-        model={**_parse_model(sections["model"]), "arrangement": _parse_arrangement(sections["arrangement"])},
-        data=parse_data(sections["data"]),
-        optim=construct(OptimSettings, sections["optim"], "optim"),
-        trainer=construct(TrainerSettings, sections["trainer"], "trainer"),
-        logger=construct(LoggerSettings, sections["logger"], "logger"),
+        model={**_parse_model(config["model"]), "arrangement": _parse_arrangement(config["arrangement"])},
+        data=parse_data(config["data"]),
+        optim=construct(OptimSettings, config["optim"], "optim"),
+        trainer=construct(TrainerSettings, config["trainer"], "trainer"),
+        logger=construct(LoggerSettings, config["logger"], "logger"),
     )
     return settings if options.debug is None else _shrink(settings)
 

@@ -1,7 +1,8 @@
 """Images with labels, and data sets of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,3 +41,16 @@ class Dataset:
     classes: list[str]  # names, by label
     digest: str  # 12 hexadecimal digits: a hash of the splits, labels and pixels (of image files: names and sizes)
     load: Callable[[], Splits]
+
+
+def split_by_class(labels: Sequence[Any] | Tensor, **options: float) -> tuple[list[int], list[int]]:
+    """Splits images at random, with every class in proportion; returns indices in order.
+
+    Args:
+        labels: of the images.
+        options: those of scikit-learn's ``train_test_split``.
+    """
+    from sklearn.model_selection import train_test_split  # imported here because it takes over a second
+
+    first, second = train_test_split(range(len(labels)), stratify=labels, **options)
+    return sorted(first), sorted(second)

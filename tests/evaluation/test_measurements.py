@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from acl.explain import attribute
+from evaluation.attacks import ATTACK_SIZES
 from evaluation.corruptions import CORRUPTIONS
 from evaluation.finished_run import FinishedRun, evaluate_run, load_akp_history, load_finished_run
 from evaluation.measurements import (
-    ATTACK_SIZES,
     MEASUREMENTS,
     AkpTravel,
     Attacks,
