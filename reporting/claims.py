@@ -1,8 +1,7 @@
 """A verdict on each claim of the paper, from committed records: results/CLAIMS.md and its figures."""
 
-import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,14 +15,15 @@ from evaluation.measurements import MEASUREMENTS, Measurement, read_measurements
 from reporting.effects import (
     COMPETITIVE,
     Effect,
-    PairedRows,
     compare_rows,
     summarize_approximations,
     summarize_fit,
     summarize_measurements,
 )
+from reporting.render import format_interval
+from reporting.rows import read_results
+from reporting.settings import find_plain_row
 from reporting.statistics import Interval, correct_p_values
-from reporting.table import read_results
 from training.config import CONFIGS, format_error
 from training.errors import UsageError
 from training.validation import STRICT, construct
@@ -67,15 +67,13 @@ class Claim:
                 raise UsageError(f"claim {self.name} names the {what} '{unknown[0]}'; known: {', '.join(known)}")
 
     @property
-    def pairs(self) -> list[PairedRows]:
-        return [
-            PairedRows(
-                table, row, comparison["rows"][row] if isinstance(comparison["rows"], dict) else None, self.threshold
-            )
-            for comparison in self.comparisons
-            for table in comparison["tables"]
-            for row in comparison["rows"]
-        ]
+    def pairs(self) -> Iterator[tuple[str, str, str]]:
+        """The table, row and reference of each comparison."""
+        for comparison in self.comparisons:
+            rows = comparison["rows"]
+            for table in comparison["tables"]:
+                for row in rows:
+                    yield table, row, rows[row] if isinstance(rows, dict) else find_plain_row(table)
 
 
 @cache
@@ -102,14 +100,14 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
     """
     effects: list[Effect] = []
     missing: dict[str, None] = {}
-    for pair in claim.pairs:
-        file = results / "tables" / f"{pair.table}.jsonl"
+    for table, row, reference in claim.pairs:
+        file = results / "tables" / f"{table}.jsonl"
         if not file.exists():
-            missing[f"`make reproduce-table TABLE={pair.table}`"] = None
-        elif effect := compare_rows(pair, read_results(file)):
+            missing[f"`make reproduce-table TABLE={table}`"] = None
+        elif effect := compare_rows(table, row, reference, claim.threshold, read_results(file)):
             effects.append(effect)
         else:
-            missing[f"'{pair.row}' against '{pair.reference}' in table {pair.table}"] = None
+            missing[f"'{row}' against '{reference}' in table {table}"] = None
     for name, tables in claim.measurements.items():
         measurement = MEASUREMENTS[name]
         for table in tables:
@@ -125,10 +123,9 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
             effects += _summarize(SUMMARIES[script], results / path)
         else:
             missing[f"`scripts/{script}.py`"] = None
-    missing |= {
-        f"{effect.what} ({effect.data}): no seed in common": None for effect in effects if not effect.interval.n
-    }
-    return _correct_for_multiplicity([effect for effect in effects if effect.interval.n]), list(missing)
+    compared = [effect for effect in effects if effect.interval.n]
+    missing |= {f"{e.what} ({e.data}): no seed in common": None for e in effects if not e.interval.n}
+    return _correct_for_multiplicity(compared), list(missing)
 
 
 def _check_measurements(measurement: type[Measurement], file: Path, table_file: Path, command: str) -> None:
@@ -209,18 +206,15 @@ def _count_verdicts(effects: Sequence[Effect]) -> str:
 
 
 def _format_effect(effect: Effect) -> str:
-    number = "{:+.2f}" if effect.unit == "points" else "{:.3g}"
-    mean, low, high = (
-        number.format(value) for value in (effect.interval.mean, effect.interval.low, effect.interval.high)
-    )
-    interval = "" if math.isnan(effect.interval.low) else f" [{low}, {high}]"  # of a single seed
+    interval, number = effect.interval, "+.2f" if effect.unit == "points" else ".3g"
+    estimate = format_interval(interval.mean, interval.low, interval.high, number)
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
     verdict = f"**{effect.verdict}**" if effect.survives_correction else effect.verdict
-    n_to_decide = None if effect.threshold is None else effect.interval.n_to_decide(effect.threshold)
+    n_to_decide = None if effect.threshold is None else interval.n_to_decide(effect.threshold)
     to_decide = "" if n_to_decide is None else f"about {n_to_decide:,} {effect.sampled}"
     return (
-        f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {mean}{interval} {effect.unit} "
-        f"| {effect.interval.n} {effect.sampled} | {verdict} | {to_decide} |"
+        f"| [{effect.data}]({effect.source}) | {effect.what} | {ratio} | {estimate} {effect.unit} "
+        f"| {interval.n} {effect.sampled} | {verdict} | {to_decide} |"
     )
 
 

@@ -56,35 +56,17 @@ class Effect:
         return self.unit == "points" and self.threshold is not None
 
 
-@dataclass(frozen=True)
-class PairedRows:
-    """Two rows of a table, whose accuracies are compared by seed."""
-
-    table: str
-    row: str
-    against: str | None = None
-    """None: the table's plain row."""
-    threshold: float = COMPETITIVE
-
-    @property
-    def reference(self) -> str:
-        return self.against or find_plain_row(self.table)
-
-
-def compare_rows(pair: PairedRows, records: Sequence[Record]) -> Effect | None:
-    """The paired difference of two rows in test accuracy; None if the table lacks one, or the test set was not used."""
-    row, against = ([record for record in records if record.row == name] for name in (pair.row, pair.reference))
-    if not row or not against or row[0].test is None:
+def compare_rows(table: str, row: str, reference: str, threshold: float, records: Sequence[Record]) -> Effect | None:
+    """The difference of two rows in test accuracy, paired by seed; None if one is missing or has no test results."""
+    of_row, others = ([record for record in records if record.row == name] for name in (row, reference))
+    if not of_row or not others or of_row[0].test is None:
         return None
-    return Effect(
-        pair.table,
-        f"{pair.row}, against {pair.reference}",
-        "points",
-        interval_of_mean(top1_by_seed(row) - top1_by_seed(against)),
-        pair.threshold,
-        f"tables/{pair.table}.md",
-        compute_conv_ratio(against, row),
+    difference, ratio = (
+        interval_of_mean(top1_by_seed(of_row) - top1_by_seed(others)),
+        compute_conv_ratio(others, of_row),
     )
+    source = f"tables/{table}.md"
+    return Effect(table, f"{row}, against {reference}", "points", difference, threshold, source, ratio)
 
 
 def summarize_measurements(measurement: type[Measurement], table: str, file: Path) -> list[Effect]:
@@ -131,13 +113,11 @@ def summarize_approximations(file: Path) -> list[Effect]:
 
     Intervals are over test images.
     """
-    lines = parse_json_lines(
-        read_bytes(file),
-        file,
-        Approximation,
-        "an approximation",
-        lambda line: f"{line.method}, {line.numbers} numbers per kernel",
-    )
+
+    def name_line(line: Approximation) -> str:
+        return f"{line.method}, {line.numbers} numbers per kernel"
+
+    lines = parse_json_lines(read_bytes(file), file, Approximation, "an approximation", name_line)
     lists = [(line.output_error_percent, line.probe_correct, line.refitted_probe_correct) for line in lines]
     if len({len(values) for of_line in lists for values in of_line}) > 1:
         raise UsageError(f"{file} is corrupt: its lists differ in length")

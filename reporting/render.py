@@ -29,7 +29,7 @@ def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
     for i, line in enumerate(comparisons[0].itertuples()):
         top1 = f"{line.top1_mean:.2f}" + ("" if math.isnan(line.top1_std) else f" ± {line.top1_std:.2f}")
         differences = [
-            "" if line.row == names[i] else format_difference(*frame.loc[i, DIFFERENCE])
+            "" if line.row == names[i] else format_interval(*frame.loc[i, DIFFERENCE])
             for names, frame in zip(references, comparisons, strict=True)
         ]
         counts = [record.parameters.conv for record in rows[i].records]  # auto chooses other kernels for every seed
@@ -102,9 +102,9 @@ def _to_math(cell: str) -> str:
     return f"${math_text}$" if cell else ""
 
 
-def format_difference(mean: float, low: float, high: float) -> str:
-    """Formats a difference in points, with its interval if there is one."""
-    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+def format_interval(mean: float, low: float, high: float, number: str = "+.2f") -> str:
+    """Formats a mean, with its interval if there is one."""
+    return f"{mean:{number}}" + ("" if math.isnan(low) else f" [{low:{number}}, {high:{number}}]")
 
 
 def describe_statistics(rows: Sequence[Row]) -> str:

@@ -1,13 +1,18 @@
-"""The rows of a table, and their summary."""
+"""The rows of a table: their records, as read from its file, and their summary."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from reporting.statistics import interval_of_mean
+from training.config import flatten
 from training.errors import UsageError
+from training.files import parse_json_lines, read_bytes
 from training.record import Record
 
 DIFFERENCE = ["diff_mean", "diff_ci95_low", "diff_ci95_high"]
@@ -85,3 +90,56 @@ def compute_conv_ratio(reference: Sequence[Record], records: Sequence[Record]) -
     """How many times more convolution parameters the reference has; None if the others have none."""
     mean = mean_num_parameters(records)
     return mean_num_parameters(reference) / mean if mean else None
+
+
+def read_results(file: Path) -> Sequence[Record]:
+    """Reads the records of a table, each with the name of its row, from its .jsonl file.
+
+    Says on stderr, once, if other code made some of a row's records than the rest.
+
+    Raises:
+        UsageError: if there is no such file, for a line that is not the record of a run with its row or repeats the row
+            and seed of another, and if only some runs have a test result, or a row's runs differ in more than the seed.
+    """
+    if not file.exists():
+        raise UsageError(f"there is no {file}; reproduce the table first")
+    return _parse_results(file, read_bytes(file))
+
+
+@functools.cache
+def _parse_results(file: Path, content: bytes) -> Sequence[Record]:
+    records = parse_json_lines(
+        content, file, Record, "a record of a run", lambda record: f"row '{record.row}', seed {record.seed}"
+    )
+    first_of_row: dict[str, tuple[int, Record]] = {}
+    mixed_rows: dict[str, None] = {}
+    for number, record in enumerate(records, 1):
+        if record.row is None:
+            raise UsageError(f"{file}, line {number}, names no row")
+        if (record.test is None) != (records[0].test is None):
+            raise UsageError(f"{file}: only one of the lines 1 and {number} has a test result")
+        first_number, first = first_of_row.setdefault(record.row, (number, record))
+        if changes := [change for change in describe_changes(first, record) if not change.startswith("seed=")]:
+            raise UsageError(
+                f"{file}, line {number}, differs from line {first_number} of row '{record.row}' in more than the seed: "
+                f"{', '.join(changes)}"
+            )
+        if record.sources != first.sources:
+            mixed_rows[record.row] = None
+    if mixed_rows:
+        print(f"{file}: rows whose runs were not all made with the same code: {', '.join(mixed_rows)}", file=sys.stderr)
+    return records
+
+
+def describe_changes(before: Record, after: Record) -> list[str]:
+    """Lists what differs in the configuration and the digests of two records, with its new and old values."""
+    old, new = (
+        {**flatten(r.config), "digest of data": r.data and r.data.get("digest"), "digest of pretrained": r.pretrained}
+        for r in (before, after)
+    )
+    is_unknown = {key for key in old if key.startswith("digest") and None in (old[key], new[key])}
+    return [
+        f"{key}={new.get(key, 'none')} instead of {old.get(key, 'none')}"
+        for key in old | new
+        if key not in is_unknown and new.get(key, "none") != old.get(key, "none")
+    ]

@@ -1,13 +1,10 @@
 """Turns the rows of a table into runs, which any number of workers share."""
 
-import functools
 import re
-import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
@@ -16,11 +13,11 @@ from tqdm import tqdm
 
 from acl.plot import to_pdf, to_png
 from reporting.render import draw_table, render_latex, render_markdown
-from reporting.rows import Row, summarize
+from reporting.rows import Row, read_results, summarize
 from reporting.settings import Search, TableSettings, is_seed
-from training.config import compose, flatten, is_in_identity, resolve
+from training.config import compose, is_in_identity, resolve
 from training.errors import BusyError, UsageError
-from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
+from training.files import to_json_lines, write_atomic
 from training.loggers import check_logger
 from training.loop import load_valid_record, run
 from training.record import Record
@@ -348,56 +345,3 @@ def open_table(cfg: DictConfig, *script_keys: str) -> Table:
         settings = replace(settings, seeds=settings.seeds[:1], search=search)
         run_overrides.append(f"paths.results={create_smoke_folder()}")
     return Table(hydra.runtime.choices["table"], settings, run_overrides)
-
-
-def read_results(file: Path) -> Sequence[Record]:
-    """Reads the records of a table, each with the name of its row, from its .jsonl file.
-
-    Says on stderr, once, if other code made some of a row's records than the rest.
-
-    Raises:
-        UsageError: if there is no such file, for a line that is not the record of a run with its row or repeats the row
-            and seed of another, and if only some runs have a test result, or a row's runs differ in more than the seed.
-    """
-    if not file.exists():
-        raise UsageError(f"there is no {file}; reproduce the table first")
-    return _parse_results(file, read_bytes(file))
-
-
-@functools.cache
-def _parse_results(file: Path, content: bytes) -> Sequence[Record]:
-    records = parse_json_lines(
-        content, file, Record, "a record of a run", lambda record: f"row '{record.row}', seed {record.seed}"
-    )
-    first_of_row: dict[str, tuple[int, Record]] = {}
-    mixed_rows: dict[str, None] = {}
-    for number, record in enumerate(records, 1):
-        if record.row is None:
-            raise UsageError(f"{file}, line {number}, names no row")
-        if (record.test is None) != (records[0].test is None):
-            raise UsageError(f"{file}: only one of the lines 1 and {number} has a test result")
-        first_number, first = first_of_row.setdefault(record.row, (number, record))
-        if changes := [change for change in describe_changes(first, record) if not change.startswith("seed=")]:
-            raise UsageError(
-                f"{file}, line {number}, differs from line {first_number} of row '{record.row}' in more than the seed: "
-                f"{', '.join(changes)}"
-            )
-        if record.sources != first.sources:
-            mixed_rows[record.row] = None
-    if mixed_rows:
-        print(f"{file}: rows whose runs were not all made with the same code: {', '.join(mixed_rows)}", file=sys.stderr)
-    return records
-
-
-def describe_changes(before: Record, after: Record) -> list[str]:
-    """Lists what differs in the configuration and the digests of two records, with its new and old values."""
-    old, new = (
-        {**flatten(r.config), "digest of data": r.data and r.data.get("digest"), "digest of pretrained": r.pretrained}
-        for r in (before, after)
-    )
-    is_unknown = {key for key in old if key.startswith("digest") and None in (old[key], new[key])}
-    return [
-        f"{key}={new.get(key, 'none')} instead of {old.get(key, 'none')}"
-        for key in old | new
-        if key not in is_unknown and new.get(key, "none") != old.get(key, "none")
-    ]

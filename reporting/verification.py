@@ -8,10 +8,10 @@ from typing import Literal
 
 import pandas as pd
 
-from reporting.render import format_difference
-from reporting.rows import top1_by_seed
+from reporting.render import format_interval
+from reporting.rows import describe_changes, read_results, top1_by_seed
 from reporting.statistics import chance_difference, interval_of_mean
-from reporting.table import Table, describe_changes, read_results
+from reporting.table import Table
 from training.record import Record
 from training.settings import load_run_data
 
@@ -94,7 +94,7 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
                 top1 = pd.DataFrame([(record.row, record.results[split].top1) for record in committed])
                 limit = chance_difference(top1[1], top1[0], len(common), confidence)
                 details.append(
-                    f"{split} {format_difference(difference.mean, difference.low, difference.high)} points"
+                    f"{split} {format_interval(difference.mean, difference.low, difference.high)} points"
                     + ("" if math.isnan(limit) else f" (chance alone: ±{limit:.2f})")
                 )
                 is_rounding = abs(difference.mean) <= 100 / num_images[split] * (1 + 1e-9)

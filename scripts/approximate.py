@@ -4,6 +4,7 @@ Writes a table (.md, .csv) of R^2 against the number of parameters per kernel, t
 (.png, .pdf).
 """
 
+import itertools
 import re
 import time
 from pathlib import Path
@@ -63,30 +64,26 @@ def main(settings: ApproximateSettings) -> None:
         lines, fits = [], {}
         for title, options in tqdm(FITS.items(), desc="settings", disable=None):
             started = time.perf_counter()
-            fit = acl.fit_kernels(weight, profile=settings.profile, seed=settings.seed, **options)
+            fits[title] = acl.fit_kernels(weight, profile=settings.profile, seed=settings.seed, **options)
             seconds = time.perf_counter() - started
-            if fit.r2 is None:
+            if fits[title].r2 is None:
                 raise UsageError(
-                    f"all {len(fit.kernels)} kernels of {name} are zero or constant: there is nothing to fit"
+                    f"all {len(fits[title].kernels)} kernels of {name} are zero or constant: there is nothing to fit"
                 )
-            fits[title] = fit
             # Fixed AKPs do not count as parameters, nor do the gains if only the shape is fitted.
             num_uncounted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
-            parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
-            lines.append(describe_fit(title, fit, parameters, seconds))
-        for title in (PAPER, BEST):
-            for tolerance in settings.tolerances:
-                chosen = fits[title].choose(tolerance, weight)
-                auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"
-                lines.append(describe_fit(auto_title, chosen, chosen.num_parameters, None))
+            lines.append(describe_fit(title, fits[title], num_uncounted, seconds))
+        for title, tolerance in itertools.product((PAPER, BEST), settings.tolerances):
+            auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"
+            lines.append(describe_fit(auto_title, fits[title].choose(tolerance, weight)))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    frame = pd.DataFrame(lines)
-    figure = approximation(weight, fits[BEST].weight(), f"{name}, {BEST}")
-    text = render_markdown(name, source, weight, frame, len(fits[BEST].degenerate_slots))
+    frame, best = pd.DataFrame(lines), fits[BEST]
+    figure = approximation(weight, best.weight(), f"{name}, {BEST}")
+    text = render_markdown(name, source, weight, frame, len(best.degenerate_slots))
     contents: dict[str, str | bytes] = {
         ".csv": frame.to_csv(index=False, float_format="%.6g"),
-        ".json": fits[BEST].to_json() + "\n",
+        ".json": best.to_json() + "\n",
         "_paper.json": fits[PAPER].to_json() + "\n",
         ".png": to_png(figure),
         ".pdf": to_pdf(figure),
@@ -120,8 +117,10 @@ def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, s
     return convolutions[name].weight.detach(), re.sub("[/.]", "-", f"{source}-{name}")
 
 
-def describe_fit(title: str, fit: acl.Fit, parameters: int, seconds: float | None) -> dict[str, object]:
+def describe_fit(title: str, fit: acl.Fit, num_uncounted: int = 0, seconds: float | None = None) -> dict[str, object]:
+    """Describes a fit; ``num_uncounted`` values of each analytic kernel are no parameters of it."""
     kinds = [kernel.kind for kernel in fit.kernels]
+    parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
     return {
         "setting": title,
         "numbers_per_kernel": parameters / len(kinds),
@@ -146,11 +145,11 @@ def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame,
         "| setting | parameters per kernel | parameters | R² | worst kernel | kinds |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for line in frame.itertuples():
-        lines.append(
-            f"| {line.setting} | {line.numbers_per_kernel:.2f} | {line.numbers:,} | {line.r2:.4f} | "
-            f"{line.worst_r2:.3f} | {line.kinds} |"
-        )
+    lines += [
+        f"| {line.setting} | {line.numbers_per_kernel:.2f} | {line.numbers:,} | {line.r2:.4f} | {line.worst_r2:.3f} | "
+        f"{line.kinds} |"
+        for line in frame.itertuples()
+    ]
     environment = describe_environment(torch.device("cpu"))  # where fit_kernels computes
     if degenerate:
         lines += ["", f"Zero or constant kernels, which stay plain: {degenerate}."]

@@ -22,26 +22,20 @@ class WorkspaceSettings:
 
 def create_workspace(settings: WorkspaceSettings) -> ws.Workspace:
     """Groups runs by table and row, and plots curves over epochs and accuracy against parameters."""
-    curves: list[Any] = [
-        wr.LinePlot(title=metric, x="epoch", y=[metric]) for metric in ("val_top1", "val_loss", "train_loss")
-    ]
-    results: list[Any] = [
-        wr.ScatterPlot(
-            title="test accuracy against convolution parameters",
-            x=wr.SummaryMetric("parameters.conv"),
-            y=wr.SummaryMetric("test.top1"),
-            log_x=True,
-        ),
-        wr.BarPlot(title="test accuracy (%)", metrics=[wr.SummaryMetric("test.top1")]),
-    ]
+    top1, num_parameters = wr.SummaryMetric("test.top1"), wr.SummaryMetric("parameters.conv")
+    title = "test accuracy against convolution parameters"
+    panels: dict[str, list[Any]] = {
+        "Results": [
+            wr.ScatterPlot(title=title, x=num_parameters, y=top1, log_x=True),
+            wr.BarPlot(title="test accuracy (%)", metrics=[top1]),
+        ],
+        "Training": [wr.LinePlot(title=y, x="epoch", y=[y]) for y in ("val_top1", "val_loss", "train_loss")],
+    }
     return ws.Workspace(
         name=settings.name,
         entity=settings.entity,
         project=settings.project,
-        sections=[
-            ws.Section(name="Results", panels=results, is_open=True),
-            ws.Section(name="Training", panels=curves, is_open=True),
-        ],
+        sections=[ws.Section(name=name, panels=panels[name], is_open=True) for name in panels],
         runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group"), ws.Config("row")]),
     )
 

@@ -375,6 +375,5 @@ def test_claim_on_unknown_records_is_refused(options: dict[str, Any], message: s
 
 def test_every_pair_names_rows_of_its_table() -> None:
     for claim in load_claims():
-        for pair in claim.pairs:
-            rows = [row["name"] for row in load_settings(pair.table).rows]
-            assert pair.row in rows and pair.reference in rows
+        for table, row, reference in claim.pairs:
+            assert {row, reference} <= {settings["name"] for settings in load_settings(table).rows}

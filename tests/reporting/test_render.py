@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting.render import describe_runs, draw_table, format_difference, render_latex, render_markdown
+from reporting.render import describe_runs, draw_table, format_interval, render_latex, render_markdown
 from reporting.rows import Row, summarize
 from reporting.table import Table
 from tests.reporting.helpers import forbid_calls, load_settings, make_record
@@ -87,8 +87,8 @@ def test_latex_escapes_special_characters() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "text"), [(-0.105, 1.2, "+0.50 [-0.10, +1.20]"), (float("nan"), float("nan"), "+0.50")]
 )
-def test_format_difference_omits_missing_interval(low: float, high: float, text: str) -> None:
-    assert format_difference(0.5, low, high) == text
+def test_format_interval_omits_missing_interval(low: float, high: float, text: str) -> None:
+    assert format_interval(0.5, low, high) == text
 
 
 def test_describe_runs_lists_machines_and_short_commits_once() -> None:

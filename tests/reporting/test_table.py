@@ -13,7 +13,8 @@ import torch
 import torchvision
 
 import reporting.table
-from reporting.table import Table, read_results
+from reporting.rows import read_results
+from reporting.table import Table
 from tests.reporting.helpers import create_table, forbid_calls, load_settings, make_record
 from tests.training import trees
 from tests.training.processes import run_in_child, start_process, wait_for

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.compare_approximations import METHODS, quantize, truncate_svd
+from models.rivals import quantize, truncate_svd
+from scripts.compare_approximations import METHODS
 from tests.scripts.conftest import RunScript
 
 
