@@ -7,15 +7,13 @@ splits; the bare loop writes no files. The two alternate. Each pair gives a rati
 time, which is less affected by other work on the machine.
 """
 
-import statistics
 import sys
 import tempfile
-import time
 
 import torch
 from omegaconf import DictConfig
+from timing import compute_ratios, format_ratios, time_alternately
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from training.config import compose
 from training.evaluate import evaluate
@@ -27,25 +25,19 @@ PAIRS = 7
 
 
 def main() -> None:
-    wall: dict[str, list[float]] = {"bare": [], "run": []}
-    processor: dict[str, list[float]] = {"bare": [], "run": []}
     with tempfile.TemporaryDirectory() as folder:
         defaults = ["data=mnist", "model=lenet", "trainer.epochs=3", "trainer.accelerator=cpu", f"paths.runs={folder}"]
-        for pair in tqdm(range(PAIRS + 1), desc="pairs", disable=None):
-            cfg = compose([*defaults, *sys.argv[1:], f"seed={pair}"])
-            tasks = [("bare", run_bare), ("run", run)]
-            if pair % 2:  # alternate the order
-                tasks.reverse()
-            for name, task in tasks:
-                started = time.perf_counter(), time.process_time()
-                task(cfg)
-                wall[name].append(time.perf_counter() - started[0])
-                processor[name].append(time.process_time() - started[1])
-    print(f"{PAIRS} pairs of runs of {cfg.trainer.epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
+        overrides = [*defaults, *sys.argv[1:]]
+        tasks = {
+            "bare": lambda pair: run_bare(compose([*overrides, f"seed={pair}"])),
+            "run": lambda pair: run(compose([*overrides, f"seed={pair}"])),
+        }
+        wall, processor = time_alternately(tasks, PAIRS + 1, "pairs")
+    epochs = compose(overrides).trainer.epochs
+    print(f"{PAIRS} pairs of runs of {epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
     for kind, seconds in (("wall time", wall), ("processor time", processor)):
-        # The first pair is a warm-up.
-        ratios = [a / b for a, b in zip(seconds["run"][1:], seconds["bare"][1:], strict=True)]
-        print(f"  {kind:14} median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        ratios = compute_ratios(seconds["run"], seconds["bare"])[1:]  # the first pair is a warm-up
+        print(f"  {kind:14} median {format_ratios(ratios, 3)}")
 
 
 def run_bare(cfg: DictConfig) -> None:
