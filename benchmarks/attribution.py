@@ -6,14 +6,12 @@ The two alternate. The network is AnaNN-LeNet with the half-plain arrangement, o
 do not affect the time.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 
 import torch
+from timing import compute_ratios, format_ratios, time_alternately
 from torch import Tensor
-from tqdm import tqdm
 
 from acl.explain import attribute
 from training.config import compose
@@ -32,18 +30,15 @@ def main() -> None:
         for batch in data.eval_batches(data.val, max_size=500):
             yield batch.images, batch.labels
 
-    ratios = []
-    for _ in tqdm(range(ROUNDS), desc="rounds", disable=None):
-        started = time.perf_counter()
-        subsets = len(attribute(model, batches, progress=False).correct)
-        attribution_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        for _ in range(subsets):
-            evaluate(model, data, data.val)
-        ratios.append(attribution_seconds / (time.perf_counter() - started))
+    subsets = len(attribute(model, batches, progress=False).correct)
+    tasks = {
+        "attribution": lambda _: attribute(model, batches, progress=False),
+        "evaluations": lambda _: [evaluate(model, data, data.val) for _ in range(subsets)],
+    }
+    seconds, _ = time_alternately(tasks, ROUNDS)
+    ratios = format_ratios(compute_ratios(seconds["attribution"], seconds["evaluations"]))
     print(f"{ROUNDS} rounds, {torch.get_num_threads()} threads, {len(data.val)} images, {subsets} subsets")
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"  attribution / {subsets} evaluations: {spread}")
+    print(f"  attribution / {subsets} evaluations: {ratios.lstrip()}")
 
 
 if __name__ == "__main__":

@@ -11,28 +11,24 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from torch import Tensor
+from timing import WORKERS, Feed, compute_ratios, feed_from_memory, format_ratios, time_alternately
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from training.config import compose
 from training.data import Data
 from training.settings import load_run_data, parse_run
 
 ROUNDS = 5
-WORKERS = (0, 2)
 BATCH_SIZE = 64
-
-Feed = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 def main() -> None:
@@ -42,21 +38,17 @@ def main() -> None:
         started = time.perf_counter()
         data = load_run_data(parse_run(cfg))
         fill_seconds = time.perf_counter() - started
-        feeds = {"ours": feed_from_cache(data)}
+        feeds = {"ours": feed_from_memory(data, BATCH_SIZE)}
         feeds |= {f"DataLoader, {n} workers": feed_from_files(Path(cfg.data.root) / "train", data, n) for n in WORKERS}
-        seconds: dict[str, list[float]] = {name: [] for name in feeds}
-        for _ in tqdm(range(ROUNDS), desc="rounds", disable=None):
-            for name, feed in feeds.items():
-                started = time.perf_counter()
-                images = sum(len(labels) for _, labels in feed())
-                seconds[name].append((time.perf_counter() - started) / images)
+        tasks = {name: lambda _, feed=feed: deque(feed(), maxlen=0) for name, feed in feeds.items()}
+        seconds, _ = time_alternately(tasks, ROUNDS)
     print(f"{ROUNDS} epochs of {len(data.train)} images, {torch.get_num_threads()} threads, batches of {BATCH_SIZE}")
     print("time per image relative to ours:")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["ours"], strict=True)]
-        print(f"  {name:24} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    total = len(data.train) + len(data.val) + len(data.test)
-    print(f"  {'filling the cache, once':24} {fill_seconds / total / statistics.median(seconds['ours']):5.2f}")
+        print(f"  {name:24} {format_ratios(compute_ratios(values, seconds['ours']))}")
+    fill_seconds_per_image = fill_seconds / (len(data.train) + len(data.val) + len(data.test))
+    seconds_per_image = statistics.median(seconds["ours"]) / (len(data.train) // BATCH_SIZE * BATCH_SIZE)
+    print(f"  {'filling the cache, once':24} {fill_seconds_per_image / seconds_per_image:5.2f}")
 
 
 def write_photographs(root: Path) -> Path:
@@ -71,17 +63,6 @@ def write_photographs(root: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             photographs[i % 2].resize((640, 480), Image.Resampling.BICUBIC, box).save(path, quality=90)
     return root
-
-
-def feed_from_cache(data: Data) -> Feed:
-    def feed() -> Iterable[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(data.train), generator=generator)
-        for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            batch = data.train[order[start : start + BATCH_SIZE]]
-            yield data.normalize(data.augmentation(batch.images, generator)), batch.labels
-
-    return feed
 
 
 def feed_from_files(folder: Path, data: Data, workers: int) -> Feed:

@@ -11,19 +11,19 @@ import itertools
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torchvision
+from timing import Seconds, compute_ratios, time_alternately
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from acl import AnalyticConv2d, convert, fold, param_groups
 from models.four_layer import FourLayer
@@ -67,27 +67,21 @@ def measure(work: str, tasks: tuple[Task, Task], rounds: int, limit: float | Non
     """Measures the time of the first task relative to the second, in alternating blocks of equal numbers of calls."""
     for task in tasks * 2:
         task()
-    seconds = max(time_block(task, 1) for task in tasks)
-    calls = max(1, math.ceil(BLOCK_SECONDS / seconds))
-    values = []
-    for number in tqdm(range(rounds), desc=work, leave=False, disable=None):
-        order = tasks if number % 2 else tasks[::-1]  # so that a drift of the machine's speed cancels
-        times = {id(task): time_block(task, calls) for task in order}
-        values.append(times[id(tasks[0])] / times[id(tasks[1])])
+
+    def time_blocks(calls: int, rounds: int) -> Seconds:
+        blocks = {str(i): partial(run_block, task, calls) for i, task in enumerate(tasks)}
+        return time_alternately(blocks, rounds, work)[0]
+
+    slowest = max(seconds[0] for seconds in time_blocks(1, 1).values())
+    seconds = time_blocks(max(1, math.ceil(BLOCK_SECONDS / slowest)), rounds)
+    values = compute_ratios(seconds["0"], seconds["1"])
     low, median, high = statistics.quantiles(values, n=4)
     return Ratio(work, median, low, high, limit)
 
 
-def time_block(task: Task, calls: int) -> float:
-    synchronize()
-    started = time.perf_counter()
+def run_block(task: Task, calls: int, _: int) -> None:
     for _ in range(calls):
         task()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
@@ -116,28 +110,22 @@ def compare_training(rounds: int) -> list[Ratio]:
     five_gains = convert(FourLayer(), "all", FIVE_KINDS, amplitude=True)
     gabor_compiled, gains_compiled, plain_compiled = compiled(gabor), compiled(five_gains), compiled(FourLayer())
     resnet, exp3 = torchvision.models.resnet18(), convert(torchvision.models.resnet18(), "first", EXP3)
-    cases: list[tuple[str, nn.Module, nn.Module, Tensor, bool, float | None]] = [
-        ("LeNet, five kinds", five, LeNet(), digits, False, 1.20),
-        ("LeNet, five kinds, both compiled", compiled(five), compiled(LeNet()), digits, False, 1.10),
-        ("four layers, Gabor", gabor, FourLayer(), colors, False, 1.05),
-        ("four layers, five kinds with amplitude", five_gains, FourLayer(), colors, False, 1.10),
-        ("four layers, Gabor, bf16", gabor, FourLayer(), colors, True, 1.15),
-        ("four layers, five kinds with amplitude, bf16", five_gains, FourLayer(), colors, True, 1.15),
-        ("four layers, Gabor, both compiled", gabor_compiled, plain_compiled, colors, False, 1.05),
-        ("four layers, five kinds with amplitude, both compiled", gains_compiled, plain_compiled, colors, False, 1.10),
-        ("four layers, Gabor, bf16, both compiled", gabor_compiled, plain_compiled, colors, True, 1.15),
-        (
-            "four layers, five kinds with amplitude, bf16, both compiled",
-            gains_compiled,
-            plain_compiled,
-            colors,
-            True,
-            1.15,
-        ),
-        ("ResNet-18, exp3, 224 px, batch 16", exp3, resnet, photos, False, 1.02),
+    cases: list[tuple[str, nn.Module, nn.Module, Tensor, float]] = [
+        ("LeNet, five kinds", five, LeNet(), digits, 1.20),
+        ("LeNet, five kinds, both compiled", compiled(five), compiled(LeNet()), digits, 1.10),
+        ("four layers, Gabor", gabor, FourLayer(), colors, 1.05),
+        ("four layers, five kinds with amplitude", five_gains, FourLayer(), colors, 1.10),
+        ("four layers, Gabor, bf16", gabor, FourLayer(), colors, 1.15),
+        ("four layers, five kinds with amplitude, bf16", five_gains, FourLayer(), colors, 1.15),
+        ("four layers, Gabor, both compiled", gabor_compiled, plain_compiled, colors, 1.05),
+        ("four layers, five kinds with amplitude, both compiled", gains_compiled, plain_compiled, colors, 1.10),
+        ("four layers, Gabor, bf16, both compiled", gabor_compiled, plain_compiled, colors, 1.15),
+        ("four layers, five kinds with amplitude, bf16, both compiled", gains_compiled, plain_compiled, colors, 1.15),
+        ("ResNet-18, exp3, 224 px, batch 16", exp3, resnet, photos, 1.02),
     ]
     ratios = []
-    for title, analytic, plain, images, autocast, limit in cases:
+    for title, analytic, plain, images, limit in cases:
+        autocast = "bf16" in title
         steps = make_step(analytic, images, autocast), make_step(plain, images, autocast)
         ratios.append(measure(f"training step: {title}", steps, rounds, limit))
         if DEVICE.type == "cpu":
@@ -189,11 +177,8 @@ def compare_evaluation(rounds: int) -> list[Ratio]:
         folded = fold(copy.deepcopy(model))
         batch = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
 
-        def evaluate(network: nn.Module, batch: Tensor = batch) -> Tensor:
-            with torch.no_grad():
-                return network(batch)
-
-        tasks = (lambda model=model: evaluate(model)), (lambda folded=folded: evaluate(folded))
+        evaluate = torch.no_grad()(lambda network, batch=batch: network(batch))
+        tasks = partial(evaluate, model), partial(evaluate, folded)
         ratios.append(measure(f"evaluation: {title}, against folded", tasks, rounds, 1.01))
     return ratios
 
@@ -232,13 +217,14 @@ def count_operations() -> str:
     layer = AnalyticConv2d(6, 16, 5, arrangement="G20% Lg20% Lt20% Tf20% Ts20%", bias=False).to(DEVICE)
     gradient = torch.randn(16, 6, 5, 5, device=DEVICE)
     layer.weight.backward(gradient)  # makes the grid
-    counts = []
     with profile(activities=[ProfilerActivity.CPU]) as forward:
         weight = layer.weight
     with profile(activities=[ProfilerActivity.CPU]) as backward:
         weight.backward(gradient)
-    for profiler in (forward, backward):
-        counts.append(sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::")))
+    counts = [
+        sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))
+        for profiler in (forward, backward)
+    ]
     return f"aten calls of the synthesis of a five-kind 16 x 6 layer: {counts[0]} forward, {counts[1]} backward."
 
 

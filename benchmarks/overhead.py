@@ -7,15 +7,12 @@ splits; the bare loop writes no files. The two alternate. Each pair gives a rati
 time, which is less affected by other work on the machine.
 """
 
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 
 import torch
+from timing import compute_ratios, format_ratios, time_alternately
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from training.config import compose
 from training.evaluate import evaluate
@@ -27,26 +24,17 @@ PAIRS = 7
 
 
 def main() -> None:
-    wall: dict[str, list[float]] = {"bare": [], "run": []}
-    processor: dict[str, list[float]] = {"bare": [], "run": []}
     with tempfile.TemporaryDirectory() as folder:
         defaults = ["data=mnist", "model=lenet", "trainer.epochs=3", "trainer.accelerator=cpu", f"paths.runs={folder}"]
-        for pair in tqdm(range(PAIRS + 1), desc="pairs", disable=None):
-            settings = parse_run(compose([*defaults, *sys.argv[1:], f"seed={pair}"]))
-            tasks: list[tuple[str, Callable[[RunSettings], object]]] = [("bare", run_bare), ("run", run)]
-            if pair % 2:  # alternate the order
-                tasks.reverse()
-            for name, task in tasks:
-                started = time.perf_counter(), time.process_time()
-                task(settings)
-                wall[name].append(time.perf_counter() - started[0])
-                processor[name].append(time.process_time() - started[1])
-    epochs = settings.trainer.epochs
+        overrides = [*defaults, *sys.argv[1:]]
+        settings = [parse_run(compose([*overrides, f"seed={pair}"])) for pair in range(PAIRS + 1)]
+        tasks = {"bare": lambda pair: run_bare(settings[pair]), "run": lambda pair: run(settings[pair])}
+        wall, processor = time_alternately(tasks, PAIRS + 1, "pairs")
+    epochs = settings[0].trainer.epochs
     print(f"{PAIRS} pairs of runs of {epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
     for kind, seconds in (("wall time", wall), ("processor time", processor)):
-        # The first pair is a warm-up.
-        ratios = [a / b for a, b in zip(seconds["run"][1:], seconds["bare"][1:], strict=True)]
-        print(f"  {kind:14} median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        ratios = compute_ratios(seconds["run"], seconds["bare"])[1:]  # the first pair is a warm-up
+        print(f"  {kind:14} median {format_ratios(ratios, 3)}")
 
 
 def run_bare(settings: RunSettings) -> None:
