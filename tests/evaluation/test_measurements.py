@@ -62,7 +62,8 @@ def double_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 def test_transforms_compare_three_ways(run: FinishedRun) -> None:
-    values = Transforms.measure(run, load_run_data(run.settings))
+    data = load_run_data(run.settings)
+    values = Transforms.measure(run, replace(data, test=data.test[:40]))
     assert [*values["rotation"], *values["scale"]] == [f"{value:g}" for value in (*ROTATIONS, *SCALES)]
     right_angle = values["rotation"]["90"]
     assert right_angle["closed form"]["top1"] == right_angle["resampled"]["top1"]

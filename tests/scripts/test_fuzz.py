@@ -46,7 +46,10 @@ COMMANDS = {
     "train a network of a library": ["train", "model=ana_resnet18", "arrangement=exp1", *IMAGES],
     "train on two devices": ["train", "model=lenet", "trainer=ddp"],
     "reproduce_table": ["reproduce_table", "table=digits"],
-    "reproduce_table with a search": ["reproduce_table", "table=fashion_mnist", "data=digits"],
+    "reproduce_table with a search": [
+        *("reproduce_table", "table=fashion_mnist", "data=digits", "table.seeds=[0]"),
+        'table.rows=[{name: LeNet-5 plain, overrides: ["model=lenet"]}]',
+    ],
     "measure": ["measure", "table=digits", "measurement=shapley"],
     **{name: [name] for name in ("claims", "collect", "mosaic", "upload_runs")},
     **{name: [name, "run=finished"] for name in ("evaluate", "explain", "export")},
