@@ -70,7 +70,7 @@ def test_train_reports_result_of_other_data(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith(f"{path}: test ")
 
 
-def test_collect_lists_every_run_of_sweep(tmp_path: Path, run_script: RunScript) -> None:
+def test_collect_lists_every_run_of_sweep(tmp_path: Path, run_script: RunScript, call_script: RunScript) -> None:
     sweep = ["-m", "hydra/launcher=cores", "arrangement.conv1=G6,G3_P3", "seed=0,1", "trainer.epochs=1"]
     done = run_script("train.py", *sweep, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_collect_lists_every_run_of_sweep(tmp_path: Path, run_script: RunScript)
         ("G6", 0),
         ("G6", 1),
     ]
-    done = run_script("collect.py", f"runs={tmp_path}", f"file={tmp_path}/all.csv")
+    done = call_script("collect.py", f"runs={tmp_path}", f"file={tmp_path}/all.csv")
     assert done.stdout.strip() == f"{tmp_path}/all.csv: 4 runs", done.stderr
     frame = pd.read_csv(tmp_path / "all.csv")
     assert sorted(zip(frame["arrangement.conv1"], frame["seed"], strict=True))[0] == ("G3_P3", 0)
