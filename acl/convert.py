@@ -90,6 +90,7 @@ def convert(
         )
     else:
         arrangement_by_pattern = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
+    resolved = LayerOptions(**options)
     convolutions = _find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
     for pattern, value in arrangement_by_pattern.items():
@@ -102,8 +103,8 @@ def convert(
                 arrangements[name] = parsed
             else:
                 in_channels = conv.in_channels // conv.groups
-                arrangements[name] = parsed.fill(in_channels, conv.out_channels, name or "the layer")
-    resolved = LayerOptions(**options)
+                where = name or "the layer"
+                arrangements[name] = parsed.fill(in_channels, conv.out_channels, where, resolved.per)
     replacements = {
         convolutions[name]: _to_analytic(convolutions[name], name or "the layer", parsed, init, tolerance, resolved)
         for name, parsed in arrangements.items()
@@ -114,30 +115,41 @@ def convert(
     return replace_convolutions(model, replacements)
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     """Replaces the analytic convolutions of a model with plain ones of the same weight, in place.
 
     Parameters regain the names they had before ``convert``, and the model no longer depends on acl. Hooks are kept.
     Layers that share all AKPs and plain kernels share their weight afterward.
 
+    Args:
+        model: a network, or an analytic layer itself.
+        factored: replace filter mosaics that are computed as two convolutions on CPUs by these two.
+
     Returns:
-        The model, or the nn.Conv2d itself if the model is a single analytic convolution.
+        The model, or the new convolution if the model is a single analytic convolution.
 
     Example:
         >>> net = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G24"))
         >>> [name for name, _ in fold(net).named_parameters()]
         ['0.weight', '0.bias']
     """
-    replacements = {layer: layer.fold() for layer in analytic_layers(model).values()}
-    folded: dict[Any, nn.Conv2d] = {}
-    for layer, conv in replacements.items():
-        first = folded.setdefault((*layer.raw.parameters(), layer.plain), conv)
-        if torch.equal(conv.weight, first.weight):
-            conv.weight = first.weight
+    cpu = torch.device("cpu")
+    replacements = {layer: layer.fold(factored and layer.is_factored(cpu)) for layer in analytic_layers(model).values()}
+    folded: dict[Any, Any] = {}
+    for layer, new in replacements.items():
+        first = folded.setdefault((*layer.raw.parameters(), layer.plain, layer.gains), new)
+        for conv, first_conv in zip(_list_convolutions(new), _list_convolutions(first), strict=True):
+            if torch.equal(conv.weight, first_conv.weight):
+                conv.weight = first_conv.weight
         if layer.bias is not None:
-            conv.bias = folded.setdefault(layer.bias, conv).bias
-        _move_hooks(layer, conv)
+            last = _list_convolutions(new)[-1]
+            last.bias = folded.setdefault(layer.bias, last).bias
+        _move_hooks(layer, new)
     return _replace_modules(model, replacements)
+
+
+def _list_convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [part for part in module.modules() if isinstance(part, nn.Conv2d)]
 
 
 def check_convertible(conv: nn.Conv2d, name: str) -> None:
@@ -168,7 +180,9 @@ def create_analytic(
         **get_convolution_arguments(conv), **factory, arrangement=arrangement, placement=placement, **options
     )
     if layer.plain is not None:
-        layer.plain.copy_(conv.weight.flatten(0, 1)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+        layer.plain.copy_(layer.view_slots(conv.weight)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+    if layer.gains is not None:
+        layer.gains.requires_grad_(conv.weight.requires_grad)
     if layer.bias is not None and conv.bias is not None:
         layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
@@ -185,6 +199,8 @@ def replace_convolutions(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticCo
     share_parameters(model, layers)
     for conv, layer in layers.items():
         if type(conv) not in (nn.Conv2d, AnalyticConv2d):
+            if layer.options.compute == "factored":
+                raise ValueError(f"compute='factored' cannot convert a {type(conv).__name__}, a subclass of nn.Conv2d")
             layer.host = conv
             conv.weight = conv.bias = None  # type: ignore[assignment]
         _move_hooks(conv, layer)
@@ -212,7 +228,7 @@ def share_parameters(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d
             raise ValueError(f"{' and '.join(names)} are one parameter; convert all of them alike, or none")
         for layer in new[1:]:
             if keys[0] == "weight":
-                layer.raw, layer.plain = new[0].raw, new[0].plain
+                layer.raw, layer.plain, layer.gains = new[0].raw, new[0].plain, new[0].gains
             else:
                 setattr(layer, keys[0], getattr(new[0], keys[0]))
 

@@ -8,11 +8,15 @@ from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from acl.arrangement import Arrangement, encode_placement
-from acl.computed_conv import COMPUTED_WEIGHT, ComputedConv2d
+from acl.computed_conv import COMPUTED_WEIGHT, ComputedConv2d, get_convolution_arguments
 from acl.kernels import AKP, AMPLITUDE, KINDS
 from acl.options import LayerKeywords, LayerOptions
+
+_MIN_FACTORED_CHANNELS = 16
+"""From this many input channels on, two convolutions are faster than a dense one on CPUs (benchmarks/factored.py)."""
 
 
 class AnalyticConv2d(ComputedConv2d):
@@ -21,6 +25,10 @@ class AnalyticConv2d(ComputedConv2d):
     The weight has one slot per 2-D kernel. The arrangement fills the slots in order, row-major over (output channel,
     input channel of the group). Each analytic kernel is computed from a few learned parameters (AKPs); each plain
     kernel (``P``) has k x k free weights.
+
+    With ``per="filter"``, a slot is an output channel. The kernels of an analytic filter have one shape, computed from
+    its AKPs, and a gain per input channel of the group: W[o, i] = gains[o, i] K(AKPs[o]). A plain filter has all its
+    weights. Without plain filters, the layer is a 1 x 1 convolution, then a depthwise one, and can be computed as such.
 
     Source: Cui et al., arXiv 2407.06087. The options and ``placement`` are ours.
 
@@ -43,7 +51,7 @@ class AnalyticConv2d(ComputedConv2d):
     the weight is cached.
 
     ``weight`` is computed, so an in-place edit of it (``nn.init.zeros_(layer.weight)``, ``layer.weight.data.clamp_()``)
-    edits a temporary tensor and has no effect on the layer. Use ``set_akps``, ``plain``, ``sample_akps`` or
+    edits a temporary tensor and has no effect on the layer. Use ``set_akps``, ``plain``, ``gains``, ``sample_akps`` or
     ``reset_parameters`` instead.
 
     ``placement`` is structure, like the arrangement: averages, casts and ``load_state_dict`` do not change it. The
@@ -61,7 +69,9 @@ class AnalyticConv2d(ComputedConv2d):
     raw: nn.ParameterDict
     """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
     plain: nn.Parameter | None
-    """The plain kernels in slot order, (count, kh, kw); None if there are none."""
+    """The plain kernels in slot order, (count, kh, kw), or plain filters, (count, in / groups, kh, kw), or None."""
+    gains: nn.Parameter | None
+    """(analytic filters, in / groups) in the arrangement's order; None in a kernel mosaic or without such filters."""
     placement: Tensor | None
     """(slots,) The index of each slot's kernel in the arrangement's order; no buffer, which averages would change."""
 
@@ -92,8 +102,9 @@ class AnalyticConv2d(ComputedConv2d):
         self.options = LayerOptions(**options)
         if isinstance(arrangement, str):
             arrangement = Arrangement.parse(arrangement)
-        self.arrangement = arrangement.fill(in_channels // groups, out_channels)
-        slots = in_channels // groups * out_channels
+        channels, is_per_filter = in_channels // groups, self.options.per == "filter"
+        self.arrangement = arrangement.fill(channels, out_channels, per=self.options.per)
+        slots = sum(self.arrangement.counts.values())
         if placement is not None and sorted(placement.tolist()) != list(range(slots)):
             raise ValueError(f"placement must be a permutation of the layer's {slots} slots")
         self.placement = None if placement is None else placement.detach().to("cpu", torch.long, copy=True)
@@ -105,7 +116,12 @@ class AnalyticConv2d(ComputedConv2d):
             }
         )
         plain_count = self.arrangement.counts.get("P", 0)
-        self.plain = nn.Parameter(torch.empty(plain_count, *self.kernel_size, **factory)) if plain_count else None
+        if plain_count and self.options.compute == "factored":
+            raise ValueError("compute='factored' needs analytic filters only; plain filters have no common shape")
+        plain_shape = (channels, *self.kernel_size) if is_per_filter else self.kernel_size
+        self.plain = nn.Parameter(torch.empty(plain_count, *plain_shape, **factory)) if plain_count else None
+        has_gains = is_per_filter and slots > plain_count
+        self.gains = nn.Parameter(torch.empty(slots - plain_count, channels, **factory)) if has_gains else None
         self._move_placement()
         for key, parameter in self.raw.items():
             parameter.requires_grad_(key.split("_", 1)[1] in self.options.learned_akps)
@@ -151,7 +167,11 @@ class AnalyticConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does."""
+        """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does.
+
+        The gains of filters are uniform, of variance 1 / (in_channels / groups): with ``scale="unit"``, an input of
+        unit variance then has outputs of about unit variance.
+        """
         if "raw" not in self._modules:
             return  # nn.Conv2d's constructor calls this before the AKPs exist
         self.sample_akps()
@@ -160,6 +180,9 @@ class AnalyticConv2d(ComputedConv2d):
         for parameter in (self.plain, self.bias):
             if parameter is not None:
                 parameter.uniform_(-bound, bound)
+        if self.gains is not None:
+            bound = math.sqrt(3 / max(1, self.gains.shape[1]))
+            self.gains.uniform_(-bound, bound)
 
     @torch.no_grad()
     def sample_akps(self) -> None:
@@ -213,11 +236,11 @@ class AnalyticConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def add_amplitude(self) -> None:
-        """Gives each ACK a gain of 1 as an additional AKP, unless the layer has ``amplitude``.
+        """Gives each ACK a gain of 1 as an additional AKP, unless the layer has gains already.
 
         The gains of a kind are trained if any of its AKPs are.
         """
-        if self.options.amplitude:
+        if self.options.amplitude or self.options.per == "filter":
             return
         stored = {key: self._get_stored(key) for key in self.raw}
         self.options = replace(self.options, amplitude=True)
@@ -231,7 +254,7 @@ class AnalyticConv2d(ComputedConv2d):
 
     @property
     def slot_kinds(self) -> list[str]:
-        """The symbol of the kind in each slot, row-major over (output channel, input channel of the group)."""
+        """The symbol of the kind in each slot."""
         kinds = [symbol for symbol, count in self.arrangement.counts.items() for _ in range(count)]
         return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
 
@@ -244,8 +267,26 @@ class AnalyticConv2d(ComputedConv2d):
         return [slot_of_kernel[i] for i in kernels]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters from which the weight is synthesized: stored AKPs, then plain kernels."""
-        return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
+        """The parameters from which the weight is synthesized: stored AKPs, plain kernels, gains of filters."""
+        return [*self.raw.values(), *(p for p in (self.plain, self.gains) if p is not None)]
+
+    def gain_rows(self, symbol: str) -> slice:
+        """The rows of ``gains`` that belong to the filters of an analytic kind."""
+        start = 0
+        for other, count in self.arrangement.counts.items():
+            if other == symbol:
+                return slice(start, start + count)
+            start += count if KINDS[other].is_analytic else 0
+        raise KeyError(symbol)
+
+    def view_slots(self, weight: Tensor) -> Tensor:
+        """A weight of this layer's shape by slot: (slots, kh, kw), or (slots, in / groups, kh, kw) of filters."""
+        return weight.flatten(0, 1) if self.options.per == "kernel" else weight
+
+    def select_slots(self, is_selected: Tensor) -> Tensor:
+        """The weight with all kernels set to zero but those in the selected slots, (slots,) bool."""
+        weight = self.weight
+        return weight * is_selected.to(weight.device).view(self.out_channels, -1, 1, 1)
 
     def compute_kernels(self, symbol: str, akps: Mapping[str, Tensor]) -> Tensor:
         """Kernels (..., kh, kw) of a kind, from AKPs (...) in natural units, before scaling and gain."""
@@ -258,68 +299,151 @@ class AnalyticConv2d(ComputedConv2d):
         return self._compute_unit_scale(kernels, (-2, -1))
 
     def _compute_unit_scale(self, kernels: Tensor, pixel_dims: tuple[int, int]) -> Tensor:
-        energy = (kernels * kernels).sum(pixel_dims, keepdim=True) * (self.in_channels // self.groups)
-        return torch.rsqrt(energy + 1e-12)
+        fan_in = self.in_channels // self.groups if self.options.per == "kernel" else 1  # gains have the rest
+        return torch.rsqrt((kernels * kernels).sum(pixel_dims, keepdim=True) * fan_in + 1e-12)
 
-    def _synthesize(self) -> Tensor:
+    def _synthesize_analytic(self) -> Tensor | None:
+        """The scaled analytic kernels in the arrangement's order, pixels first: (kh, kw, count); None if none."""
         akps = self.akps()
         gains = [values.pop("amplitude") for values in akps.values()] if self.options.amplitude else []
         kernels = [self.compute_kernels(symbol, values) for symbol, values in akps.items()]
         # Kernels are views of tensors with the pixels first (see acl.kernels._Grid), and stay so until the end.
         kernels = [kernel.permute(1, 2, 0) for kernel in kernels]
-        if kernels:
-            weight = torch.cat(kernels, -1) if len(kernels) > 1 else kernels[0]
-            factors = [self._compute_unit_scale(weight, (0, 1))] if self.options.scale == "unit" else []
-            if gains:
-                factors.append(torch.cat(gains))
-            if factors:
-                weight = weight * reduce(torch.mul, factors)
-            weight = weight.to(self._format.dtype)
-            if self.plain is not None:
-                plain_start = self.arrangement.kernel_ranges["P"].start
-                plain = self.plain.permute(1, 2, 0)
-                weight = torch.cat([weight[..., :plain_start], plain, weight[..., plain_start:]], -1)
-        else:
-            assert self.plain is not None
-            weight = self.plain.permute(1, 2, 0)
+        if not kernels:
+            return None
+        weight = torch.cat(kernels, -1) if len(kernels) > 1 else kernels[0]
+        factors = [self._compute_unit_scale(weight, (0, 1))] if self.options.scale == "unit" else []
+        if gains:
+            factors.append(torch.cat(gains))
+        return weight * reduce(torch.mul, factors) if factors else weight
+
+    def _synthesize(self) -> Tensor:
+        weight = self._synthesize_analytic()  # pixels first, as all that follows
+        if weight is not None and self.gains is not None:
+            weight = weight[..., None] * self.gains
+        weight = None if weight is None else weight.to(self._format.dtype)
+        if self.plain is not None:
+            plain = self.plain.movedim((-2, -1), (0, 1))
+            start = self.arrangement.kernel_ranges["P"].start
+            weight = plain if weight is None else torch.cat([weight[:, :, :start], plain, weight[:, :, start:]], 2)
+        assert weight is not None
         if self.placement is not None:
-            # Much faster than weight[..., self.placement], above all in the backward pass.
+            # Much faster than weight[:, :, self.placement], above all in the backward pass.
             weight = weight.flatten(0, 1).index_select(1, self.placement.to(weight.device))
-        weight = weight.view(*self.kernel_size, self.out_channels, -1).permute(2, 3, 0, 1)
+        weight = weight.reshape(*self.kernel_size, self.out_channels, -1).permute(2, 3, 0, 1)
         # torch.func.vmap supports no query of the memory format itself
         is_channels_last = self._format.stride(1) == 1
         return weight.clone(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+
+    def _synthesize_shapes(self) -> Tensor:
+        """The shapes of filters as the weight of a depthwise convolution, (out, 1, kh, kw)."""
+        shapes = self._synthesize_analytic()
+        assert shapes is not None
+        if self.placement is not None:
+            shapes = shapes.flatten(0, 1).index_select(1, self.placement.to(shapes.device)).view_as(shapes)
+        return shapes.permute(2, 0, 1)[:, None].to(self._format.dtype).contiguous()
+
+    def get_pointwise_weight(self) -> Tensor:
+        """The gains of filters as the weight of a 1 x 1 convolution, (out, in / groups, 1, 1)."""
+        assert self.gains is not None
+        gains = self.gains if self.placement is None else self.gains[self.placement.to(self.gains.device)]
+        return gains[:, :, None, None]
+
+    def is_factored(self, device: torch.device) -> bool:
+        """Whether the layer computes its outputs on a device as a 1 x 1 and a depthwise convolution."""
+        if self.gains is None or self.plain is not None or self.host is not None or self.options.compute == "dense":
+            return False
+        return self.options.compute == "factored" or (
+            device.type == "cpu"
+            and self.gains.shape[1] >= _MIN_FACTORED_CHANNELS
+            and math.prod(self.stride) == 1
+            and min(self.kernel_size) > 1
+        )
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not self.is_factored(x.device):
+            return super()._forward(x)
+        hidden = F.conv2d(x, self.get_pointwise_weight(), groups=self.groups)
+        shapes = self._read_cache_or_compute(self._synthesize_shapes)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            hidden, padding = F.pad(hidden, self._reversed_padding_repeated_twice, self.padding_mode), 0
+        # In 16 bits, the backward pass of a depthwise convolution is slow on CPUs.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            output = F.conv2d(
+                hidden.to(dtype), shapes.to(dtype), bias, self.stride, padding, self.dilation, self.out_channels
+            )
+        return output.to(hidden.dtype)
+
+    def fold(self, factored: bool = False) -> nn.Conv2d | nn.Sequential:  # type: ignore[override]
+        """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode.
+
+        Its weight is frozen if everything that it is computed from is.
+
+        Args:
+            factored: create a 1 x 1 convolution and a depthwise one instead, which need fewer operations.
+
+        Raises:
+            ValueError: for ``factored`` and a layer that is not a filter mosaic without plain filters, or that was
+                converted from a subclass of nn.Conv2d.
+        """
+        if not factored:
+            return super().fold()
+        if self.gains is None or self.plain is not None or self.host is not None:
+            raise ValueError("only a filter mosaic without plain filters can be factored, and no subclass of nn.Conv2d")
+        arguments = get_convolution_arguments(self)
+        pointwise = nn.Conv2d(self.in_channels, self.out_channels, 1, groups=self.groups, bias=False, device="meta")
+        arguments |= {"in_channels": self.out_channels, "groups": self.out_channels}
+        depthwise = nn.Conv2d(**arguments, device="meta")
+        is_trained = any(p.requires_grad for p in self.raw.parameters())
+        pointwise.weight = nn.Parameter(self.get_pointwise_weight().detach().clone(), self.gains.requires_grad)
+        depthwise.weight = nn.Parameter(self._synthesize_shapes().detach(), is_trained)
+        if self.bias is not None:
+            depthwise.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        is_channels_last = self._format.stride(1) == 1
+        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+        folded: nn.Sequential = nn.Sequential(pointwise, depthwise).to(memory_format=memory_format)
+        return folded.train(self.training)
 
     def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:
         # raw.values() is several times slower. Parametrized and replicated AKPs are not among the parameters of raw.
         raw: list[Any] = list(self.raw._parameters.values())
         raw += [None] * (len(self.raw) - len(raw))
-        return (raw if self.plain is None else [*raw, self.plain]), self.options
+        return [*raw, *(p for p in (self.plain, self.gains) if p is not None)], self.options
 
     @torch.no_grad()
     def formula(self, slot: int, digits: int = 3) -> str:
         """Formats a slot's kernel as text, with the values of its gain and its AKPs.
 
         Args:
-            slot: row-major over (output channel, input channel of the group).
+            slot: row-major over (output channel, input channel of the group); in a filter mosaic, the output channel.
             digits: significant digits of each number.
 
         Returns:
             For example, ``0.21*(exp(-(x'^2 + y'^2)/(2*1.83^2))*cos(2*pi*x'/4.1 + 0.5)); theta = 30 deg``; see
-            ``acl.kernels.Kind.formula`` for the notation. For a plain kernel, ``7 x 7 free weights``.
+            ``acl.kernels.Kind.formula`` for the notation. For a plain kernel, ``7 x 7 free weights``. A filter has the
+            list of its gains, or their range if there are more than four.
         """
         symbol = self.slot_kinds[slot]
         kind = KINDS[symbol]
         if not kind.is_analytic:
-            return f"{self.kernel_size[0]} x {self.kernel_size[1]} free weights"
+            assert self.plain is not None
+            return f"{' x '.join(map(str, self.plain.shape[1:]))} free weights"
         i = self.slots_of(symbol).index(slot)
         akps = {name: values[i : i + 1] for name, values in self.akps()[symbol].items()}
         amplitude = akps.pop("amplitude", torch.ones(1))
-        kernel = self.compute_kernels(symbol, akps)
-        gain = float(amplitude * self.scale_factors(kernel).flatten())
+        if self.gains is not None:
+            amplitude = self.gains[self.gain_rows(symbol)][i]
+        gains = (amplitude * self.scale_factors(self.compute_kernels(symbol, akps)).flatten()).tolist()
+        numbers = [f"{gain:.{digits}g}" for gain in (gains if len(gains) <= 4 else (min(gains), max(gains)))]
         text = kind.formula({name: value.item() for name, value in akps.items()}, self.options.profile, digits)
         expression, separator, definitions = text.partition("; ")
-        return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
+        if self.gains is None:
+            return f"{numbers[0]}*({expression}){separator}{definitions}"
+        gain_text = f"[{', '.join(numbers)}]" if len(gains) <= 4 else f"{len(gains)} gains from {' to '.join(numbers)}"
+        return f"g*({expression}){separator}{definitions}; g = {gain_text}"
 
     def extra_repr(self) -> str:
         default = LayerOptions()
