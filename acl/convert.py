@@ -12,9 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from acl.arrangement import Arrangement
 from acl.computed_conv import get_convolution_arguments
-from acl.fit import fit_kernels
-from acl.fit_result import KernelFit, apply_fits, check_tolerance
+from acl.fit import fit_kernels, refine_jointly
+from acl.fit_result import apply_fits, check_tolerance
 from acl.inspection import analytic_layers
+from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 from acl.options import LayerKeywords, LayerOptions
 
@@ -39,6 +40,7 @@ def convert(
     arrangement: Arrangement | str | None = None,
     init: str | None = None,
     tolerance: float | None = None,
+    metric: str | torch.Tensor = "images",
     **options: Unpack[LayerKeywords],
 ) -> nn.Module:
     """Replaces convolutions of a model with analytic ones, in place.
@@ -57,8 +59,9 @@ def convert(
             slot gets the kind with the fewest AKPs that fits its kernel within ``tolerance``, or stays plain.
         init: ``random`` samples the AKPs; ``fit`` fits AKPs and gains to the original kernels. Defaults to ``fit``
             for ``auto`` and to ``random`` otherwise. Without ``amplitude``, a kernel is fitted only up to its norm.
-        tolerance: the largest fraction of a kernel's energy that ``auto`` may leave unexplained, from 0 (all plain)
-            to 1 (all analytic).
+        tolerance: the largest share of the energy of a kernel's output that ``auto`` may leave unexplained, from 0 (all
+            plain) to 1 (all analytic).
+        metric: what ``fit`` and ``auto`` take as the error of a kernel; see ``acl.fit_kernels``.
         options: the fields of ``acl.LayerOptions``.
 
     Returns:
@@ -106,7 +109,9 @@ def convert(
                 where = name or "the layer"
                 arrangements[name] = parsed.fill(in_channels, conv.out_channels, where, resolved.per)
     replacements = {
-        convolutions[name]: _to_analytic(convolutions[name], name or "the layer", parsed, init, tolerance, resolved)
+        convolutions[name]: _to_analytic(
+            convolutions[name], name or "the layer", parsed, init, tolerance, metric, resolved
+        )
         for name, parsed in arrangements.items()
     }
     available = {key.split("_", 1)[1] for layer in replacements.values() for key in layer.raw}
@@ -280,36 +285,36 @@ def _to_analytic(
     arrangement: Arrangement,
     init: str | None,
     tolerance: float | None,
+    metric: str | torch.Tensor,
     options: LayerOptions,
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted; errors name it."""
     fit_options: dict[str, Any] = {
         "family": options.family,
+        "per": options.per,
+        "metric": metric,
         "profile": options.profile,
         "signed": not options.amplitude,
     }
-    placement: torch.Tensor | None = None
-    fits: list[KernelFit] | None = None
     if arrangement.auto:
         assert tolerance is not None
-        fits = list(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight).kernels)
-        arrangement, placement = Arrangement.from_slot_kinds([fit.kind for fit in fits])
-    layer = create_analytic(conv, arrangement, placement, **vars(options))
-    if fits is None and init == "fit":
-        kernels = conv.weight.flatten(0, 1)
-        fits = [KernelFit("P", {}, 1.0, None)] * len(kernels)
-        for symbol in layer.akps():
-            slots = layer.slots_of(symbol)
-            kind_fits = fit_kernels(kernels[slots, None], [symbol], **fit_options).kernels
-            for slot, fit in zip(slots, kind_fits, strict=True):
-                if fit.r2 is None and kernels[slot].any():
-                    raise ValueError(
-                        f"cannot fit {name}: the kernel of slot {slot} is constant, as all 1 x 1 kernels are; "
-                        "leave the layer plain, or use arrangement='auto' or init='random'"
-                    )
-                fits[slot] = fit
-    if fits is not None and init != "random":
-        apply_fits(layer, fits)
+        fit = refine_jointly(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight), conv.weight)
+        auto_arrangement, placement = Arrangement.from_slot_kinds([kernel.kind for kernel in fit.kernels])
+        layer = create_analytic(conv, auto_arrangement, placement, **vars(options))
+    else:
+        layer = create_analytic(conv, arrangement, **vars(options))
+        if init != "fit":
+            return layer
+        kinds = [[symbol] if KINDS[symbol].is_analytic else [] for symbol in layer.slot_kinds]
+        fit = fit_kernels(conv.weight, kinds, **fit_options)
+        for slot, kernel in enumerate(fit.kernels):
+            if kernel.r2 is None and any(kernel.weights):
+                raise ValueError(
+                    f"cannot fit {name}: the kernel of slot {slot} is constant, as all 1 x 1 kernels are; "
+                    "leave the layer plain, or use arrangement='auto' or init='random'"
+                )
+    if init != "random":
+        apply_fits(layer, fit.kernels)
     return layer
 
 

@@ -292,6 +292,27 @@ class AnalyticConv2d(ComputedConv2d):
         """Kernels (..., kh, kw) of a kind, from AKPs (...) in natural units, before scaling and gain."""
         return KINDS[symbol].synthesize(akps, self.kernel_size, self.options.profile)
 
+    def compute_shapes(self, symbol: str) -> Tensor:
+        """The scaled kernels (count, kh, kw) of an analytic kind without their gains, in float64."""
+        akps = {name: values.double() for name, values in self.akps()[symbol].items() if name != AMPLITUDE.name}
+        kernels = self.compute_kernels(symbol, akps)
+        return kernels * self.scale_factors(kernels)
+
+    def gains_of(self, symbol: str) -> Tensor:
+        """The gains (count, channels) of an analytic kind: of filters for each input channel, of kernels for one."""
+        if self.gains is not None:
+            return self.gains[self.gain_rows(symbol)]
+        akps = self.akps()[symbol]
+        return akps.get(AMPLITUDE.name, torch.ones_like(next(iter(akps.values()))))[:, None]
+
+    @torch.no_grad()
+    def set_gains(self, symbol: str, gains: Tensor) -> None:
+        """Sets the gains (count, channels) of an analytic kind. Raises ValueError for kernels without gains."""
+        if self.gains is not None:
+            self.gains[self.gain_rows(symbol)] = gains.to(self.gains)
+        else:
+            self.set_akps(symbol, {AMPLITUDE.name: gains[:, 0]})
+
     def scale_factors(self, kernels: Tensor) -> Tensor:
         """The factors (count, 1, 1) by which ``scale`` multiplies analytic kernels (count, kh, kw)."""
         if self.options.scale == "raw":
