@@ -1,7 +1,7 @@
 """Metrics of approximated kernels: how much an error of a kernel changes a layer's output on images."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ _IMAGE_SIZE = 224
 _IMAGES_PER_BATCH = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """The second moments of image patches, as a product of one factor for channels and one for pixels.
 
@@ -25,9 +25,9 @@ class Metric:
 
     name: str
     """``images``, ``pixels``, or ``data`` if it was measured."""
-    channels: Tensor
+    channels: Tensor = field(repr=False)
     """(in / groups, in / groups) float64."""
-    pixels: Tensor
+    pixels: Tensor = field(repr=False)
     """(kh kw, kh kw) float64."""
 
     @classmethod
@@ -60,6 +60,9 @@ class Metric:
         if in_channels == 3:
             channels = _COLOR_CORRELATION + (1 - _COLOR_CORRELATION) * channels
         return cls(metric, channels, _compute_image_moments(size))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Metric) and self.to_json() == other.to_json() and len(self.pixels) == len(other.pixels)
 
     def check_size(self, in_channels: int, num_pixels: int) -> None:
         """Raises ValueError unless the metric is of kernels of this size."""

@@ -40,7 +40,7 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
 
     A layer with three input channels is drawn as in the paper: one RGB tile per output channel (gray is 0), with
     the colors of its three kernels' kinds alternating in the outline. Any other layer is drawn with one tile per
-    kernel (blue is negative, red is positive). Each tile is scaled separately.
+    kernel, or per filter its kernel of most energy (blue is negative, red is positive). Each tile is scaled separately.
 
     Args:
         layer: the layer to draw.
@@ -49,14 +49,11 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
     weight = layer.weight.detach().float().cpu()
     slot_kinds = layer.slot_kinds
     is_rgb = weight.shape[1] == 3
-    if is_rgb:
-        tiles = weight.permute(0, 2, 3, 1)
-        kinds_of_tile = [slot_kinds[3 * i : 3 * i + 3] for i in range(len(tiles))]
-        columns = math.ceil(math.sqrt(len(tiles)))
-    else:
-        tiles = weight.flatten(0, 1)
-        kinds_of_tile = [[symbol] for symbol in slot_kinds]
-        columns = weight.shape[1] if weight.shape[1] > 1 else math.ceil(math.sqrt(len(tiles)))
+    tiles = weight.permute(0, 2, 3, 1) if is_rgb else get_slot_kernels(layer)
+    kinds_per_tile = len(slot_kinds) // len(tiles)
+    kinds_of_tile = [slot_kinds[i : i + kinds_per_tile] for i in range(0, len(slot_kinds), kinds_per_tile)]
+    has_row_per_filter = len(tiles) > len(weight)
+    columns = weight.shape[1] if has_row_per_filter else math.ceil(math.sqrt(len(tiles)))
     tiles = tiles / tiles.flatten(1).abs().amax(1).clamp(min=1e-12).reshape(-1, *[1] * (tiles.ndim - 1))
     rows = math.ceil(len(tiles) / columns)
     tile_size = max(0.35, min(0.7, 8 / max(rows, columns)))
@@ -76,6 +73,14 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
     if title:
         figure.suptitle(title)
     return figure
+
+
+def get_slot_kernels(layer: AnalyticConv2d) -> Tensor:
+    """The kernel of each slot, (slots, kh, kw) float32; of a filter, its kernel of most energy."""
+    weight = layer.weight.detach().float().cpu()
+    if layer.options.per == "kernel":
+        return weight.flatten(0, 1)
+    return weight[torch.arange(len(weight)), weight.square().sum((2, 3)).argmax(1)]
 
 
 def _draw_outline(axis: Axes, width: int, height: int, symbols: list[str]) -> None:
