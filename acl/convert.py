@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from acl.arrangement import Arrangement
 from acl.computed_conv import get_convolution_arguments
+from acl.factored import is_factored
 from acl.fit import fit_kernels, refine_jointly
 from acl.fit_result import apply_fits, check_tolerance
 from acl.inspection import analytic_layers
@@ -139,7 +140,9 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
         ['0.weight', '0.bias']
     """
     cpu = torch.device("cpu")
-    replacements = {layer: layer.fold(factored and layer.is_factored(cpu)) for layer in analytic_layers(model).values()}
+    replacements = {
+        layer: layer.fold(factored and is_factored(layer, cpu)) for layer in analytic_layers(model).values()
+    }
     folded: dict[Any, Any] = {}
     for layer, new in replacements.items():
         first = folded.setdefault((*layer.raw.parameters(), layer.plain, layer.gains), new)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from acl.factored import is_factored
 from acl.kernels import AMPLITUDE
 from acl.layer import AnalyticConv2d
 
@@ -124,7 +125,7 @@ def _count_multiply_adds(model: nn.Module, inputs: torch.Tensor) -> dict[nn.Modu
         assert isinstance(layer, AnalyticConv2d)
         channels, taps = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
         count = output.numel() * channels * taps
-        if layer.is_factored(output.device):
+        if is_factored(layer, output.device):
             count = inputs[0].numel() // layer.groups * layer.out_channels + output.numel() * taps
         counts[layer] = counts.get(layer, 0) + count
 

@@ -1,25 +1,23 @@
 """AnalyticConv2d: a convolution whose weight is a mosaic of analytic and plain kernels."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from acl.arrangement import Arrangement, encode_placement
-from acl.computed_conv import COMPUTED_WEIGHT, ComputedConv2d, get_convolution_arguments
+from acl.arrangement import Arrangement
+from acl.computed_conv import COMPUTED_WEIGHT
+from acl.factored import convolve_factored, fold_factored, is_factored
 from acl.kernels import AKP, AMPLITUDE, KINDS
 from acl.options import LayerKeywords, LayerOptions
-
-_MIN_FACTORED_CHANNELS = 16
-"""From this many input channels on, two convolutions are faster than a dense one on CPUs (benchmarks/factored.py)."""
+from acl.slots import SlottedConv2d
 
 
-class AnalyticConv2d(ComputedConv2d):
+class AnalyticConv2d(SlottedConv2d):
     """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
     The weight has one slot per 2-D kernel. The arrangement fills the slots in order, row-major over (output channel,
@@ -63,18 +61,6 @@ class AnalyticConv2d(ComputedConv2d):
         (torch.Size([64, 3, 7, 7]), 4962)
     """
 
-    arrangement: Arrangement
-    """The number of kernels of each kind, as counts."""
-    options: LayerOptions
-    raw: nn.ParameterDict
-    """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
-    plain: nn.Parameter | None
-    """The plain kernels in slot order, (count, kh, kw), or plain filters, (count, in / groups, kh, kw), or None."""
-    gains: nn.Parameter | None
-    """(analytic filters, in / groups) in the arrangement's order; None in a kernel mosaic or without such filters."""
-    placement: Tensor | None
-    """(slots,) The index of each slot's kernel in the arrangement's order; no buffer, which averages would change."""
-
     def __init__(
         self,
         in_channels: int,
@@ -102,12 +88,7 @@ class AnalyticConv2d(ComputedConv2d):
         self.options = LayerOptions(**options)
         if isinstance(arrangement, str):
             arrangement = Arrangement.parse(arrangement)
-        channels, is_per_filter = in_channels // groups, self.options.per == "filter"
-        self.arrangement = arrangement.fill(channels, out_channels, per=self.options.per)
-        slots = sum(self.arrangement.counts.values())
-        if placement is not None and sorted(placement.tolist()) != list(range(slots)):
-            raise ValueError(f"placement must be a permutation of the layer's {slots} slots")
-        self.placement = None if placement is None else placement.detach().to("cpu", torch.long, copy=True)
+        self._fill_slots(arrangement, placement)
         self.raw = nn.ParameterDict(
             {
                 f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
@@ -118,49 +99,14 @@ class AnalyticConv2d(ComputedConv2d):
         plain_count = self.arrangement.counts.get("P", 0)
         if plain_count and self.options.compute == "factored":
             raise ValueError("compute='factored' needs analytic filters only; plain filters have no common shape")
-        plain_shape = (channels, *self.kernel_size) if is_per_filter else self.kernel_size
+        gain_count = len(self.slot_kinds) - plain_count if self.options.per == "filter" else 0
+        channels = in_channels // groups
+        plain_shape = self.kernel_size if self.options.per == "kernel" else (channels, *self.kernel_size)
         self.plain = nn.Parameter(torch.empty(plain_count, *plain_shape, **factory)) if plain_count else None
-        has_gains = is_per_filter and slots > plain_count
-        self.gains = nn.Parameter(torch.empty(slots - plain_count, channels, **factory)) if has_gains else None
-        self._move_placement()
+        self.gains = nn.Parameter(torch.empty(gain_count, channels, **factory)) if gain_count else None
         for key, parameter in self.raw.items():
             parameter.requires_grad_(key.split("_", 1)[1] in self.options.learned_akps)
         self.reset_parameters()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalyticConv2d":
-        super()._apply(fn, recurse)
-        self._move_placement()
-        return self
-
-    def _move_placement(self) -> None:
-        if self.placement is not None and not self._format.is_meta:
-            self.placement = self.placement.to(self._format.device)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.placement is not None:
-            destination[f"{prefix}placement_bits"] = encode_placement(self.placement)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}placement_bits"
-        bits = state_dict.pop(key, None)  # of a copy
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if bits is None or self.placement is None:
-            keys = missing_keys if bits is None else unexpected_keys
-            keys += [key] if strict and (bits is None) != (self.placement is None) else []
-        elif not torch.equal((bits > 0.5).cpu(), encode_placement(self.placement).cpu()):
-            error_msgs.append(f"{key}: the state dict places its kernels in other slots than the layer does")
 
     def _get_akps(self, symbol: str) -> tuple[AKP, ...]:
         return KINDS[symbol].akps(self.options.family, self.options.amplitude)
@@ -252,41 +198,9 @@ class AnalyticConv2d(ComputedConv2d):
         keys = [f"{symbol}_{akp.name}" for symbol in self.arrangement.counts for akp in self._get_akps(symbol)]
         self.raw = nn.ParameterDict({key: stored[key] for key in keys})
 
-    @property
-    def slot_kinds(self) -> list[str]:
-        """The symbol of the kind in each slot."""
-        kinds = [symbol for symbol, count in self.arrangement.counts.items() for _ in range(count)]
-        return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
-
-    def slots_of(self, symbol: str) -> list[int]:
-        """The slot of each kernel of a kind, in the order of the kind's parameters."""
-        kernels = self.arrangement.kernel_ranges[symbol]
-        if self.placement is None:
-            return list(kernels)
-        slot_of_kernel = self.placement.argsort().tolist()
-        return [slot_of_kernel[i] for i in kernels]
-
     def weight_parameters(self) -> list[nn.Parameter]:
         """The parameters from which the weight is synthesized: stored AKPs, plain kernels, gains of filters."""
         return [*self.raw.values(), *(p for p in (self.plain, self.gains) if p is not None)]
-
-    def gain_rows(self, symbol: str) -> slice:
-        """The rows of ``gains`` that belong to the filters of an analytic kind."""
-        start = 0
-        for other, count in self.arrangement.counts.items():
-            if other == symbol:
-                return slice(start, start + count)
-            start += count if KINDS[other].is_analytic else 0
-        raise KeyError(symbol)
-
-    def view_slots(self, weight: Tensor) -> Tensor:
-        """A weight of this layer's shape by slot: (slots, kh, kw), or (slots, in / groups, kh, kw) of filters."""
-        return weight.flatten(0, 1) if self.options.per == "kernel" else weight
-
-    def select_slots(self, is_selected: Tensor) -> Tensor:
-        """The weight with all kernels set to zero but those in the selected slots, (slots,) bool."""
-        weight = self.weight
-        return weight * is_selected.to(weight.device).view(self.out_channels, -1, 1, 1)
 
     def compute_kernels(self, symbol: str, akps: Mapping[str, Tensor]) -> Tensor:
         """Kernels (..., kh, kw) of a kind, from AKPs (...) in natural units, before scaling and gain."""
@@ -370,33 +284,10 @@ class AnalyticConv2d(ComputedConv2d):
         gains = self.gains if self.placement is None else self.gains[self.placement.to(self.gains.device)]
         return gains[:, :, None, None]
 
-    def is_factored(self, device: torch.device) -> bool:
-        """Whether the layer computes its outputs on a device as a 1 x 1 and a depthwise convolution."""
-        if self.gains is None or self.plain is not None or self.host is not None or self.options.compute == "dense":
-            return False
-        return self.options.compute == "factored" or (
-            device.type == "cpu"
-            and self.gains.shape[1] >= _MIN_FACTORED_CHANNELS
-            and math.prod(self.stride) == 1
-            and min(self.kernel_size) > 1
-        )
-
     def _forward(self, x: Tensor) -> Tensor:
-        if not self.is_factored(x.device):
+        if not is_factored(self, x.device):
             return super()._forward(x)
-        hidden = F.conv2d(x, self.get_pointwise_weight(), groups=self.groups)
-        shapes = self._read_cache_or_compute(self._synthesize_shapes)
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            hidden, padding = F.pad(hidden, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        # In 16 bits, the backward pass of a depthwise convolution is slow on CPUs.
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            output = F.conv2d(
-                hidden.to(dtype), shapes.to(dtype), bias, self.stride, padding, self.dilation, self.out_channels
-            )
-        return output.to(hidden.dtype)
+        return convolve_factored(self, x, self._read_cache_or_compute(self._synthesize_shapes))
 
     def fold(self, factored: bool = False) -> nn.Conv2d | nn.Sequential:  # type: ignore[override]
         """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode.
@@ -410,23 +301,7 @@ class AnalyticConv2d(ComputedConv2d):
             ValueError: for ``factored`` and a layer that is not a filter mosaic without plain filters, or that was
                 converted from a subclass of nn.Conv2d.
         """
-        if not factored:
-            return super().fold()
-        if self.gains is None or self.plain is not None or self.host is not None:
-            raise ValueError("only a filter mosaic without plain filters can be factored, and no subclass of nn.Conv2d")
-        arguments = get_convolution_arguments(self)
-        pointwise = nn.Conv2d(self.in_channels, self.out_channels, 1, groups=self.groups, bias=False, device="meta")
-        arguments |= {"in_channels": self.out_channels, "groups": self.out_channels}
-        depthwise = nn.Conv2d(**arguments, device="meta")
-        is_trained = any(p.requires_grad for p in self.raw.parameters())
-        pointwise.weight = nn.Parameter(self.get_pointwise_weight().detach().clone(), self.gains.requires_grad)
-        depthwise.weight = nn.Parameter(self._synthesize_shapes().detach(), is_trained)
-        if self.bias is not None:
-            depthwise.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
-        is_channels_last = self._format.stride(1) == 1
-        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-        folded: nn.Sequential = nn.Sequential(pointwise, depthwise).to(memory_format=memory_format)
-        return folded.train(self.training)
+        return fold_factored(self, self._synthesize_shapes) if factored else super().fold()
 
     def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:
         # raw.values() is several times slower. Parametrized and replicated AKPs are not among the parameters of raw.
