@@ -274,7 +274,7 @@ def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocatio
         saved = load()
         if not isinstance(saved, DictConfig) or not isinstance(saved.get("data"), DictConfig):
             raise UsageError("it has no section data")
-        current = compose([f"data={saved.data.get('name')}"])
+        current = compose([f"data={saved.data.get('name')}", "arrangement=plain"])
         OmegaConf.set_struct(current, False)
         new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
         cfg = OmegaConf.merge(current, saved, {"data": new_location})
