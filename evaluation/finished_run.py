@@ -205,12 +205,8 @@ def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
         history = load_file(file) if file.exists() else {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} is corrupt ({error}); move it away to continue without the AKP history") from error
-    shapes = {
-        f"{name}/{symbol}/{akp}": (run.settings.trainer.epochs + 1, *values.shape)
-        for name, layer in acl.analytic_layers(run.model).items()
-        for symbol, akps in layer.akps().items()
-        for akp, values in akps.items()
-    }
+    epochs = run.settings.trainer.epochs
+    shapes = {name: (epochs + 1, *values.shape) for name, values in snapshot_akps(run.model).items()}
     for name in (shapes.keys() | history.keys()) if file.exists() else ():
         values = history.get(name, torch.empty(()))
         if values.shape != shapes.get(name) or not (values.is_floating_point() and values.isfinite().all()):

@@ -61,12 +61,9 @@ def compare_rows(table: str, row: str, reference: str, threshold: float, records
     of_row, others = ([record for record in records if record.row == name] for name in (row, reference))
     if not of_row or not others or of_row[0].test is None:
         return None
-    difference, ratio = (
-        interval_of_mean(top1_by_seed(of_row) - top1_by_seed(others)),
-        compute_conv_ratio(others, of_row),
-    )
-    source = f"tables/{table}.md"
-    return Effect(table, f"{row}, against {reference}", "points", difference, threshold, source, ratio)
+    difference = interval_of_mean(top1_by_seed(of_row) - top1_by_seed(others))
+    what, ratio = f"{row}, against {reference}", compute_conv_ratio(others, of_row)
+    return Effect(table, what, "points", difference, threshold, f"tables/{table}.md", ratio)
 
 
 def summarize_measurements(measurement: type[Measurement], table: str, file: Path) -> list[Effect]:

@@ -46,11 +46,8 @@ class ImageFiles:
         """Holds out the share ``validation`` of each class, always the same images; returns training and validation."""
         labels = [label for _, label in listing]
         count = max(round(self.validation * len(listing)), len(set(labels)))
-        try:
-            kept, held_out = split_by_class(labels, test_size=count, random_state=0)
-        except ValueError as error:
-            problem = f"cannot hold out {count} of {len(listing)} training images for validation"
-            raise UsageError(f"{problem}: {error}") from error
+        problem = f"cannot hold out {count} of {len(listing)} training images for validation"
+        kept, held_out = split_by_class(labels, problem, test_size=count, random_state=0)
         return [listing[i] for i in kept], [listing[i] for i in held_out]
 
     def read(self, root: Path, listings: list[Listing]) -> Dataset:
