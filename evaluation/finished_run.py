@@ -116,9 +116,8 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
             raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
         if record.weights is not None and record.weights != digest_file(weights):
             raise UsageError(f"{weights} is not the file that record.json stands for; delete {path} and train again")
-    plain = {**settings.model, "arrangement": {}, "layer": None}
-    for name in ("pretrained", "random_layers"):
-        plain.pop(name, None)
+    plain = {name: value for name, value in settings.model.items() if name not in ("pretrained", "random_layers")}
+    plain |= {"arrangement": {}, "layer": None}
     input_format: InputFormat = info["input_format"]
     try:
         model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
@@ -228,12 +227,8 @@ def load_own_akp_history(run: FinishedRun) -> dict[str, Tensor]:
         raise UsageError(f"{file} is missing; delete {run.path} and train again")
     # The network of a run with half precision may be rebuilt with full precision.
     tolerance = 0.02 if run.settings.trainer.precision in ("16-true", "bf16-true") else 1e-4
-    for name in history.keys() | trained.keys():
-        if (
-            name not in history
-            or name not in trained
-            or not torch.allclose(history[name][best].float(), trained[name], rtol=tolerance, atol=tolerance)
-        ):
+    for name, values in trained.items():
+        if not torch.allclose(history[name][best].float(), values, rtol=tolerance, atol=tolerance):
             raise UsageError(f"{file} is of another run: its {name} at epoch {best} are not those of model.safetensors")
     return history
 
