@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -110,25 +111,23 @@ def summarize_approximations(file: Path) -> list[Effect]:
 
     Intervals are over test images.
     """
-
-    def name_line(line: Approximation) -> str:
-        return f"{line.method}, {line.numbers} numbers per kernel"
-
-    lines = parse_json_lines(read_bytes(file), file, Approximation, "an approximation", name_line)
+    lines = parse_json_lines(
+        read_bytes(file),
+        file,
+        Approximation,
+        "an approximation",
+        lambda line: f"{line.method}, {line.numbers} numbers per kernel",
+    )
     lists = [(line.output_error_percent, line.probe_correct, line.refitted_probe_correct) for line in lines]
     if len({len(values) for of_line in lists for values in of_line}) > 1:
         raise UsageError(f"{file} is corrupt: its lists differ in length")
     original, *approximations = lines
     data = next((word.removeprefix("data=") for word in original.overrides if word.startswith("data=")), "digits")
-
-    def make_effect(what: str, unit: str, values: "pd.Series[float]", threshold: float | None) -> Effect:
-        source = f"evidence/{file.name}"
-        return Effect(data, what, unit, interval_of_mean(values), threshold, source, sampled="images")
-
+    make_effect = partial(Effect, data, source=f"evidence/{file.name}", sampled="images")
     effects = []
     for line in approximations:
         what = f"error of {line.layer}'s outputs, {line.method}, {line.numbers_per_kernel:.1f} numbers per kernel"
-        effects.append(make_effect(what, "%", pd.Series(line.output_error_percent), None))
+        effects.append(make_effect(what, "%", interval_of_mean(pd.Series(line.output_error_percent)), None))
     for key, title in (("probe_correct", "linear probe"), ("refitted_probe_correct", "refitted linear probe")):
         correct = [(line, 100 * pd.Series(getattr(line, key)).astype(float)) for line in lines]
         for fit, values in correct:
@@ -139,5 +138,5 @@ def summarize_approximations(file: Path) -> list[Effect]:
                     continue
                 name, threshold = ("the original", COMPETITIVE) if peer is original else (peer.method, 0.0)
                 what = f"{title}, Gabor fit with {fit.numbers} numbers per kernel, against {name}"
-                effects.append(make_effect(what, "points", values - peer_values, threshold))
+                effects.append(make_effect(what, "points", interval_of_mean(values - peer_values), threshold))
     return effects
