@@ -53,7 +53,7 @@ def attack(model: nn.Module, data: Data, images: Tensor, labels: Tensor, start: 
     """Changes images (from 0 to 1) by up to ``size``, so that the loss increases."""
     attacked = start
     for _ in range(STEPS):
-        attacked.requires_grad_()
+        attacked = attacked.detach().requires_grad_()
         loss = F.cross_entropy(model(data.normalize(255 * attacked)), labels)
         (gradient,) = torch.autograd.grad(loss, attacked)
         moved = (attacked.detach() + size / 4 * gradient.sign()).clamp(0, 1)

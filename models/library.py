@@ -222,7 +222,7 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_l
 
 
 def _list_layers_beside(model: nn.Module, layer: str) -> list[str]:
-    """The names of the outermost layers with parameters that do not contain ``layer``; "" is contained in none."""
+    """The names of the outermost layers with parameters that do not contain ``layer``; for "", all outermost layers."""
     containing = {"", *itertools.accumulate(layer.split("."), "{}.{}".format)}
     return [
         name

@@ -81,8 +81,9 @@ def complete_overrides(overrides: list[str], config: str, new_key_roots: tuple[s
     prefixes = tuple(f"{root}." for root in new_key_roots)
     completed = [f"++{override}" if override.startswith(prefixes) else override for override in overrides]
     keys = [override.lstrip("+").partition("=")[0] for override in overrides]
-    if config == "train" and "arrangement" not in keys:
-        completed += ["arrangement=plain"] if any(re.match(r"model$|arrangement\.", key) for key in keys) else []
+    choices = [i for i, key in enumerate(keys) if re.match(r"model$|arrangement\.", key)]
+    if config == "train" and choices and "arrangement" not in keys:
+        completed.insert(choices[0], "arrangement=plain")  # not at the end: Hydra reads no override behind a flag
     return completed
 
 

@@ -75,6 +75,11 @@ def test_default_arrangement_is_that_of_default_network(overrides: list[str], la
     assert set(compose(overrides).arrangement) == layers
 
 
+def test_plain_arrangement_is_added_beside_other_overrides() -> None:
+    completed = complete_overrides(["-m", "model=lenet", "--cfg", "job"], "train", ())
+    assert completed == ["-m", "arrangement=plain", "model=lenet", "--cfg", "job"]
+
+
 def test_flatten_joins_nested_keys_by_dots() -> None:
     assert flatten({"layer1": {"0": {"conv1": "G2"}}, "fc": None}) == {"layer1.0.conv1": "G2", "fc": None}
 
