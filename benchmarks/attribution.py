@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from timing import compute_ratios, format_ratios, time_alternately
+from timing import print_ratios, time_alternately
 from torch import Tensor
 
 from acl.explain import attribute
@@ -36,9 +36,8 @@ def main() -> None:
         "evaluations": lambda _: [evaluate(model, data, data.val) for _ in range(subsets)],
     }
     seconds, _ = time_alternately(tasks, ROUNDS)
-    ratios = format_ratios(compute_ratios(seconds["attribution"], seconds["evaluations"]))
     print(f"{ROUNDS} rounds, {torch.get_num_threads()} threads, {len(data.val)} images, {subsets} subsets")
-    print(f"  attribution / {subsets} evaluations: {ratios.lstrip()}")
+    print_ratios(f"attribution / {subsets} evaluations", seconds["attribution"], seconds["evaluations"])
 
 
 if __name__ == "__main__":

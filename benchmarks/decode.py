@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timing import WORKERS, Feed, compute_ratios, feed_from_memory, format_ratios, time_alternately
-from torch.utils.data import DataLoader
+from timing import make_feeds, print_ratios, time_alternately
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -38,17 +37,16 @@ def main() -> None:
         started = time.perf_counter()
         data = load_run_data(parse_run(cfg))
         fill_seconds = time.perf_counter() - started
-        feeds = {"ours": feed_from_memory(data, BATCH_SIZE)}
-        feeds |= {f"DataLoader, {n} workers": feed_from_files(Path(cfg.data.root) / "train", data, n) for n in WORKERS}
+        feeds = make_feeds(data, BATCH_SIZE, read_files(Path(cfg.data.root) / "train", data))
         tasks = {name: lambda _, feed=feed: deque(feed(), maxlen=0) for name, feed in feeds.items()}
         seconds, _ = time_alternately(tasks, ROUNDS)
     print(f"{ROUNDS} epochs of {len(data.train)} images, {torch.get_num_threads()} threads, batches of {BATCH_SIZE}")
     print("time per image relative to ours:")
     for name, values in seconds.items():
-        print(f"  {name:24} {format_ratios(compute_ratios(values, seconds['ours']))}")
+        print_ratios(name, values, seconds["ours"])
     fill_seconds_per_image = fill_seconds / (len(data.train) + len(data.val) + len(data.test))
     seconds_per_image = statistics.median(seconds["ours"]) / (len(data.train) // BATCH_SIZE * BATCH_SIZE)
-    print(f"  {'filling the cache, once':24} {fill_seconds_per_image / seconds_per_image:5.2f}")
+    print(f"  {'filling the cache, once':26} {fill_seconds_per_image / seconds_per_image:.3f}")
 
 
 def write_photographs(root: Path) -> Path:
@@ -65,13 +63,13 @@ def write_photographs(root: Path) -> Path:
     return root
 
 
-def feed_from_files(folder: Path, data: Data, workers: int) -> Feed:
+def read_files(folder: Path, data: Data) -> ImageFolder:
+    """Image files, decoded and transformed as our images are."""
     crop, min_area = data.augmentation.crop, data.augmentation.min_area
     assert crop is not None and min_area is not None
     steps = [v2.RandomResizedCrop(crop, (min_area, 1.0)), v2.RandomHorizontalFlip(), v2.ToImage()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean.flatten() / 255, data.std.flatten() / 255)]
-    images = ImageFolder(folder, v2.Compose(steps))
-    return lambda: DataLoader(images, BATCH_SIZE, shuffle=True, drop_last=True, num_workers=workers)
+    return ImageFolder(folder, v2.Compose(steps))
 
 
 if __name__ == "__main__":

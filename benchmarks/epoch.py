@@ -11,10 +11,10 @@ import sys
 from functools import partial
 
 import torch
-from timing import WORKERS, Feed, Task, compute_ratios, feed_from_memory, format_ratios, time_alternately
-from torch import nn
+from timing import Feed, Task, make_feeds, print_ratios, time_alternately
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
@@ -31,24 +31,22 @@ def main() -> None:
         overrides = ["data=mnist", "model=lenet", "trainer.batch_size=256", *sys.argv[1:], f"data.shift={shift}"]
         settings = parse_run(compose(overrides))
         data, size = load_run_data(settings), settings.trainer.batch_size
-        feeds = {"ours": feed_from_memory(data, size)}
-        feeds |= {f"DataLoader, {n} workers": feed_from_loader(data, settings.data["root"], size, n) for n in WORKERS}
         tasks: dict[str, Task] = {}
-        for name, feed in feeds.items():
+        for name, feed in make_feeds(data, size, read_mnist(data, settings.data["root"])).items():
             model = build_model(settings, data).to(memory_format=data.memory_format)
             tasks[name] = partial(train, model, build_optimizer(model, settings.optim), feed)
         seconds, _ = time_alternately(tasks, ROUNDS)
         title = "normalized" if shift == 0 else "normalized and shifted by up to a pixel"
         print(f"{title}; {ROUNDS} epochs each, {torch.get_num_threads()} threads, batches of {size}; relative to ours:")
         for name, values in seconds.items():
-            print(f"  {name:24} {format_ratios(compute_ratios(values, seconds['ours']))}")
+            print_ratios(name, values, seconds["ours"])
 
 
-def feed_from_loader(data: Data, root: str, size: int, workers: int) -> Feed:
+def read_mnist(data: Data, root: str) -> Subset[tuple[Tensor, Tensor]]:
+    """As many training images as ``data`` has, transformed like them."""
     steps: list[nn.Module | object] = [transforms.RandomCrop(28, padding=1)] if data.augmentation.shift else []
     steps += [transforms.ToTensor(), transforms.Normalize(data.mean.flatten() / 255, data.std.flatten() / 255)]
-    images = Subset(MNIST(root, transform=transforms.Compose(steps)), range(len(data.train)))
-    return lambda: DataLoader(images, size, shuffle=True, drop_last=True, num_workers=workers)
+    return Subset(MNIST(root, transform=transforms.Compose(steps)), range(len(data.train)))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, feed: Feed, _: int) -> None:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 import torch
-from timing import compute_ratios, format_ratios, time_alternately
+from timing import print_ratios, time_alternately
 from torch.nn import functional as F
 
 from training.config import compose
@@ -33,8 +33,7 @@ def main() -> None:
     epochs = settings[0].trainer.epochs
     print(f"{PAIRS} pairs of runs of {epochs} epochs, {torch.get_num_threads()} threads; run / bare loop:")
     for kind, seconds in (("wall time", wall), ("processor time", processor)):
-        ratios = compute_ratios(seconds["run"], seconds["bare"])[1:]  # the first pair is a warm-up
-        print(f"  {kind:14} median {format_ratios(ratios, 3)}")
+        print_ratios(kind, seconds["run"][1:], seconds["bare"][1:])  # the first pair is a warm-up
 
 
 def run_bare(settings: RunSettings) -> None:

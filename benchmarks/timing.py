@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from training.data import Data
@@ -40,20 +42,24 @@ def compute_ratios(seconds: Sequence[float], reference: Sequence[float]) -> list
     return [a / b for a, b in zip(seconds, reference, strict=True)]
 
 
-def format_ratios(ratios: Sequence[float], digits: int = 2) -> str:
-    """The median, the smallest and the largest of some ratios."""
-    median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    return f"{median:5.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def print_ratios(name: str, seconds: Sequence[float], reference: Sequence[float]) -> None:
+    """Prints the median, the smallest and the largest ratio."""
+    ratios = compute_ratios(seconds, reference)
+    print(f"  {name:26} {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
-def feed_from_memory(data: Data, batch_size: int) -> Feed:
-    """Our batches: shuffled, augmented and normalized."""
+def make_feeds(data: Data, batch_size: int, peer: Dataset[tuple[Tensor, Tensor]]) -> dict[str, Feed]:
+    """Our batches, shuffled, augmented and normalized; and those of DataLoaders of a data set that does the same."""
 
-    def feed() -> Iterable[tuple[Tensor, Tensor]]:
+    def feed_ours() -> Iterable[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(data.train), generator=generator)
         for start in range(0, len(order) - batch_size + 1, batch_size):
             batch = data.train[order[start : start + batch_size]]
             yield data.normalize(data.augmentation(batch.images, generator)), batch.labels
 
-    return feed
+    loaders = {
+        f"DataLoader, {n} workers": partial(DataLoader, peer, batch_size, shuffle=True, drop_last=True, num_workers=n)
+        for n in WORKERS
+    }
+    return {"ours": feed_ours, **loaders}

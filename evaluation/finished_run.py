@@ -116,9 +116,8 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
             raise UsageError(f"{weights} and record.json disagree: they belong to different runs")
         if record.weights is not None and record.weights != digest_file(weights):
             raise UsageError(f"{weights} is not the file that record.json stands for; delete {path} and train again")
-    plain = {**settings.model, "arrangement": {}, "layer": None}
-    for name in ("pretrained", "random_layers"):
-        plain.pop(name, None)
+    plain = {name: value for name, value in settings.model.items() if name not in ("pretrained", "random_layers")}
+    plain |= {"arrangement": {}, "layer": None}
     input_format: InputFormat = info["input_format"]
     try:
         model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
@@ -205,12 +204,8 @@ def load_akp_history(run: FinishedRun) -> dict[str, Tensor]:
         history = load_file(file) if file.exists() else {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} is corrupt ({error}); move it away to continue without the AKP history") from error
-    shapes = {
-        f"{name}/{symbol}/{akp}": (run.settings.trainer.epochs + 1, *values.shape)
-        for name, layer in acl.analytic_layers(run.model).items()
-        for symbol, akps in layer.akps().items()
-        for akp, values in akps.items()
-    }
+    epochs = run.settings.trainer.epochs
+    shapes = {name: (epochs + 1, *values.shape) for name, values in snapshot_akps(run.model).items()}
     for name in (shapes.keys() | history.keys()) if file.exists() else ():
         values = history.get(name, torch.empty(()))
         if values.shape != shapes.get(name) or not (values.is_floating_point() and values.isfinite().all()):
@@ -232,12 +227,8 @@ def load_own_akp_history(run: FinishedRun) -> dict[str, Tensor]:
         raise UsageError(f"{file} is missing; delete {run.path} and train again")
     # The network of a run with half precision may be rebuilt with full precision.
     tolerance = 0.02 if run.settings.trainer.precision in ("16-true", "bf16-true") else 1e-4
-    for name in history.keys() | trained.keys():
-        if (
-            name not in history
-            or name not in trained
-            or not torch.allclose(history[name][best].float(), trained[name], rtol=tolerance, atol=tolerance)
-        ):
+    for name, values in trained.items():
+        if not torch.allclose(history[name][best].float(), values, rtol=tolerance, atol=tolerance):
             raise UsageError(f"{file} is of another run: its {name} at epoch {best} are not those of model.safetensors")
     return history
 
@@ -274,7 +265,7 @@ def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocatio
         saved = load()
         if not isinstance(saved, DictConfig) or not isinstance(saved.get("data"), DictConfig):
             raise UsageError("it has no section data")
-        current = compose([f"data={saved.data.get('name')}"])
+        current = compose([f"data={saved.data.get('name')}", "arrangement=plain"])
         OmegaConf.set_struct(current, False)
         new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
         cfg = OmegaConf.merge(current, saved, {"data": new_location})

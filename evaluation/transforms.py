@@ -67,7 +67,9 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
         values["rotation"][f"{degrees:g}"] = _compare_ways(run, networks, move, rotated, errors)
     for factor in SCALES:
         move = partial(acl.rescale, factor=factor)
-        errors = _compute_errors(networks, features, move, partial(_resize_features, factor=factor))
+        size = [round(factor * length) for length in features.shape[-2:]]
+        resize_features = partial(resize, size=size, interpolation=InterpolationMode.BICUBIC, antialias=factor < 1)
+        errors = _compute_errors(networks, features, move, resize_features)
         move = partial(move, multiply_stride=multiply_stride)
         resized = _resize_test_images(data, factor)
         values["scale"][f"{factor:g}"] = _compare_ways(run, networks, move, resized, errors)
@@ -172,9 +174,3 @@ def _rotate_features(features: Tensor, degrees: float) -> Tensor:
     matrix = features.new_tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
     grid = F.affine_grid(matrix.expand(len(features), 2, 3), list(features.shape), align_corners=False)
     return F.grid_sample(features, grid, "bicubic", align_corners=False)
-
-
-def _resize_features(features: Tensor, factor: float) -> Tensor:
-    """Resizes features with bicubic interpolation."""
-    size = [round(factor * length) for length in features.shape[-2:]]
-    return F.interpolate(features, size=size, mode="bicubic", antialias=factor < 1, align_corners=False)

@@ -1,6 +1,7 @@
 """Networks from torchvision and timm, initialized at random or with pretrained weights from the library or a file."""
 
 import difflib
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ def load_weights(model: nn.Module, file: Path, random_layers: Sequence[str] = ()
             raise ValueError(f"no convolution has the shape {tuple(state.shape)} of {file}; the model has: {available}")
         with torch.no_grad():
             model.get_parameter(f"{name}.weight").copy_(state)
-        _set_random_layers(model, _list_layers_besides(model, name))
+        _set_random_layers(model, _list_layers_beside(model, name))
     else:
         _load_state(model, state, file, random_layers)
 
@@ -192,7 +193,7 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_l
     expected = model.state_dict()
     for layer in random_layers:
         if not any(k.startswith(f"{layer}.") for k in expected):
-            layers = ", ".join(_list_children(model))
+            layers = ", ".join(_list_layers_beside(model, ""))
             raise ValueError(f"{type(model).__name__} has no layer '{layer}' with weights; it has {layers}")
         if any(k.startswith(f"{layer}.") for k in state):
             raise ValueError(f"{file} has weights for {layer}, which is listed as a layer that it lacks")
@@ -220,21 +221,14 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_l
     _set_random_layers(model, [*random_layers, *resized])
 
 
-def _list_children(model: nn.Module) -> list[str]:
-    """The names of a model's direct children that have parameters."""
-    return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-
-
-def _list_layers_besides(model: nn.Module, layer: str) -> list[str]:
-    """The names of the outermost layers with parameters that do not contain ``layer``."""
-    first, _, rest = layer.partition(".")
-    names = []
-    for child in _list_children(model):
-        if child != first:
-            names.append(child)
-        elif rest:
-            names += [f"{child}.{name}" for name in _list_layers_besides(model.get_submodule(child), rest)]
-    return names
+def _list_layers_beside(model: nn.Module, layer: str) -> list[str]:
+    """The names of the outermost layers with parameters that do not contain ``layer``; for "", all outermost layers."""
+    containing = {"", *itertools.accumulate(layer.split("."), "{}.{}".format)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in containing and name.rpartition(".")[0] in containing and any(True for _ in module.parameters())
+    ]
 
 
 def _set_random_layers(model: nn.Module, layers: list[str]) -> None:

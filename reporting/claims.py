@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 from matplotlib.figure import Figure
-from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import TypedDict
 
 from evaluation.measurements import MEASUREMENTS, Measurement, read_measurements
@@ -26,7 +25,7 @@ from reporting.settings import find_plain_row
 from reporting.statistics import Interval, correct_p_values
 from training.config import CONFIGS, format_error
 from training.errors import UsageError
-from training.validation import STRICT, construct
+from training.validation import construct, strict_dataclass
 
 SUMMARIES = {"approximate": summarize_fit, "compare_approximations": summarize_approximations}
 """The script that writes a file of records -> what summarizes the file."""
@@ -40,7 +39,7 @@ class Comparison(TypedDict):
     """Rows compared with the plain row of their table; or each row -> the row that it is compared with."""
 
 
-@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
+@strict_dataclass
 class Claim:
     """A claim, and the records that bear on it: the contents of ``configs/claims/<name>.yaml``."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,12 +62,9 @@ def compare_rows(table: str, row: str, reference: str, threshold: float, records
     of_row, others = ([record for record in records if record.row == name] for name in (row, reference))
     if not of_row or not others or of_row[0].test is None:
         return None
-    difference, ratio = (
-        interval_of_mean(top1_by_seed(of_row) - top1_by_seed(others)),
-        compute_conv_ratio(others, of_row),
-    )
-    source = f"tables/{table}.md"
-    return Effect(table, f"{row}, against {reference}", "points", difference, threshold, source, ratio)
+    difference = interval_of_mean(top1_by_seed(of_row) - top1_by_seed(others))
+    what, ratio = f"{row}, against {reference}", compute_conv_ratio(others, of_row)
+    return Effect(table, what, "points", difference, threshold, f"tables/{table}.md", ratio)
 
 
 def summarize_measurements(measurement: type[Measurement], table: str, file: Path) -> list[Effect]:
@@ -113,25 +111,23 @@ def summarize_approximations(file: Path) -> list[Effect]:
 
     Intervals are over test images.
     """
-
-    def name_line(line: Approximation) -> str:
-        return f"{line.method}, {line.numbers} numbers per kernel"
-
-    lines = parse_json_lines(read_bytes(file), file, Approximation, "an approximation", name_line)
+    lines = parse_json_lines(
+        read_bytes(file),
+        file,
+        Approximation,
+        "an approximation",
+        lambda line: f"{line.method}, {line.numbers} numbers per kernel",
+    )
     lists = [(line.output_error_percent, line.probe_correct, line.refitted_probe_correct) for line in lines]
     if len({len(values) for of_line in lists for values in of_line}) > 1:
         raise UsageError(f"{file} is corrupt: its lists differ in length")
     original, *approximations = lines
     data = next((word.removeprefix("data=") for word in original.overrides if word.startswith("data=")), "digits")
-
-    def make_effect(what: str, unit: str, values: "pd.Series[float]", threshold: float | None) -> Effect:
-        source = f"evidence/{file.name}"
-        return Effect(data, what, unit, interval_of_mean(values), threshold, source, sampled="images")
-
+    make_effect = partial(Effect, data, source=f"evidence/{file.name}", sampled="images")
     effects = []
     for line in approximations:
         what = f"error of {line.layer}'s outputs, {line.method}, {line.numbers_per_kernel:.1f} numbers per kernel"
-        effects.append(make_effect(what, "%", pd.Series(line.output_error_percent), None))
+        effects.append(make_effect(what, "%", interval_of_mean(pd.Series(line.output_error_percent)), None))
     for key, title in (("probe_correct", "linear probe"), ("refitted_probe_correct", "refitted linear probe")):
         correct = [(line, 100 * pd.Series(getattr(line, key)).astype(float)) for line in lines]
         for fit, values in correct:
@@ -142,5 +138,5 @@ def summarize_approximations(file: Path) -> list[Effect]:
                     continue
                 name, threshold = ("the original", COMPETITIVE) if peer is original else (peer.method, 0.0)
                 what = f"{title}, Gabor fit with {fit.numbers} numbers per kernel, against {name}"
-                effects.append(make_effect(what, "points", values - peer_values, threshold))
+                effects.append(make_effect(what, "points", interval_of_mean(values - peer_values), threshold))
     return effects

@@ -1,6 +1,7 @@
 """Renders tables as Markdown, as LaTeX and as figures; draws confusion matrices."""
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -140,7 +141,7 @@ def _describe_references(rows: Sequence[Row]) -> str:
 def describe_runs(records: Sequence[Record]) -> str:
     """Lists epochs, time, machines, commits and versions of the runs behind a table, in one line."""
     machines = sorted({describe_machine(r.machine) for r in records})
-    commits = sorted({_shorten_commit(r.commit) for r in records})
+    commits = sorted({re.sub("^([0-9a-f]{12})[0-9a-f]*", r"\1", r.commit or "none") for r in records})
     versions = ", ".join(f"{name} {number}" for name, number in records[0].versions.items())
     epochs = sorted({r.epochs for r in records})
     minutes = round(sum(r.seconds for r in records) / 60)
@@ -153,13 +154,6 @@ def describe_runs(records: Sequence[Record]) -> str:
 def describe_machine(machine: Machine) -> str:
     """Names a machine and its threads."""
     return f"{machine.device}, {machine.threads} {'thread' if machine.threads == 1 else 'threads'}"
-
-
-def _shorten_commit(commit: str | None) -> str:
-    if commit is None:
-        return "none"
-    digest, _, suffix = commit.partition("-")
-    return f"{digest[:12]}-{suffix}" if suffix else digest[:12]
 
 
 def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:

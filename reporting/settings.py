@@ -50,14 +50,17 @@ class TableSettings:
     """Used by interpolations in the overrides."""
 
     @property
+    def candidates(self) -> list[list[str]]:
+        return [] if self.search is None else self.search["candidates"]
+
+    @property
     def kept_rows(self) -> list[RowSettings]:
         return [row for row in self.rows if row["name"] not in self.without]
 
     def __post_init__(self) -> None:
         _check_values("rows", [row["name"] for row in self.rows])
         _check_values("seeds", self.seeds)
-        candidates = [] if self.search is None else self.search["candidates"]
-        if self.search is not None and not candidates:
+        if self.search is not None and not self.candidates:
             raise UsageError("table.search.candidates=[] is invalid: list at least one, or set table.search=null")
         names = [row["name"] for row in self.rows]
         for name in self.without:
@@ -73,7 +76,7 @@ class TableSettings:
                 )
         if self.also_against not in (None, *kept_names):
             raise UsageError(f"also_against '{self.also_against}' is not a row of this table")
-        groups = [self.overrides, *(row["overrides"] for row in self.rows), *candidates]
+        groups = [self.overrides, *(row["overrides"] for row in self.rows), *self.candidates]
         if override := next((word for words in groups for word in words if is_seed(word)), None):
             raise UsageError(f"the table's override {override} has no effect; list the seeds in table.seeds")
 

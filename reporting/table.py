@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
@@ -17,19 +18,12 @@ from reporting.rows import Row, read_results, summarize
 from reporting.settings import Search, TableSettings, is_seed
 from training.config import compose, is_in_identity, resolve
 from training.errors import BusyError, UsageError
-from training.files import to_json_lines, write_atomic
+from training.files import to_json_lines, write_atomic, write_together
 from training.loggers import check_logger
 from training.loop import load_valid_record, run
 from training.record import Record
 from training.run_directory import RunDirectory
-from training.settings import (
-    RunSettings,
-    build_model,
-    create_smoke_folder,
-    find_changes,
-    load_run_data,
-    parse_run,
-)
+from training.settings import RunSettings, build_model, create_smoke_folder, find_changes, load_run_data, parse_run
 from training.validation import construct
 
 POLL_SECONDS = 1.0
@@ -85,11 +79,7 @@ class Table:
         self._earlier_failures = {file: file.stat().st_mtime_ns for file in paths.runs.glob("*/failed.txt")}
 
     def __len__(self) -> int:
-        return len(self.rows) * (len(self._candidates) + len(self.settings.seeds))
-
-    @property
-    def _candidates(self) -> list[list[str]]:
-        return [] if self.settings.search is None else self.settings.search["candidates"]
+        return len(self.rows) * (len(self.settings.candidates) + len(self.settings.seeds))
 
     def _compose(self, row: Row, *overrides: str) -> DictConfig:
         key = (*row.overrides, *overrides)
@@ -110,10 +100,10 @@ class Table:
     def _plan_trials(self, row: Row) -> list[PlannedRun]:
         if self.settings.search is None:
             return []
-        seed, n = self.settings.search["seed"], len(self._candidates)
+        seed, n = self.settings.search["seed"], len(self.settings.candidates)
         return [
             self._plan(row, f"search {i}/{n}", seed, *candidate, "trainer.test=false")
-            for i, candidate in enumerate(self._candidates, 1)
+            for i, candidate in enumerate(self.settings.candidates, 1)
         ]
 
     def _plan_seeds(self, row: Row) -> list[PlannedRun]:
@@ -143,7 +133,7 @@ class Table:
 
         Returns None while a trial is missing, and if all trials failed.
         """
-        if not self._candidates:
+        if not self.settings.candidates:
             return []
         scores: list[tuple[float, float, int]] = []
         for index, trial in enumerate(self._plan_trials(row)):
@@ -152,7 +142,7 @@ class Table:
                 scores.append((record.val.top1, -record.val.loss, -index))
             elif not self._has_failed(trial):
                 return None
-        return self._candidates[-max(scores)[2]] if scores else None
+        return self.settings.candidates[-max(scores)[2]] if scores else None
 
     def _has_failed(self, planned: PlannedRun) -> bool:
         """Whether a worker's attempt failed since this worker started; earlier failures are retried."""
@@ -214,37 +204,8 @@ class Table:
                 The table is then not written.
         """
         self.check_rows()
-        progress = tqdm(total=len(self), desc=self.name, unit="run", disable=None)
-        reported: set[str] = set()
-        while True:
-            is_waiting, made_progress = False, False
-            for planned in self.plan_runs():
-                if planned.title in reported or self._has_failed(planned):
-                    continue
-                progress.set_postfix_str(planned.title)
-                try:
-                    record, is_new = run(planned.settings)
-                except BusyError:
-                    is_waiting = True
-                    continue
-                except Exception:
-                    made_progress = True
-                    write_atomic(planned.directory.failure_file, traceback.format_exc())
-                    progress.write(f"{planned.title}: failed: {planned.last_failure_line}")
-                    continue
-                made_progress = True
-                planned.directory.failure_file.unlink(missing_ok=True)
-                reported.add(planned.title)
-                progress.update()
-                split, result = ("test", record.test) if record.test else ("validation", record.val)
-                note = f"{record.seconds:.0f} s" if is_new else "recorded before"
-                counter = f"[{len(reported)}/{len(self)}]"
-                progress.write(f"{counter} {planned.title}: {split} {result.top1:.2f}% ({note})")
-            if not is_waiting and not made_progress:
-                break
-            if not made_progress:
-                time.sleep(POLL_SECONDS)
-        progress.close()
+        with tqdm(total=len(self), desc=self.name, unit="run", disable=None) as progress:
+            self._perform_runs(progress)
         for row in self.rows:
             records = [planned.load_record() for planned in self._plan_seeds(row)]
             row.records = [record for record in records if record is not None]
@@ -258,16 +219,61 @@ class Table:
         self._write_trials()
         return self.write()
 
+    def _perform_runs(self, progress: tqdm) -> None:
+        """Performs or awaits every run, until each is recorded or has failed."""
+        finished: set[str] = set()
+        while True:
+            is_waiting = made_progress = False
+            for planned in self.plan_runs():
+                if planned.title in finished or self._has_failed(planned):
+                    continue
+                progress.set_postfix_str(planned.title)
+                try:
+                    record, is_new = run(planned.settings)
+                except BusyError:
+                    is_waiting = True
+                    continue
+                except Exception:
+                    write_atomic(planned.directory.failure_file, traceback.format_exc())
+                    progress.write(f"{planned.title}: failed: {planned.last_failure_line}")
+                else:
+                    planned.directory.failure_file.unlink(missing_ok=True)
+                    finished.add(planned.title)
+                    progress.update()
+                    split, result = ("test", record.test) if record.test else ("validation", record.val)
+                    note = f"{record.seconds:.0f} s" if is_new else "recorded before"
+                    counter = f"[{len(finished)}/{len(self)}]"
+                    progress.write(f"{counter} {planned.title}: {split} {result.top1:.2f}% ({note})")
+                made_progress = True
+            if not made_progress:
+                if not is_waiting:
+                    return
+                time.sleep(POLL_SECONDS)
+
+    @property
+    def _search_file(self) -> Path:
+        return self.path.with_name(f"{self.name}_search.jsonl")
+
+    def _describe_search(self) -> str | None:
+        if self.settings.search is None:
+            return None
+        n, seed = len(self.settings.candidates), self.settings.search["seed"]
+        link = f" ([all trials]({self._search_file.name}))" if self._search_file.exists() else ""
+        return (
+            f"Hyperparameters: each row tries the same {n} candidates, at full length, once (seed {seed}), and takes "
+            f"the one with the best validation accuracy{link}."
+        )
+
     def _write_trials(self) -> None:
-        """Writes the records of the search trials to <name>_search.jsonl."""
+        """Writes the records of the search trials."""
         trials = [
             {"row": row.name, "candidate": candidate, **record.to_dict()}
             for row in self.rows
-            for candidate, trial in zip(self._candidates, self._plan_trials(row), strict=True)
+            for candidate, trial in zip(self.settings.candidates, self._plan_trials(row), strict=True)
             if (record := trial.load_record()) is not None
         ]
         if trials:
-            write_atomic(self.path.with_name(f"{self.name}_search.jsonl"), to_json_lines(trials))
+            write_atomic(self._search_file, to_json_lines(trials))
 
     def load_results(self) -> None:
         """Loads the records from the table's own .jsonl file instead of from run folders.
@@ -279,30 +285,16 @@ class Table:
         entries = read_results(file)
         for row in self.rows:
             row.records = [entry for entry in entries if entry.row == row.name]
-            row.chosen = self._find_recorded_candidate(row)
+            ids = {record.id for record in row.records}
+            candidates = (replace(row, chosen=candidate) for candidate in self.settings.candidates or [[]])
+            matching = (c.chosen for c in candidates if {p.directory.id for p in self._plan_seeds(c)} == ids)
+            row.chosen = next(matching, None)
             if row.chosen is None:
                 raise UsageError(f"{file} has no complete row '{row.name}' as configured in table {self.name}")
-
-    def _find_recorded_candidate(self, row: Row) -> list[str] | None:
-        """The candidate that the records of a row were made with; None if there is none."""
-        recorded_ids = {record.id for record in row.records}
-        for candidate in self._candidates or [[]]:
-            planned_runs = self._plan_seeds(replace(row, chosen=candidate))
-            if {planned.directory.id for planned in planned_runs} == recorded_ids:
-                return candidate
-        return None
 
     def write(self) -> pd.DataFrame:
         """Writes <name>.csv, .md, .tex, .png, .pdf and .jsonl (the records)."""
         frame = summarize(self.rows)
-        search_file = self.path.with_name(f"{self.name}_search.jsonl")
-        search_note = None
-        if self.settings.search is not None:
-            search_note = (
-                f"Hyperparameters: each row tries the same {len(self._candidates)} candidates, at full length, once "
-                f"(seed {self.settings.search['seed']}), and takes the one with the best validation accuracy"
-                + (f" ([all trials]({search_file.name}))." if search_file.exists() else ".")
-            )
         local_overrides = {word for word in self.user_overrides if not is_in_identity(word)}  # such as local paths
         seed = f"seed={self.settings.seeds[0]}"
         commands = {
@@ -315,13 +307,12 @@ class Table:
         contents: dict[str, str | bytes] = {
             ".csv": frame.to_csv(index=False, float_format="%.6g"),
             ".jsonl": to_json_lines(records),
-            ".md": render_markdown(title, self.rows, also_against, search_note, commands),
+            ".md": render_markdown(title, self.rows, also_against, self._describe_search(), commands),
             ".tex": render_latex(title, self.rows, also_against),
             ".png": to_png(figure),
             ".pdf": to_pdf(figure),
         }
-        for suffix, content in contents.items():
-            write_atomic(self.path.with_suffix(suffix), content)
+        write_together({self.path.with_suffix(suffix): content for suffix, content in contents.items()})
         return frame
 
 

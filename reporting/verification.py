@@ -10,7 +10,7 @@ import pandas as pd
 
 from reporting.render import format_interval
 from reporting.rows import describe_changes, read_results, top1_by_seed
-from reporting.statistics import chance_difference, interval_of_mean
+from reporting.statistics import Interval, chance_difference, interval_of_mean
 from reporting.table import Table
 from training.record import Record
 from training.settings import load_run_data
@@ -90,16 +90,11 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         if any(b.results[split] != a.results[split] for b, a in zip(befores, afters, strict=True) for split in splits):
             verdict = "consistent"
             for split in splits:
-                difference = interval_of_mean(top1_by_seed(afters, split) - top1_by_seed(befores, split), confidence)
                 top1 = pd.DataFrame([(record.row, record.results[split].top1) for record in committed])
                 limit = chance_difference(top1[1], top1[0], len(common), confidence)
-                details.append(
-                    f"{split} {format_interval(difference.mean, difference.low, difference.high)} points"
-                    + ("" if math.isnan(limit) else f" (chance alone: ±{limit:.2f})")
-                )
-                is_rounding = abs(difference.mean) <= 100 / num_images[split] * (1 + 1e-9)
-                is_by_chance = difference.low <= 0 <= difference.high and abs(difference.mean) <= limit
-                if not is_rounding and not is_by_chance:
+                difference = interval_of_mean(top1_by_seed(afters, split) - top1_by_seed(befores, split), confidence)
+                details.append(f"{split} {_describe_difference(difference, limit)}")
+                if not _is_explained(difference, limit, num_images[split]):
                     verdict = "differs"
         for problem, missing in (("not rerun", old.keys() - new.keys()), ("not committed", new.keys() - old.keys())):
             seeds = ", ".join(str(seed) for name, seed in sorted(missing) if name == row)
@@ -112,3 +107,14 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
             details.append(f"other configuration: {', '.join(dict.fromkeys(changes))}")
         comparisons.append(Comparison(row, verdict, "; ".join(details)))
     return comparisons
+
+
+def _describe_difference(difference: Interval, limit: float) -> str:
+    chance = "" if math.isnan(limit) else f" (chance alone: ±{limit:.2f})"
+    return f"{format_interval(difference.mean, difference.low, difference.high)} points{chance}"
+
+
+def _is_explained(difference: Interval, limit: float, num_images: int) -> bool:
+    """Whether a difference of mean accuracies is that of an image at most, or one that chance explains."""
+    is_rounding = abs(difference.mean) <= 100 / num_images * (1 + 1e-9)
+    return is_rounding or (difference.low <= 0 <= difference.high and abs(difference.mean) <= limit)

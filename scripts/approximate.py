@@ -24,7 +24,7 @@ from models.library import read_kernels
 from reporting.render import describe_machine
 from training.cli import run_script
 from training.errors import UsageError
-from training.files import write_atomic
+from training.files import write_together
 from training.provenance import describe_environment
 from training.record import Machine
 from training.validation import FilePath, Seed, strict_dataclass
@@ -89,8 +89,7 @@ def main(settings: ApproximateSettings) -> None:
         ".pdf": to_pdf(figure),
         ".md": text,
     }
-    for suffix, content in contents.items():
-        write_atomic(settings.folder / f"{name}{suffix}", content)
+    write_together({settings.folder / f"{name}{suffix}": content for suffix, content in contents.items()})
     print(text)
 
 

@@ -1,8 +1,6 @@
 """Trains and tests one network: python scripts/train.py model=ana_lenet arrangement=mosaic data=mnist seed=3"""
 
 import os
-import re
-import sys
 
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
@@ -36,7 +34,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    # The default network is analytic, so it needs an arrangement; a chosen one needs one of its own, or none.
-    if not any(re.match(r"\+*(model=|arrangement[.=])", word) for word in sys.argv[1:]):
-        sys.argv.append("arrangement=mosaic")
     run_script(main, "train")

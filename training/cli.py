@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import CONFIGS, allow_new_keys, check_choices, format_error, resolve
+from training.config import CONFIGS, NEW_KEY_ROOTS, check_choices, complete_overrides, format_error, resolve
 from training.errors import UsageError
 from training.validation import construct
 
@@ -22,7 +22,7 @@ def run_script(
     task: Callable[[Any], object],
     config: str,
     settings: Callable[..., Any] | None = None,
-    new_key_roots: tuple[str, ...] = ("arrangement",),
+    new_key_roots: tuple[str, ...] = NEW_KEY_ROOTS,
 ) -> None:
     """Runs a script's task under Hydra. An error that the user can fix becomes one line on stderr and exit status 2.
 
@@ -30,11 +30,11 @@ def run_script(
         task: takes the configuration, or the ``settings`` built from it; a Hydra sweeper receives what it returns.
         config: the name of the configuration file.
         settings: a validated dataclass of the script's options; None: pass the configuration itself.
-        new_key_roots: as for ``allow_new_keys``.
+        new_key_roots: as for ``complete_overrides``.
     """
     user_wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra formats errors itself and exits with status 1
-    sys.argv[1:] = [_quote_run_id(word) for word in allow_new_keys(sys.argv[1:], new_key_roots)]
+    sys.argv[1:] = [_quote_run_id(word) for word in complete_overrides(sys.argv[1:], config, new_key_roots)]
 
     has_started = False
 

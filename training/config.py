@@ -1,5 +1,6 @@
 """Composes configurations as the command line does, and identifies runs by them."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from omegaconf.errors import MissingMandatoryValue
 from training.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NEW_KEY_ROOTS = ("arrangement",)
+"""The sections of a configuration to which overrides may add keys."""
 
 # These options do not change a run's result, so they are not part of its identity.
 _NOT_IN_IDENTITY = (
@@ -68,13 +71,21 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def allow_new_keys(overrides: list[str], roots: tuple[str, ...] = ("arrangement",)) -> list[str]:
-    """Lets overrides under ``roots`` add keys to the configuration.
+def complete_overrides(overrides: list[str], config: str, new_key_roots: tuple[str, ...]) -> list[str]:
+    """Completes the overrides of a command line.
 
-    For example, ``arrangement.<layer>=`` names a layer of the network, which no configuration file lists.
+    - Overrides under ``new_key_roots`` may add keys to the configuration. For example, ``arrangement.<layer>=`` names a
+      layer of the network, which no configuration file lists.
+    - The default arrangement of configs/train.yaml is that of the default network: a run that chooses a network, or
+      the arrangement of single layers, has no other analytic layers.
     """
-    prefixes = tuple(f"{root}." for root in roots)
-    return [f"++{override}" if override.startswith(prefixes) else override for override in overrides]
+    prefixes = tuple(f"{root}." for root in new_key_roots)
+    completed = [f"++{override}" if override.startswith(prefixes) else override for override in overrides]
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    choices = [i for i, key in enumerate(keys) if re.match(r"model$|arrangement\.", key)]
+    if config == "train" and choices and "arrangement" not in keys:
+        completed.insert(choices[0], "arrangement=plain")  # not at the end: Hydra reads no override behind a flag
+    return completed
 
 
 def check_choices(overrides: list[str]) -> None:
@@ -97,7 +108,7 @@ def compose(overrides: list[str], config: str = "train") -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             check_choices(overrides)
-            return hydra.compose(config, allow_new_keys(overrides))
+            return hydra.compose(config, complete_overrides(overrides, config, NEW_KEY_ROOTS))
     except Exception as error:  # Hydra raises errors of many types for invalid overrides
         raise UsageError(format_error(error)) from error
     finally:

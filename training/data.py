@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, validate_call
-from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -73,7 +72,7 @@ class Augmentation:
         return images[..., top : top + self.crop, left : left + self.crop]
 
 
-@validated_dataclass(frozen=True, config=STRICT)
+@strict_dataclass
 class InputFormat:
     """The images that a network takes, and their classes."""
 
@@ -109,10 +108,9 @@ class Data:
 
     @property
     def input_format(self) -> InputFormat:
-        channels, height, width = self.augmentation.center_crop(self.train.images[:1]).shape[1:]
-        return InputFormat(
-            channels, height, width, len(self.classes), self.mean.flatten().tolist(), self.std.flatten().tolist()
-        )
+        shape = self.augmentation.center_crop(self.train.images[:1]).shape[1:]
+        moments = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return InputFormat(channels=shape[0], height=shape[1], width=shape[2], classes=len(self.classes), **moments)
 
     def to(self, device: torch.device) -> "Data":
         names = ["mean", "std"]
@@ -169,7 +167,9 @@ def load_data(
     if augmentation.crop is not None and augmentation.crop > min(size):
         raise UsageError(f"data.crop={augmentation.crop} exceeds the size of the images, {size[0]} x {size[1]}")
     if train_share is not None:
-        train = _keep_share(train, train_share, share_seed)
+        problem = f"data.train_share={train_share} of {len(train)} training images is not possible"
+        kept, _ = split_by_class(train.labels, problem, train_size=train_share, random_state=share_seed)
+        train = train[torch.tensor(kept)]
     if mean is None and std is None:
         mean_tensor, std_tensor = _compute_moments(train.images)
     elif mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
@@ -181,17 +181,6 @@ def load_data(
         mean_tensor, std_tensor = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     train, val, test = (split[:max_images] for split in (train, val, test))
     return Data(train, val, test, dataset.classes, dataset.digest, mean_tensor, std_tensor, augmentation)
-
-
-def _keep_share(split: Split, share: float, seed: int) -> Split:
-    """Keeps a random share of the images, in order, with every class in proportion."""
-    try:
-        kept, _ = split_by_class(split.labels, train_size=share, random_state=seed)
-    except ValueError as error:
-        raise UsageError(
-            f"data.train_share={share} of {len(split)} training images is not possible: {error}"
-        ) from error
-    return split[torch.tensor(kept)]
 
 
 def _compute_moments(images: Tensor) -> tuple[Tensor, Tensor]:

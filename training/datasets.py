@@ -44,20 +44,16 @@ def read_digits(root: FilePath) -> Dataset:
     return _split_validation(split[order[360:]], split[order[:360]], 200, [str(digit) for digit in range(10)])
 
 
-_IDX_SPLITS = ("train", "t10k")
-_IDX_PARTS = ("images-idx3", "labels-idx1")
-
-
 @validate_call(config=STRICT)
 def read_idx(dataset: type[datasets.MNIST], root: FilePath) -> Dataset:
     """A torchvision data set in MNIST's IDX format."""
     raw = root / dataset.__name__ / "raw"
-    files = [_idx_path(raw, split, part) for split in _IDX_SPLITS for part in _IDX_PARTS]
+    files = [raw / f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")]
     file_names = f"{' '.join(file.name for file in files)}, plain or as .gz"
     _unpack_idx(files)
     # torchvision parses what it downloads and fails on a corrupt file without naming it; _read_idx_split names it.
     _download_missing(dataset.__name__, raw, file_names, files, lambda: dataset(str(root), download=True))
-    train, test = (_read_idx_split(raw, split) for split in _IDX_SPLITS)
+    train, test = _read_idx_split(*files[:2]), _read_idx_split(*files[2:])
     # MNIST's "0 - zero" becomes "0", as in digits, so that a network of one can be evaluated on the other.
     return _split_validation(train, test, 5000, [name.partition(" - ")[0] for name in dataset.classes])
 
@@ -73,14 +69,9 @@ def _unpack_idx(files: list[Path]) -> None:
                 continue  # a download that was interrupted, which torchvision repeats
 
 
-def _idx_path(raw: Path, split: str, part: str) -> Path:
-    return raw / f"{split}-{part}-ubyte"
-
-
-def _read_idx_split(raw: Path, split: str) -> Split:
+def _read_idx_split(images_file: Path, labels_file: Path) -> Split:
     tensors = []
-    for part, read in zip(_IDX_PARTS, (read_image_file, read_label_file), strict=True):
-        path = _idx_path(raw, split, part)
+    for path, read in ((images_file, read_image_file), (labels_file, read_label_file)):
         try:
             tensors.append(read(str(path)))
         except Exception as error:
@@ -88,7 +79,7 @@ def _read_idx_split(raw: Path, split: str) -> Split:
     images, labels = tensors
     if len(images) != len(labels) or images.shape[1:] != (28, 28) or not bool((labels < 10).all()):
         raise UsageError(
-            f"{_idx_path(raw, split, _IDX_PARTS[0])} and its labels do not match: {len(images)} images of "
+            f"{images_file} and its labels do not match: {len(images)} images of "
             f"{images.shape[1]} x {images.shape[2]}, {len(labels)} labels up to {int(labels.max())}; delete both and "
             "download them again"
         )

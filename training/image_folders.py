@@ -1,6 +1,7 @@
 """Image files in folders of classes: how they are listed, split and decoded."""
 
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -46,11 +47,8 @@ class ImageFiles:
         """Holds out the share ``validation`` of each class, always the same images; returns training and validation."""
         labels = [label for _, label in listing]
         count = max(round(self.validation * len(listing)), len(set(labels)))
-        try:
-            kept, held_out = split_by_class(labels, test_size=count, random_state=0)
-        except ValueError as error:
-            problem = f"cannot hold out {count} of {len(listing)} training images for validation"
-            raise UsageError(f"{problem}: {error}") from error
+        problem = f"cannot hold out {count} of {len(listing)} training images for validation"
+        kept, held_out = split_by_class(labels, problem, test_size=count, random_state=0)
         return [listing[i] for i in kept], [listing[i] for i in held_out]
 
     def read(self, root: Path, listings: list[Listing]) -> Dataset:
@@ -77,17 +75,16 @@ class ImageFiles:
             paths = [path for listing in kept for path, _ in listing]
             title = re.sub(r"[^\w-]+", "-", self.title).strip("-")
             images, skipped = load_decoded_images(root, paths, self.size, self.cache, title, self.skip_undecodable)
-            skipped_indices = set(skipped)
-            splits, first_image, first_path = [], 0, 0
-            for part, listing in zip(parts, kept, strict=True):
-                labels_kept = [label for i, (_, label) in enumerate(listing, first_path) if i not in skipped_indices]
-                # The splits are consecutive in the cache, so each is a view of it.
-                view = images[first_image : first_image + len(labels_kept)]
-                if lost := sorted({label for _, label in listing} - set(labels_kept)):
+            indices, skipped_indices = itertools.count(), set(skipped)
+            labels = [[label for _, label in listing if next(indices) not in skipped_indices] for listing in kept]
+            for part, listing, decoded in zip(parts, kept, labels, strict=True):
+                if lost := sorted({label for _, label in listing}.difference(decoded)):
                     raise UsageError(f"{root}: no {part} image of class '{lost[0]}' can be decoded")
-                splits.append(Split(view, torch.tensor([classes.index(label) for label in labels_kept])))
-                first_image, first_path = first_image + len(labels_kept), first_path + len(listing)
-            return splits[0], splits[1], splits[2]
+            # The splits are consecutive in the cache, so each is a view of it.
+            views = images.split([len(decoded) for decoded in labels])
+            numbers = (torch.tensor([classes.index(label) for label in decoded]) for decoded in labels)
+            train, val, test = map(Split, views, numbers)
+            return train, val, test
 
         return Dataset(classes, digest.hexdigest()[:12], decode)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Split:
@@ -43,14 +45,18 @@ class Dataset:
     load: Callable[[], Splits]
 
 
-def split_by_class(labels: Sequence[Any] | Tensor, **options: float) -> tuple[list[int], list[int]]:
+def split_by_class(labels: Sequence[Any] | Tensor, problem: str, **options: float) -> tuple[list[int], list[int]]:
     """Splits images at random, with every class in proportion; returns indices in order.
 
     Args:
         labels: of the images.
+        problem: the start of the error if this is not possible.
         options: those of scikit-learn's ``train_test_split``.
     """
     from sklearn.model_selection import train_test_split  # imported here because it takes over a second
 
-    first, second = train_test_split(range(len(labels)), stratify=labels, **options)
+    try:
+        first, second = train_test_split(range(len(labels)), stratify=labels, **options)
+    except ValueError as error:
+        raise UsageError(f"{problem}: {error}") from error
     return sorted(first), sorted(second)

@@ -5,7 +5,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from training.config import allow_new_keys, compose, flatten, identity, is_in_identity, resolve
+from training.config import complete_overrides, compose, flatten, identity, is_in_identity, resolve
 from training.errors import UsageError
 from training.record import compute_run_id
 
@@ -55,10 +55,29 @@ def test_error_says_how_to_quote_value_with_special_characters(value: str) -> No
     assert compose([override]).data.root == value
 
 
-def test_allow_new_keys_adds_prefix_below_roots_only() -> None:
+def test_overrides_add_keys_below_roots_only() -> None:
     overrides = ["arrangement.conv1=G2", "arrangement=auto", "arrangements.conv1=G2", "seed=1", "rows.mine.seed=2"]
-    assert allow_new_keys(overrides) == ["++arrangement.conv1=G2", *overrides[1:]]
-    assert allow_new_keys(overrides, ("rows",)) == [*overrides[:-1], "++rows.mine.seed=2"]
+    assert complete_overrides(overrides, "train", ("arrangement",)) == ["++arrangement.conv1=G2", *overrides[1:]]
+    assert complete_overrides(overrides, "train", ("rows",)) == [*overrides[:-1], "++rows.mine.seed=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layers"),
+    [
+        ([], {"conv1", "conv2"}),
+        (["seed=3", "model.layer.amplitude=true"], {"conv1", "conv2"}),
+        (["model=lenet"], set()),
+        (["arrangement.conv1=G6"], {"conv1"}),
+        (["model=ana_lenet", "arrangement=mosaic", "arrangement.conv2=null"], {"conv1", "conv2"}),
+    ],
+)
+def test_default_arrangement_is_that_of_default_network(overrides: list[str], layers: set[str]) -> None:
+    assert set(compose(overrides).arrangement) == layers
+
+
+def test_plain_arrangement_is_added_beside_other_overrides() -> None:
+    completed = complete_overrides(["-m", "model=lenet", "--cfg", "job"], "train", ())
+    assert completed == ["-m", "arrangement=plain", "model=lenet", "--cfg", "job"]
 
 
 def test_flatten_joins_nested_keys_by_dots() -> None:
