@@ -25,6 +25,7 @@ from training.provenance import digest_sources
 from training.record import Record
 from training.settings import parse_run
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of the fixture ``searched_table`` are drawn
 SEARCH = {"seed": 7, "candidates": [["optim.lr=0.0001"], ["optim.lr=0.02"]]}  # 1e-4 learns nothing in one epoch
 OTHER_SOURCES = "0" * 12
 
@@ -110,7 +111,10 @@ def test_table_without_search_writes_no_search_file(tmp_path: Path) -> None:
     assert "all trials" not in (tmp_path / "results/tables/digits.md").read_text()
 
 
-def test_load_results_restores_records_and_choices(searched_table: tuple[Path, Table], tmp_path: Path) -> None:
+def test_load_results_restores_records_and_choices(
+    searched_table: tuple[Path, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # draws the figures
     folder, table = searched_table
     shutil.copytree(folder / "results", tmp_path / "results")
     loaded = create_table(tmp_path, search=SEARCH)
