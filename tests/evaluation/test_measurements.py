@@ -55,15 +55,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
+def gabor_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return load_trained(tmp_path_factory.mktemp("runs"), "arrangement=gabor", "trainer.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    folder = tmp_path_factory.mktemp("runs")
+    return load_trained(folder, "model=lenet", "arrangement=plain", "trainer.epochs=1", "trainer.batch_size=600")
+
+
+@pytest.fixture(scope="module")
 def double_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    options = ["model=ana_four_layer", "arrangement.all=G50%_P50%", "trainer.epochs=1", "trainer.batch_size=16"]
-    options += ["trainer.precision=64-true", "+data.max_images=16"]
+    options = ["model=ana_four_layer", "arrangement.all=G50%_P50%", "trainer.epochs=1", "trainer.batch_size=4"]
+    options += ["trainer.precision=64-true", "+data.max_images=4"]
     return load_trained(tmp_path_factory.mktemp("runs"), *options)
 
 
 def test_transforms_compare_three_ways(run: FinishedRun) -> None:
     data = load_run_data(run.settings)
-    values = Transforms.measure(run, replace(data, test=data.test[:40]))
+    values = Transforms.measure(run, replace(data, test=data.test[:20]))
     assert [*values["rotation"], *values["scale"]] == [f"{value:g}" for value in (*ROTATIONS, *SCALES)]
     right_angle = values["rotation"]["90"]
     assert right_angle["closed form"]["top1"] == right_angle["resampled"]["top1"]
@@ -185,9 +196,9 @@ def test_replaced_akps_change_nothing_but_akps(tmp_path: Path, monkeypatch: pyte
             assert torch.equal(parameter, run.model.get_parameter(name)) == (".raw." not in name)
 
 
-def test_replaced_akps_of_plain_network_are_empty(tmp_path: Path) -> None:
-    run = load_trained(tmp_path, "model=lenet", "arrangement=plain", "trainer.epochs=1")
-    assert ReplacedAkps.measure(run, load_run_data(run.settings)) == {}
+@pytest.mark.parametrize("measurement", [ReplacedAkps, Transforms])
+def test_measurement_of_plain_network_is_empty(plain_run: FinishedRun, measurement: type[Measurement]) -> None:
+    assert measurement.measure(plain_run, load_run_data(plain_run.settings)) == {}
 
 
 def test_shapley_values_are_of_validation_images(run: FinishedRun) -> None:
@@ -197,34 +208,29 @@ def test_shapley_values_are_of_validation_images(run: FinishedRun) -> None:
     assert Shapley.measure(run, data) == {symbol: attribution.shapley()[symbol] for symbol in ("G", "P")}
 
 
-def test_corruptions_are_measured_at_each_severity(run: FinishedRun) -> None:
-    data = load_run_data(run.settings)
-    values = Corruptions.measure(run, data)
-    assert run.record is not None and run.record.test is not None and values["none"] == run.record.test.top1
+def test_corruptions_are_measured_at_each_severity(gabor_run: FinishedRun) -> None:
+    data = load_run_data(gabor_run.settings)
+    values = Corruptions.measure(gabor_run, data)
+    record = gabor_run.record
+    assert record is not None and record.test is not None and values["none"] == record.test.top1
     assert list(values) == ["none", *CORRUPTIONS]
     for severity in (1, 5):
         images = CORRUPTIONS["noise"](data.test.images, severity)
         corrupted = replace(data, test=Split(images, data.test.labels))
-        assert values["noise"][severity - 1] == evaluate_run(run, corrupted, "test")["top1"]
+        assert values["noise"][severity - 1] == evaluate_run(gabor_run, corrupted, "test")["top1"]
 
 
-def test_transforms_reject_network_of_one_image_size(tmp_path: Path) -> None:
-    run = load_trained(tmp_path, "arrangement=gabor", "trainer.epochs=1")
+def test_transforms_reject_network_of_one_image_size(gabor_run: FinishedRun) -> None:
     with pytest.raises(UsageError, match="the network takes images of one size only"):
-        Transforms.measure(run, load_run_data(run.settings))
+        Transforms.measure(gabor_run, load_run_data(gabor_run.settings))
 
 
-def test_transforms_of_plain_network_are_empty(tmp_path: Path) -> None:
-    run = load_trained(tmp_path, "model=lenet", "arrangement=plain", "trainer.epochs=1")
-    assert Transforms.measure(run, load_run_data(run.settings)) == {}
-
-
-def test_larger_attack_is_at_least_as_harmful(tmp_path: Path) -> None:
-    run = load_trained(tmp_path, "arrangement=gabor", "trainer.epochs=2")
-    assert run.record is not None and run.record.test is not None
-    accuracies = Attacks.measure(run, load_run_data(run.settings))
+def test_larger_attack_is_at_least_as_harmful(gabor_run: FinishedRun) -> None:
+    data = load_run_data(gabor_run.settings)
+    data = replace(data, test=data.test[:100])
+    accuracies = Attacks.measure(gabor_run, data)
     assert list(accuracies) == ["0", *(f"{size:g}" for size in ATTACK_SIZES)]
-    assert accuracies["0"] == pytest.approx(run.record.test.top1)
+    assert accuracies["0"] == pytest.approx(evaluate_run(gabor_run, data, "test")["top1"])
     assert sorted(accuracies.values(), reverse=True) == list(accuracies.values()) and accuracies["4"] < accuracies["0"]
 
 

@@ -1,5 +1,7 @@
 """Artificial records, and small tables of real runs."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,14 @@ def make_record(
     return construct(Record, {**values, **changes})
 
 
+@cache
+def _compose_table(name: str) -> dict[str, Any]:
+    return resolve(compose([f"table={name}"], "reproduce_table"))["table"]
+
+
 def load_settings(name: str, **changes: Any) -> TableSettings:
     """The settings of configs/table/<name>.yaml, with some of them replaced."""
-    return construct(TableSettings, {**resolve(compose([f"table={name}"], "reproduce_table"))["table"], **changes})
+    return construct(TableSettings, {**deepcopy(_compose_table(name)), **changes})
 
 
 def create_table(folder: Path, *overrides: str, **changes: Any) -> Table:

@@ -153,6 +153,7 @@ def rendered_table(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
     with pytest.MonkeyPatch.context() as patch:
         forbid_calls(patch, "run", "load_run_data", "build_model")
+        patch.setattr("reporting.table.to_pdf", lambda _: b"")
         table.load_results()
         table.write()
     assert not (folder / "runs").exists()
@@ -180,10 +181,14 @@ def test_markdown_command_gives_run_id_of_record(rendered_table: tuple[Table, Pa
     table, folder = rendered_table
     commands = read_commands((folder / f"{table.name}.md").read_text())
     assert list(commands) == [row.name for row in table.rows]
-    for row in table.rows:
+    seed = table.settings.seeds[0]
+    for row in table.rows:  # the records were found by the ids of these overrides
+        overrides = [word for word in row.overrides if word not in table.user_overrides]
+        assert commands[row.name] == [*overrides, *(row.chosen or []), f"seed={seed}"]
+    for row in (table.rows[0], table.rows[-1]):
         cfg = compose(commands[row.name])
         ids = {record.seed: record.id for record in row.records}
-        assert cfg.seed == table.settings.seeds[0]
+        assert cfg.seed == seed
         assert parse_run(cfg).directory.id == ids[cfg.seed]
 
 

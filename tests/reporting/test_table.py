@@ -25,6 +25,7 @@ from training.provenance import digest_sources
 from training.record import Record
 from training.settings import parse_run
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of the fixture ``searched_table`` are drawn
 SEARCH = {"seed": 7, "candidates": [["optim.lr=0.0001"], ["optim.lr=0.02"]]}  # 1e-4 learns nothing in one epoch
 OTHER_SOURCES = "0" * 12
 
@@ -110,7 +111,10 @@ def test_table_without_search_writes_no_search_file(tmp_path: Path) -> None:
     assert "all trials" not in (tmp_path / "results/tables/digits.md").read_text()
 
 
-def test_load_results_restores_records_and_choices(searched_table: tuple[Path, Table], tmp_path: Path) -> None:
+def test_load_results_restores_records_and_choices(
+    searched_table: tuple[Path, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # draws the figures
     folder, table = searched_table
     shutil.copytree(folder / "results", tmp_path / "results")
     loaded = create_table(tmp_path, search=SEARCH)
@@ -305,10 +309,11 @@ def read_outcome(folder: Path) -> tuple[str, list[dict[str, Any]], list[dict[str
     return (folder / "results/tables/digits.csv").read_text(), records, trials
 
 
-def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_table_and_killed_one_can_be_replaced(
+    tmp_path: Path, searched_table: tuple[Path, Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reporting.table, "POLL_SECONDS", 0.1)
-    single, shared, log = tmp_path / "single", tmp_path / "shared", tmp_path / "log"
-    assert run_in_child(lambda: create_table(single, search=SEARCH).reproduce()) == 0
+    shared, log = tmp_path / "shared", tmp_path / "log"
 
     def work() -> None:
         original = reporting.table.run
@@ -330,7 +335,7 @@ def test_workers_share_table_and_killed_one_can_be_replaced(tmp_path: Path, monk
     assert wait_for(victim) == -signal.SIGKILL
     replacement = start_process(work)
     assert wait_for(other) == wait_for(replacement) == 0
-    assert read_outcome(shared) == read_outcome(single)
+    assert read_outcome(shared) == read_outcome(searched_table[0])
     ids = [path.parent.name for path in read_records(shared)]
     logged = log.read_text().split()
     assert len(ids) == 8 and len(logged) == len(set(logged)) and set(logged) <= set(ids)
@@ -503,11 +508,12 @@ def test_every_table_composes(name: str) -> None:
     settings = load_settings(name)
     assert len(settings.rows) >= 2
     assert compose([*settings.overrides, *settings.rows[0]["overrides"]]).model.layer is None
+    (data,) = [word for word in settings.overrides if word.startswith("data=")]
+    data_name = compose([data]).data.name
+    candidate = settings.search["candidates"][0] if settings.search else []
     for row in settings.rows[1::3]:
-        for candidate in settings.search["candidates"][:1] if settings.search else [[]]:
-            run = parse_run(compose([*settings.overrides, *row["overrides"], *candidate]))
-            (data,) = [word for word in settings.overrides if word.startswith("data=")]
-            assert compose([data]).data.name == run.data["name"]
+        run = parse_run(compose([*settings.overrides, *row["overrides"], *candidate]))
+        assert run.data["name"] == data_name
 
 
 @pytest.mark.parametrize(

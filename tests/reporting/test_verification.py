@@ -98,6 +98,7 @@ def test_rerun_that_differs_by_chance_is_usually_confirmed() -> None:
     assert num_confirmed >= 36
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("evaluates_test", ["true", "false"])
 def test_verify_table_reproduces_itself_and_notices_other_learning_rate(tmp_path: Path, evaluates_test: str) -> None:
     changes, overrides = {"seeds": [0]}, ("trainer.batch_size=600", f"trainer.test={evaluates_test}")

@@ -14,6 +14,11 @@ Command = Callable[..., list[str]]
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def skip_mode(patch: pytest.MonkeyPatch) -> None:
+    """Keeps Hydra from composing a script's configuration once more, only to see whether it sets ``hydra.mode``."""
+    patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
+
+
 @pytest.fixture
 def script_command() -> Command:
     """Returns the command line that runs a script with arguments."""
@@ -37,6 +42,7 @@ def call_script(monkeypatch: pytest.MonkeyPatch) -> RunScript:
     def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         file, status, stdout, stderr = str(ROOT / "scripts" / name), 0, io.StringIO(), io.StringIO()
         with monkeypatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+            skip_mode(patch)
             patch.setattr(sys, "argv", [file, *arguments])
             patch.setenv("HYDRA_FULL_ERROR", "0")  # scripts set it
             try:

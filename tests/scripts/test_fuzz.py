@@ -19,7 +19,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from tests.scripts.conftest import ROOT
+from tests.scripts.conftest import ROOT, skip_mode
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
 from training.config import compose, flatten
@@ -39,16 +39,17 @@ IMAGES = [
     "data.crop=32",
     "trainer.batch_size=4",
 ]
+ONE_ROW = 'table.rows=[{name: LeNet-5 plain, overrides: ["model=lenet"]}]'
 COMMANDS = {
     "train": ["train", "arrangement=mosaic"],
     "train with W&B": ["train", "model=lenet", "logger=wandb", "optim=sgd"],
     "train on images": ["train", "model=ana_four_layer", "arrangement.conv1=G50% P50%", *IMAGES],
     "train a network of a library": ["train", "model=ana_resnet18", "arrangement=exp1", *IMAGES],
     "train on two devices": ["train", "model=lenet", "trainer=ddp"],
-    "reproduce_table": ["reproduce_table", "table=digits"],
+    "reproduce_table": ["reproduce_table", "table=digits", ONE_ROW],
     "reproduce_table with a search": [
         *("reproduce_table", "table=fashion_mnist", "data=digits", "table.seeds=[0]"),
-        'table.rows=[{name: LeNet-5 plain, overrides: ["model=lenet"]}]',
+        ONE_ROW,
     ],
     "measure": ["measure", "table=digits", "measurement=shapley"],
     **{name: [name] for name in ("claims", "collect", "mosaic", "upload_runs")},
@@ -74,7 +75,7 @@ WORK = (
     "reporting.claims.collect_effects",
     "reporting.table.Table.find_finished_runs",
     "training.loggers.log_recorded_run",
-    "training.loop.train",
+    "lightning_fabric.Fabric.launch",
     "wandb.login",
 )
 """What the scripts call once they have accepted their configuration."""
@@ -106,6 +107,7 @@ def call(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     GlobalHydra.instance().clear()
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    skip_mode(monkeypatch)
     errors = io.StringIO()
     with redirect_stderr(errors):
         try:

@@ -7,27 +7,39 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from scripts import collect, train
 from scripts.collect import CollectSettings
-from tests.scripts.conftest import ROOT, Command, RunScript
+from tests.scripts.conftest import ROOT, RunScript
 from tests.training.configurations import compose_photo_run
+from tests.training.processes import start_process, wait_for
 from tests.training.trees import write_image, write_imagefolder, write_mnist
 from training.config import compose
 from training.errors import UsageError
+from training.loop import run
+from training.settings import parse_run
+
+OTHER_ROWS = json.dumps(
+    ["all Gabor", "mosaic, no plain kernel", "mosaic, with amplitude", "half plain", "all Gabor, frozen at random"]
+)
+"""All rows of the table ``digits`` but LeNet-5 plain and conv1 Gabor."""
 
 
-def test_train_records_configuration_and_test_accuracy(tmp_path: Path, run_script: RunScript) -> None:
+def test_train_records_configuration_and_test_accuracy(tmp_path: Path, call_script: RunScript) -> None:
     arguments = ["model=ana_lenet", "arrangement.conv1=G6", "arrangement.conv2=G50%_P50%", "seed=3", "trainer.epochs=1"]
-    done = run_script("train.py", *arguments, f"paths.runs={tmp_path}")
+    done = call_script("train.py", *arguments, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*/record.json")
     record = json.loads(path.read_text())
@@ -70,9 +82,10 @@ def test_train_reports_result_of_other_data(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith(f"{path}: test ")
 
 
-def test_collect_lists_every_run_of_sweep(tmp_path: Path, run_script: RunScript, call_script: RunScript) -> None:
+def test_collect_lists_every_run_of_sweep(tmp_path: Path, call_script: RunScript) -> None:
     sweep = ["-m", "hydra/launcher=cores", "arrangement.conv1=G6,G3_P3", "seed=0,1", "trainer.epochs=1"]
-    done = run_script("train.py", *sweep, f"paths.runs={tmp_path}")
+    done = call_script("train.py", *sweep, "trainer.batch_size=600", f"paths.runs={tmp_path}")
+    get_reusable_executor().shutdown()  # its processes would wait for further runs
     assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text())["config"] for path in tmp_path.glob("*/record.json")]
     assert sorted((r["arrangement"]["conv1"], r["seed"]) for r in records) == [
@@ -173,11 +186,11 @@ def test_invalid_input_gives_one_line_and_exit_status_2(
 
 def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, call_script: RunScript) -> None:
     arguments = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
-    arguments += ["table.seeds=[0]", "trainer.epochs=1", "trainer.batch_size=600"]
+    arguments += ["table.seeds=[0]", "trainer.epochs=1", "trainer.batch_size=600", f"+table.without={OTHER_ROWS}"]
     done = call_script("reproduce_table.py", *arguments)
     assert done.returncode == 0, done.stderr
     records = list((tmp_path / "runs").glob("*/record.json"))
-    assert len(records) == 7
+    assert len(records) == 2
     assert (tmp_path / "results/tables/digits.md").read_text() in done.stdout
     assert "recorded with other code" not in done.stdout
 
@@ -185,11 +198,11 @@ def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, 
     records[0].write_text(json.dumps({**record, "sources": "0" * 12}))
     done = call_script("reproduce_table.py", "--status", *arguments)
     assert done.stdout.splitlines() == [
-        "digits: 7 done, 0 running, 0 failed, 0 left",
-        "1 of 7 runs were recorded with other code; fresh=true reruns them",
+        "digits: 2 done, 0 running, 0 failed, 0 left",
+        "1 of 2 runs were recorded with other code; fresh=true reruns them",
     ]
     done = call_script("reproduce_table.py", *arguments)
-    assert done.stdout.endswith("1 of 7 runs were recorded with other code; fresh=true reruns them\n"), done.stderr
+    assert done.stdout.endswith("1 of 2 runs were recorded with other code; fresh=true reruns them\n"), done.stderr
     done = call_script("reproduce_table.py", *arguments, "fresh=true")
     assert done.returncode == 0 and "recorded with other code" not in done.stdout, done.stderr
     assert json.loads(records[0].read_text())["sources"] == record["sources"]
@@ -213,9 +226,14 @@ def test_reproduce_table_renders_committed_records_without_runs(tmp_path: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_processes_give_result_of_one(
-    tmp_path: Path, run_script: RunScript, call_script: RunScript, script_command: Command
-) -> None:
+def run_rank(cfg: DictConfig, rank: int, port: int) -> None:
+    """Performs the part of one process in a run, as if ``torchrun`` had started it."""
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank_zero_only.rank = rank
+    run(parse_run(cfg))
+
+
+def test_two_processes_give_result_of_one(tmp_path: Path, run_script: RunScript, call_script: RunScript) -> None:
     """Weights agree to 1e-9 in float64, with uneven batches and after both processes were killed; only one prints."""
     arguments = ["arrangement=mosaic", "trainer.precision=64-true", "trainer.epochs=2", "trainer.batch_size=11"]
     arguments += ["data.shift=1", "data.train_share=0.5", "trainer.accelerator=cpu"]
@@ -223,19 +241,16 @@ def test_two_processes_give_result_of_one(
     two_processes = ["trainer=ddp", "trainer.devices=2", "trainer.checkpoint_minutes=1e-9"]
     for folder, options, start in (("one", [], call_script), ("two", two_processes, run_script)):
         if options:
-            errors = tmp_path / "errors.txt"
-            with errors.open("w") as stderr:
-                killed = subprocess.Popen(
-                    script_command("train.py", *options, *arguments, f"paths.runs={tmp_path / folder}"),
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    start_new_session=True,
-                )
+            cfg = compose([*options, *arguments, f"paths.runs={tmp_path / folder}"])
+            port = find_free_network_port()
+            killed = [start_process(partial(run_rank, cfg, rank, port)) for rank in (0, 1)]
             while not list((tmp_path / folder).glob("*/checkpoint.pt")):  # written within the first epoch
-                assert killed.poll() is None, errors.read_text()
+                assert not any(os.waitpid(child, os.WNOHANG)[0] for child in killed)
                 time.sleep(0.01)
-            os.killpg(killed.pid, signal.SIGKILL)
-            killed.wait()
+            for child in killed:
+                os.kill(child, signal.SIGKILL)
+            assert wait_for(killed[0]) == -signal.SIGKILL
+            wait_for(killed[1])  # it fails by itself if it notices first that the other one is gone
         done = start("train.py", *options, *arguments, f"paths.runs={tmp_path / folder}")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test ") == 1
@@ -263,15 +278,13 @@ def test_measure_reads_data_that_moved(tmp_path: Path, call_script: RunScript) -
 
 
 def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, call_script: RunScript) -> None:
-    others = [
-        "all Gabor",
-        "mosaic, no plain kernel",
-        "mosaic, with amplitude",
-        "half plain",
-        "all Gabor, frozen at random",
+    table = ["table=digits", f"+table.without={OTHER_ROWS}", "table.seeds=[0]", "trainer.epochs=1"]
+    table += [
+        "trainer.batch_size=16",
+        "+data.max_images=16",
+        f"paths.runs={tmp_path}/runs",
+        f"paths.results={tmp_path}/results",
     ]
-    table = ["table=digits", f"+table.without={json.dumps(others)}", "table.seeds=[0]", "trainer.epochs=1"]
-    table += [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
     done = call_script("measure.py", *table, "measurement=shapley")
     assert done.returncode == 2 and "has no finished run" in done.stderr
     assert call_script("reproduce_table.py", *table).returncode == 0
@@ -314,8 +327,12 @@ def test_claims_writes_page_and_figures(tmp_path: Path, call_script: RunScript) 
 
 
 def test_verify_exits_with_status_of_comparison(tmp_path: Path, call_script: RunScript) -> None:
-    table = ["table=digits", "table.seeds=[0]", "trainer.epochs=1", f"paths.runs={tmp_path}/runs"]
-    table += [f"paths.results={tmp_path}", """table.rows=[{name: plain, overrides: ["model=lenet"]}]"""]
+    table = ["table=digits", "table.seeds=[0]", "trainer.epochs=1", "trainer.batch_size=600"]
+    table += [
+        f"paths.runs={tmp_path}/runs",
+        f"paths.results={tmp_path}",
+        """table.rows=[{name: plain, overrides: ["model=lenet"]}]""",
+    ]
     assert call_script("reproduce_table.py", *table).returncode == 0
     assert call_script("reproduce_table.py", *table, "--verify").returncode == 0
     file = tmp_path / "tables/digits.jsonl"

@@ -110,12 +110,12 @@ def _remove_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_each_table_run_is_one_wandb_run(tmp_path: Path) -> None:
     cfg = compose(["table=digits"], "reproduce_table").table
     cfg.rows = [cfg.rows[0], cfg.rows[3]]
-    cfg.seeds = [0, 1]
+    cfg.seeds = [1]
     paths = [f"paths.runs={tmp_path}/runs", f"paths.results={tmp_path}/results"]
     options = ["logger=wandb", "logger.tags=[mine]", "trainer.epochs=2", "trainer.batch_size=200"]
     Table("digits", construct(TableSettings, resolve(cfg), "table"), [*paths, *options]).reproduce()
     logs = [read_log(path) for path in (tmp_path / "runs").glob("*/wandb/offline-run-*/*.wandb")]
-    assert len(logs) == 4 == len({log["run"].run_id for log in logs})
+    assert len(logs) == 2 == len({log["run"].run_id for log in logs})
     for log in logs:
         folder = tmp_path / "runs" / log["run"].run_id
         record = json.loads((folder / "record.json").read_text())

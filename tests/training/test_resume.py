@@ -29,7 +29,7 @@ from training.run_directory import RunDirectory
 from training.settings import parse_run
 from training.validation import construct
 
-STEPS = 1237 // 8
+STEPS = 618 // 8
 """Steps per epoch."""
 
 Outcome = tuple[bytes, bytes, dict[str, Any]]
@@ -38,7 +38,7 @@ Outcome = tuple[bytes, bytes, dict[str, Any]]
 
 def compose_checkpointed_run(runs: Path, *overrides: str) -> DictConfig:
     """A run that saves a checkpoint at every check of the loss, and so also within epochs."""
-    options = ["trainer.batch_size=8", "data.shift=1", "trainer.checkpoint_minutes=1e-9"]
+    options = ["trainer.batch_size=8", "data.train_share=0.5", "data.shift=1", "trainer.checkpoint_minutes=1e-9"]
     return compose_run(runs, *options, *overrides)
 
 
@@ -100,7 +100,7 @@ def copy_run(cfg: DictConfig, runs: Path) -> DictConfig:
 @pytest.fixture(scope="module")
 def run_killed_in_second_epoch(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
     cfg = compose_checkpointed_run(tmp_path_factory.mktemp("second_epoch"))
-    run_until_killed(cfg, Augmentation, "__call__", STEPS + 80)
+    run_until_killed(cfg, Augmentation, "__call__", STEPS + 60)
     return cfg
 
 
