@@ -3,10 +3,11 @@
 from acl import explain, kernels
 from acl.arrangement import Arrangement
 from acl.convert import convert, fold
-from acl.fit import fit_kernels
+from acl.fit import fit_kernels, refine_jointly
 from acl.fit_result import Fit
 from acl.inspection import akp_parameters, analytic_layers, param_groups, summary
 from acl.layer import AnalyticConv2d
+from acl.metric import Metric, output_error
 from acl.options import LayerOptions
 from acl.serialization import load, read_info, save, serialize
 from acl.transform import UnsuitableFormulasError, rescale, rotate
@@ -16,6 +17,7 @@ __all__ = [
     "Arrangement",
     "Fit",
     "LayerOptions",
+    "Metric",
     "UnsuitableFormulasError",
     "akp_parameters",
     "analytic_layers",
@@ -25,8 +27,10 @@ __all__ = [
     "fold",
     "kernels",
     "load",
+    "output_error",
     "param_groups",
     "read_info",
+    "refine_jointly",
     "rescale",
     "rotate",
     "save",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acl.kernels import KINDS
+from acl.options import Per
 
 _TERM = re.compile(r"([A-Za-z]+)([+-]?[0-9]*\.?[0-9]+)(%?)")
 
@@ -18,10 +19,10 @@ class Arrangement:
     """The number of 2-D kernels of each kind in a layer, in the order in which they fill the layer's slots.
 
     A slot is the position of one 2-D kernel in the weight. Slots are filled row-major over (output channel, input
-    channel of the group).
+    channel of the group). In a filter mosaic (``per="filter"``, ours), a slot is an output channel instead.
 
     An arrangement is written as counts, as in ``G30 Lg15 Lt15 Tf30 Ts6 P96`` (the paper's notation), or as shares of
-    a layer of any size, as in ``G50% P50%`` (ours). A count is a number of 2-D kernels, not of output channels.
+    a layer of any size, as in ``G50% P50%`` (ours). A count is a number of slots.
 
     With ``auto``, ``acl.convert`` chooses the kind of each slot by fitting the kernels that it replaces.
 
@@ -122,27 +123,26 @@ class Arrangement:
             start += count
         return ranges
 
-    def fill(self, in_channels: int, out_channels: int, layer: str = "the layer") -> "Arrangement":
-        """Returns this arrangement as counts, for a layer with in_channels (per group) x out_channels kernels.
+    def fill(self, in_channels: int, out_channels: int, layer: str = "the layer", per: Per = "kernel") -> "Arrangement":
+        """Returns this arrangement as counts: of the in_channels (per group) x out_channels kernels, or of the filters.
 
         Shares are rounded with the largest-remainder method, so that they fill the layer exactly.
 
         Raises:
-            ValueError: if the counts do not add up to the layer's number of kernels. The message names ``layer``.
+            ValueError: if the counts do not add up to the layer's number of kernels or filters. The message names
+                ``layer``.
         """
-        num_kernels = in_channels * out_channels
+        num_slots = in_channels * out_channels if per == "kernel" else out_channels
         if not self.shares:
             total = sum(self.counts.values())
-            if total != num_kernels:
-                raise ValueError(
-                    f"arrangement '{self}' fills {total} of {num_kernels} kernels of {layer} "
-                    f"({in_channels} x {out_channels})"
-                )
+            if total != num_slots:
+                size = f" ({in_channels} x {out_channels})" if per == "kernel" else ""
+                raise ValueError(f"arrangement '{self}' fills {total} of {num_slots} {per}s of {layer}{size}")
             return self
-        exact_counts = [value * num_kernels / 100 for _, value in self.terms]
+        exact_counts = [value * num_slots / 100 for _, value in self.terms]
         counts = [int(value) for value in exact_counts]
         by_remainder = sorted(range(len(exact_counts)), key=lambda i: counts[i] - exact_counts[i])
-        for i in by_remainder[: num_kernels - sum(counts)]:
+        for i in by_remainder[: num_slots - sum(counts)]:
             counts[i] += 1
         return Arrangement(tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True)))
 

@@ -1,7 +1,7 @@
 """ComputedConv2d: a convolution whose weight is computed from other parameters, and when that weight is cached."""
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -44,7 +44,7 @@ class ComputedConv2d(nn.Conv2d):
     _format: Tensor
     """Module.to() applies a memory format to every 4-D tensor, so this buffer records the one the weight should use."""
     _cache: tuple[tuple[Any, ...], list[Tensor], Tensor] | None
-    """The structure and the parameters that the cached weight was computed from, and the weight."""
+    """The structure and the parameters that the cached tensor was computed from, and that tensor, mostly the weight."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -67,12 +67,12 @@ class ComputedConv2d(nn.Conv2d):
     @property
     def weight(self) -> Tensor:  # type: ignore[override] # a parameter in nn.Conv2d, computed here
         """(out_channels, in_channels / groups, kh, kw), differentiable in every parameter that it is computed from."""
-        weight = self._read_cache_or_synthesize()
+        weight = self._read_cache_or_compute(self._synthesize)
         # A copy, so that editing it in place does not change the layer.
         return weight.clone() if self._cache is not None and weight is self._cache[2] else weight
 
-    def _read_cache_or_synthesize(self) -> Tensor:
-        """The computed weight, or the cached one, which must not be edited."""
+    def _read_cache_or_compute(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What one of the layer's methods computes, or its cached result, which must not be edited."""
         sources, structure = self._get_sources()
         needs_grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in sources)
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -80,24 +80,29 @@ class ComputedConv2d(nn.Conv2d):
         # compared.
         is_comparable = all(type(p) is nn.Parameter and not p.is_meta for p in sources)
         if self.training or needs_grad or is_traced or not is_comparable:
-            return self._synthesize()
+            return compute()
         # Compare by value: edits through .data and fused optimizers leave no other trace, and a stale weight is wrong.
         vectors: Any = [p for p in sources if p is not None and p.ndim == 1]
         others: Any = [p for p in sources if p is not None and p.ndim != 1]
         compared = [torch.cat(vectors), *others] if vectors else others
-        key = (compared[0].device, self._format.dtype, self._format.stride(), structure)
+        key = (compared[0].device, self._format.dtype, self._format.stride(), structure, compute.__name__)
         cache = self._cache
         if cache is None or cache[0] != key or not all(map(torch.equal, cache[1], compared)):
             with torch.inference_mode(False), torch.no_grad():
-                cache = (key, [tensor.detach().clone() for tensor in compared], self._synthesize())
+                cache = (key, [tensor.detach().clone() for tensor in compared], compute())
             self._cache = cache
         return cache[2]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
         if isinstance(input, torch.fx.Proxy):  # a leaf of the graph: fx cannot trace the synthesis
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-        # A host's code could edit its weight.
-        return self.convolve(input, self._read_cache_or_synthesize() if self.host is None else self.weight, self.bias)
+        if self.host is not None:
+            return self.convolve(input, self.weight, self.bias)  # a host's code could edit its weight
+        return self._forward(input)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """The output of a layer without host."""
+        return self.convolve(x, self._read_cache_or_compute(self._synthesize), self.bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Performs the layer's convolution with the given weight and bias in place of its own."""

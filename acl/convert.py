@@ -12,9 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from acl.arrangement import Arrangement
 from acl.computed_conv import get_convolution_arguments
-from acl.fit import fit_kernels
-from acl.fit_result import KernelFit, apply_fits, check_tolerance
+from acl.factored import is_factored
+from acl.fit import fit_kernels, refine_jointly
+from acl.fit_result import apply_fits, check_tolerance
 from acl.inspection import analytic_layers
+from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 from acl.options import LayerKeywords, LayerOptions
 
@@ -39,6 +41,7 @@ def convert(
     arrangement: Arrangement | str | None = None,
     init: str | None = None,
     tolerance: float | None = None,
+    metric: str | torch.Tensor = "images",
     **options: Unpack[LayerKeywords],
 ) -> nn.Module:
     """Replaces convolutions of a model with analytic ones, in place.
@@ -57,8 +60,9 @@ def convert(
             slot gets the kind with the fewest AKPs that fits its kernel within ``tolerance``, or stays plain.
         init: ``random`` samples the AKPs; ``fit`` fits AKPs and gains to the original kernels. Defaults to ``fit``
             for ``auto`` and to ``random`` otherwise. Without ``amplitude``, a kernel is fitted only up to its norm.
-        tolerance: the largest fraction of a kernel's energy that ``auto`` may leave unexplained, from 0 (all plain)
-            to 1 (all analytic).
+        tolerance: the largest share of the energy of a kernel's output that ``auto`` may leave unexplained, from 0 (all
+            plain) to 1 (all analytic).
+        metric: what ``fit`` and ``auto`` take as the error of a kernel; see ``acl.fit_kernels``.
         options: the fields of ``acl.LayerOptions``.
 
     Returns:
@@ -90,6 +94,7 @@ def convert(
         )
     else:
         arrangement_by_pattern = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
+    resolved = LayerOptions(**options)
     convolutions = _find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
     for pattern, value in arrangement_by_pattern.items():
@@ -102,10 +107,12 @@ def convert(
                 arrangements[name] = parsed
             else:
                 in_channels = conv.in_channels // conv.groups
-                arrangements[name] = parsed.fill(in_channels, conv.out_channels, name or "the layer")
-    resolved = LayerOptions(**options)
+                where = name or "the layer"
+                arrangements[name] = parsed.fill(in_channels, conv.out_channels, where, resolved.per)
     replacements = {
-        convolutions[name]: _to_analytic(convolutions[name], name or "the layer", parsed, init, tolerance, resolved)
+        convolutions[name]: _to_analytic(
+            convolutions[name], name or "the layer", parsed, init, tolerance, metric, resolved
+        )
         for name, parsed in arrangements.items()
     }
     available = {key.split("_", 1)[1] for layer in replacements.values() for key in layer.raw}
@@ -114,30 +121,43 @@ def convert(
     return replace_convolutions(model, replacements)
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     """Replaces the analytic convolutions of a model with plain ones of the same weight, in place.
 
     Parameters regain the names they had before ``convert``, and the model no longer depends on acl. Hooks are kept.
     Layers that share all AKPs and plain kernels share their weight afterward.
 
+    Args:
+        model: a network, or an analytic layer itself.
+        factored: replace filter mosaics that are computed as two convolutions on CPUs by these two.
+
     Returns:
-        The model, or the nn.Conv2d itself if the model is a single analytic convolution.
+        The model, or the new convolution if the model is a single analytic convolution.
 
     Example:
         >>> net = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G24"))
         >>> [name for name, _ in fold(net).named_parameters()]
         ['0.weight', '0.bias']
     """
-    replacements = {layer: layer.fold() for layer in analytic_layers(model).values()}
-    folded: dict[Any, nn.Conv2d] = {}
-    for layer, conv in replacements.items():
-        first = folded.setdefault((*layer.raw.parameters(), layer.plain), conv)
-        if torch.equal(conv.weight, first.weight):
-            conv.weight = first.weight
+    cpu = torch.device("cpu")
+    replacements = {
+        layer: layer.fold(factored and is_factored(layer, cpu)) for layer in analytic_layers(model).values()
+    }
+    folded: dict[Any, Any] = {}
+    for layer, new in replacements.items():
+        first = folded.setdefault((*layer.raw.parameters(), layer.plain, layer.gains), new)
+        for conv, first_conv in zip(_list_convolutions(new), _list_convolutions(first), strict=True):
+            if torch.equal(conv.weight, first_conv.weight):
+                conv.weight = first_conv.weight
         if layer.bias is not None:
-            conv.bias = folded.setdefault(layer.bias, conv).bias
-        _move_hooks(layer, conv)
+            last = _list_convolutions(new)[-1]
+            last.bias = folded.setdefault(layer.bias, last).bias
+        _move_hooks(layer, new)
     return _replace_modules(model, replacements)
+
+
+def _list_convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [part for part in module.modules() if isinstance(part, nn.Conv2d)]
 
 
 def check_convertible(conv: nn.Conv2d, name: str) -> None:
@@ -168,7 +188,9 @@ def create_analytic(
         **get_convolution_arguments(conv), **factory, arrangement=arrangement, placement=placement, **options
     )
     if layer.plain is not None:
-        layer.plain.copy_(conv.weight.flatten(0, 1)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+        layer.plain.copy_(layer.view_slots(conv.weight)[layer.slots_of("P")]).requires_grad_(conv.weight.requires_grad)
+    if layer.gains is not None:
+        layer.gains.requires_grad_(conv.weight.requires_grad)
     if layer.bias is not None and conv.bias is not None:
         layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
@@ -185,6 +207,8 @@ def replace_convolutions(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticCo
     share_parameters(model, layers)
     for conv, layer in layers.items():
         if type(conv) not in (nn.Conv2d, AnalyticConv2d):
+            if layer.options.compute == "factored":
+                raise ValueError(f"compute='factored' cannot convert a {type(conv).__name__}, a subclass of nn.Conv2d")
             layer.host = conv
             conv.weight = conv.bias = None  # type: ignore[assignment]
         _move_hooks(conv, layer)
@@ -212,7 +236,7 @@ def share_parameters(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d
             raise ValueError(f"{' and '.join(names)} are one parameter; convert all of them alike, or none")
         for layer in new[1:]:
             if keys[0] == "weight":
-                layer.raw, layer.plain = new[0].raw, new[0].plain
+                layer.raw, layer.plain, layer.gains = new[0].raw, new[0].plain, new[0].gains
             else:
                 setattr(layer, keys[0], getattr(new[0], keys[0]))
 
@@ -264,36 +288,36 @@ def _to_analytic(
     arrangement: Arrangement,
     init: str | None,
     tolerance: float | None,
+    metric: str | torch.Tensor,
     options: LayerOptions,
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted; errors name it."""
     fit_options: dict[str, Any] = {
         "family": options.family,
+        "per": options.per,
+        "metric": metric,
         "profile": options.profile,
         "signed": not options.amplitude,
     }
-    placement: torch.Tensor | None = None
-    fits: list[KernelFit] | None = None
     if arrangement.auto:
         assert tolerance is not None
-        fits = list(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight).kernels)
-        arrangement, placement = Arrangement.from_slot_kinds([fit.kind for fit in fits])
-    layer = create_analytic(conv, arrangement, placement, **vars(options))
-    if fits is None and init == "fit":
-        kernels = conv.weight.flatten(0, 1)
-        fits = [KernelFit("P", {}, 1.0, None)] * len(kernels)
-        for symbol in layer.akps():
-            slots = layer.slots_of(symbol)
-            kind_fits = fit_kernels(kernels[slots, None], [symbol], **fit_options).kernels
-            for slot, fit in zip(slots, kind_fits, strict=True):
-                if fit.r2 is None and kernels[slot].any():
-                    raise ValueError(
-                        f"cannot fit {name}: the kernel of slot {slot} is constant, as all 1 x 1 kernels are; "
-                        "leave the layer plain, or use arrangement='auto' or init='random'"
-                    )
-                fits[slot] = fit
-    if fits is not None and init != "random":
-        apply_fits(layer, fits)
+        fit = refine_jointly(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight), conv.weight)
+        auto_arrangement, placement = Arrangement.from_slot_kinds([kernel.kind for kernel in fit.kernels])
+        layer = create_analytic(conv, auto_arrangement, placement, **vars(options))
+    else:
+        layer = create_analytic(conv, arrangement, **vars(options))
+        if init != "fit":
+            return layer
+        kinds = [[symbol] if KINDS[symbol].is_analytic else [] for symbol in layer.slot_kinds]
+        fit = fit_kernels(conv.weight, kinds, **fit_options)
+        for slot, kernel in enumerate(fit.kernels):
+            if kernel.r2 is None and any(kernel.weights):
+                raise ValueError(
+                    f"cannot fit {name}: the kernel of slot {slot} is constant, as all 1 x 1 kernels are; "
+                    "leave the layer plain, or use arrangement='auto' or init='random'"
+                )
+    if init != "random":
+        apply_fits(layer, fit.kernels)
     return layer
 
 

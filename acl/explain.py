@@ -125,14 +125,14 @@ def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> 
     """Measures the accuracy lost by removing each kernel on its own, for every slot of every analytic layer.
 
     Returns:
-        Layer name -> (slots,) float64, in percentage points; negative if the network is better without the kernel.
+        Layer name -> (slots,) float64, in percentage points; negative if the network is better without the kernel, or
+        without the filter in a filter mosaic.
 
     Raises:
         ValueError: for a network without analytic layers, or no data.
     """
     layers = require_analytic_layers(model)
-    weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    correct_lost = {name: torch.zeros(w.shape[0] * w.shape[1], dtype=torch.float64) for name, w in weights.items()}
+    correct_lost = {name: torch.zeros(len(layer.slot_kinds), dtype=torch.float64) for name, layer in layers.items()}
     images = 0
     with _eval_mode(model):
         for inputs, labels in batches():
@@ -144,9 +144,9 @@ def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> 
                 disable=None if progress else True,
             )
             for name, layer in layers.items():
-                for slot in range(len(correct_lost[name])):
-                    weight = weights[name].clone()
-                    weight[divmod(slot, weight.shape[1])] = 0
+                slots = torch.arange(len(correct_lost[name]))
+                for slot in slots.tolist():
+                    weight = layer.select_slots(slots != slot)
                     with _override_forward({layer: partial(layer.convolve, weight=weight, bias=layer.bias)}):
                         correct_lost[name][slot] += correct - _count_correct(model, inputs, labels)
                     bar.update()
@@ -197,13 +197,12 @@ def _register_pre_hooks(layers: Iterable[AnalyticConv2d], hook: Callable[..., No
 
 def _split_by_kind(layer: AnalyticConv2d, kinds: Iterable[str]) -> dict[str, Tensor]:
     """For each kind in the layer, the layer's weight with the kernels of all other kinds set to zero."""
-    weight, slot_kinds = layer.weight.detach(), layer.slot_kinds
-    parts = {}
-    for symbol in kinds:
-        if symbol in slot_kinds:
-            mask = torch.tensor([kind == symbol for kind in slot_kinds], device=weight.device).view(weight.shape[:2])
-            parts[symbol] = weight * mask[..., None, None]
-    return parts
+    slot_kinds = layer.slot_kinds
+    return {
+        symbol: layer.select_slots(torch.tensor([kind == symbol for kind in slot_kinds]))
+        for symbol in kinds
+        if symbol in slot_kinds
+    }
 
 
 def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batches: Batches) -> AnalyticConv2d | None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,49 +12,62 @@ from torch import Tensor
 from acl.arrangement import Arrangement
 from acl.kernels import KINDS, Family, Profile
 from acl.layer import AnalyticConv2d
+from acl.metric import Metric
+from acl.options import Per
 
 
 @dataclass(frozen=True)
 class KernelFit:
-    """One 2-D kernel, approximated by a formula or kept plain."""
+    """One 2-D kernel, or one filter, approximated by a formula or kept plain."""
 
     kind: str
     """The symbol of the kind; ``P`` for a kernel that is kept plain."""
     akps: Mapping[str, float]
     """The AKPs by name, in natural units (px, rad)."""
-    gain: float
-    """The kernel is this factor times the formula in ``acl.kernels``, before any scaling."""
+    gains: tuple[float, ...]
+    """The kernel, or a filter's kernel of each input channel, is its gain times the formula in ``acl.kernels``, before
+    any scaling; empty for a plain one."""
     r2: float | None
-    """The fraction of the kernel's energy that the fit explains; None for a zero or constant kernel (no fit)."""
+    """The share of the kernel's energy, in the metric of the fit, that it explains on its own; None for a zero or
+    constant kernel (no fit)."""
     weights: tuple[float, ...] = ()
-    """The weights of a plain kernel, row by row; empty for an analytic kernel."""
+    """The weights of a plain kernel or filter, row by row; empty for an analytic one."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The fits of a layer's kernels, slot by slot (row-major over output channel, input channel of the group)."""
+    """The fits of a layer's kernels, slot by slot (see ``acl.Arrangement``)."""
 
     shape: tuple[int, int, int, int]
     """(out, in / groups, kh, kw) of the target."""
+    per: Per
     family: Family
     profile: Profile
-    energies: tuple[float, ...]
-    """The sum of squares of each target kernel."""
-    kernels: tuple[KernelFit, ...]
+    metric: Metric
+    fixed: Mapping[str, float]
+    """The AKPs that were held constant."""
+    signed: bool
+    """Whether only positive gains were allowed."""
+    energies: tuple[float, ...] = ()
+    """The energy of each target kernel in the metric."""
+    kernels: tuple[KernelFit, ...] = ()
     """The selected fit of each target kernel: the best one, until ``choose`` selects another."""
-    by_kind: Mapping[str, tuple[KernelFit, ...]]
-    """For each kind that was tried, its best fit to each target kernel."""
+    by_kind: Mapping[str, tuple[KernelFit, ...]] = field(default_factory=dict)
+    """For each kind that was tried, its best fit to each target kernel alone."""
 
     @property
     def r2(self) -> float | None:
-        """The energy-weighted R^2 over all kernels that have a fit; None if there are none."""
+        """The energy-weighted R^2 over all kernels that have a fit, each on its own; None if there are none.
+
+        ``acl.output_error`` also counts that errors of a filter's kernels can add up or cancel.
+        """
         pairs = [(k.r2 * e, e) for k, e in zip(self.kernels, self.energies, strict=True) if k.r2 is not None]
         return sum(explained for explained, _ in pairs) / sum(energy for _, energy in pairs) if pairs else None
 
     @property
     def num_parameters(self) -> int:
-        """The number of values that define the kernels: AKPs and gain of analytic ones, weights of plain ones."""
-        return sum(len(k.weights) or len(k.akps) + 1 for k in self.kernels)
+        """The number of values that define the kernels: AKPs and gains of analytic ones, weights of plain ones."""
+        return sum(len(k.weights) + len(k.akps) + len(k.gains) for k in self.kernels)
 
     @property
     def degenerate_slots(self) -> list[int]:
@@ -62,23 +75,25 @@ class Fit:
         return [i for i, kernel in enumerate(self.kernels) if kernel.r2 is None]
 
     def choose(self, tolerance: float, target: Tensor) -> "Fit":
-        """Chooses for each slot the kind with the fewest AKPs that fits its kernel within ``tolerance``.
+        """Chooses for each slot the kind with the fewest AKPs that fits its kernel alone within ``tolerance``.
 
-        A slot stays plain if no kind does, or none with fewer AKPs (plus a gain) than the kernel has weights. A larger
-        tolerance never gives more parameters or a higher R^2.
+        A slot stays plain if no kind does, or none with fewer AKPs and gains than the kernel has weights. A larger
+        tolerance never gives more parameters or a higher R^2. ``acl.refine_jointly`` can improve the result.
 
         Args:
-            tolerance: 0 to 1; a kind qualifies if 1 - R^2 is at most this.
+            tolerance: 0 to 1; a kind qualifies if 1 - R^2, a share of the output's energy in the metric of the fit, is
+                at most this.
             target: the weight that was fitted; plain slots copy their kernels from it.
         """
         check_tolerance(tolerance)
         kernels = []
-        for slot, (best, kernel) in enumerate(zip(self.kernels, target.detach().flatten(0, 1), strict=True)):
+        slots = target.detach().flatten(0, 1) if self.per == "kernel" else target.detach()
+        for slot, (best, kernel) in enumerate(zip(self.kernels, slots, strict=True)):
             candidates = [fits[slot] for fits in self.by_kind.values()]
             qualified = [
                 fit
                 for fit in candidates
-                if fit.r2 is not None and 1 - fit.r2 <= tolerance and len(fit.akps) + 1 < kernel.numel()
+                if fit.r2 is not None and 1 - fit.r2 <= tolerance and len(fit.akps) + len(fit.gains) < kernel.numel()
             ]
             if best.r2 is None:
                 kernels.append(best)
@@ -93,7 +108,7 @@ class Fit:
         return self.to_layer(dtype=torch.float32).weight.detach()
 
     def to_layer(self, *, groups: int = 1, **options: Any) -> AnalyticConv2d:
-        """Creates an AnalyticConv2d with these kernels and their gains (``amplitude=True``).
+        """Creates an AnalyticConv2d with these kernels and their gains.
 
         Args:
             groups: as in nn.Conv2d; the layer has ``groups * shape[1]`` input channels.
@@ -108,7 +123,8 @@ class Fit:
             groups=groups,
             arrangement=arrangement,
             placement=placement,
-            amplitude=True,
+            per=self.per,
+            amplitude=self.per == "kernel",
             family=self.family,
             profile=self.profile,
             **{"bias": False, **options},
@@ -121,7 +137,8 @@ class Fit:
 
     def to_json(self) -> str:
         """Serializes the fit, for ``from_json`` to read."""
-        return json.dumps(asdict(self))
+        values = {item.name: getattr(self, item.name) for item in fields(self)} | {"metric": self.metric.to_json()}
+        return json.dumps(values, default=asdict)
 
     @classmethod
     def from_json(cls, text: str) -> "Fit":
@@ -130,7 +147,8 @@ class Fit:
             values = json.loads(text)
             by_kind = {symbol: _to_kernel_fits(entries) for symbol, entries in values.pop("by_kind").items()}
             kernels, (a, b, c, d) = _to_kernel_fits(values.pop("kernels")), values.pop("shape")
-            fit = cls((a, b, c, d), energies=tuple(values.pop("energies")), kernels=kernels, by_kind=by_kind, **values)
+            metric, energies = Metric.from_json(values.pop("metric"), b, (c, d)), tuple(values.pop("energies"))
+            fit = cls((a, b, c, d), metric=metric, energies=energies, kernels=kernels, by_kind=by_kind, **values)
             for kernels in (fit.kernels, *fit.by_kind.values()):
                 weight = replace(fit, kernels=kernels).weight()  # raises ValueError for what no layer can have
                 for value in (fit.r2, *fit.energies, weight.sum().item()):
@@ -142,12 +160,12 @@ class Fit:
 
 
 def _to_kernel_fits(entries: list[dict[str, Any]]) -> tuple[KernelFit, ...]:
-    return tuple(KernelFit(**entry | {"weights": tuple(entry["weights"])}) for entry in entries)
+    return tuple(KernelFit(**entry | {key: tuple(entry[key]) for key in ("gains", "weights")}) for entry in entries)
 
 
 def make_plain_fit(kernel: Tensor, r2: float | None) -> KernelFit:
-    """Keeps a kernel (kh, kw) plain."""
-    return KernelFit("P", {}, 1.0, r2, tuple(kernel.flatten().tolist()))
+    """Keeps a kernel, or a filter, plain."""
+    return KernelFit("P", {}, (), r2, tuple(kernel.flatten().tolist()))
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -160,7 +178,7 @@ def check_tolerance(tolerance: float | None) -> None:
 
 @torch.no_grad()
 def apply_fits(layer: AnalyticConv2d, fits: Sequence[KernelFit]) -> None:
-    """Sets a layer's AKPs, and its gains if it has ``amplitude``, from the fits, one per slot.
+    """Sets a layer's AKPs, and its gains if it has some, from the fits, one per slot.
 
     A slot whose target was zero or constant keeps its AKPs; its gain, if any, is set to 0.
     """
@@ -175,9 +193,10 @@ def apply_fits(layer: AnalyticConv2d, fits: Sequence[KernelFit]) -> None:
             for akp in KINDS[symbol].akps(layer.options.family)
         }
         layer.set_akps(symbol, akps, fitted_indices)
-        if layer.options.amplitude:
-            gains = torch.tensor([fit.gain for fit in kind_fits], dtype=torch.float64)
-            kernels = layer.compute_kernels(symbol, akps)
-            amplitudes = torch.zeros(len(slots), dtype=torch.float64)
-            amplitudes[fitted_indices] = gains / layer.scale_factors(kernels).flatten()
-            layer.set_akps(symbol, {"amplitude": amplitudes})
+        if layer.options.amplitude or layer.gains is not None:
+            num_channels = 1 if layer.gains is None else layer.gains.shape[1]
+            factors = layer.scale_factors(layer.compute_kernels(symbol, akps)).flatten(1)
+            gains = torch.zeros(len(slots), num_channels, dtype=torch.float64)
+            fitted_gains = torch.tensor([fit.gains for fit in kind_fits], dtype=torch.float64)
+            gains[fitted_indices] = fitted_gains.view(-1, num_channels) / factors
+            layer.set_gains(symbol, gains)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from acl.factored import is_factored
 from acl.kernels import AMPLITUDE
 from acl.layer import AnalyticConv2d
 
@@ -100,8 +101,8 @@ def summary(model: nn.Module, inputs: torch.Tensor | None = None) -> str:
 
     Args:
         model: any network.
-        inputs: a batch of inputs; adds the multiply-adds of each layer's convolution for it, in eval mode. They are
-            those of a plain convolution, and do not include the synthesis of the weight, which is cached.
+        inputs: a batch of inputs; adds the multiply-adds of each layer's convolutions for it, in eval mode. They do not
+            include the synthesis of the weight, which is cached.
     """
     multiply_adds = {} if inputs is None else _count_multiply_adds(model, inputs)
     rows = [("layer", "arrangement", "parameters before", "after", "multiply-adds")]
@@ -120,10 +121,13 @@ def summary(model: nn.Module, inputs: torch.Tensor | None = None) -> str:
 def _count_multiply_adds(model: nn.Module, inputs: torch.Tensor) -> dict[nn.Module, int]:
     counts: dict[nn.Module, int] = {}
 
-    def count(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         assert isinstance(layer, AnalyticConv2d)
-        taps = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-        counts[layer] = counts.get(layer, 0) + output.numel() * taps
+        channels, taps = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
+        count = output.numel() * channels * taps
+        if is_factored(layer, output.device):
+            count = inputs[0].numel() // layer.groups * layer.out_channels + output.numel() * taps
+        counts[layer] = counts.get(layer, 0) + count
 
     handles = [layer.register_forward_hook(count) for layer in analytic_layers(model).values()]
     training = {module: module.training for module in model.modules()}

@@ -1,7 +1,7 @@
 """AnalyticConv2d: a convolution whose weight is a mosaic of analytic and plain kernels."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal, Unpack
@@ -9,18 +9,24 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from acl.arrangement import Arrangement, encode_placement
-from acl.computed_conv import COMPUTED_WEIGHT, ComputedConv2d
+from acl.arrangement import Arrangement
+from acl.computed_conv import COMPUTED_WEIGHT
+from acl.factored import convolve_factored, fold_factored, is_factored
 from acl.kernels import AKP, AMPLITUDE, KINDS
 from acl.options import LayerKeywords, LayerOptions
+from acl.slots import SlottedConv2d
 
 
-class AnalyticConv2d(ComputedConv2d):
+class AnalyticConv2d(SlottedConv2d):
     """An nn.Conv2d whose weight is synthesized from an arrangement of analytic convolution kernels (ACKs).
 
     The weight has one slot per 2-D kernel. The arrangement fills the slots in order, row-major over (output channel,
     input channel of the group). Each analytic kernel is computed from a few learned parameters (AKPs); each plain
     kernel (``P``) has k x k free weights.
+
+    With ``per="filter"``, a slot is an output channel. The kernels of an analytic filter have one shape, computed from
+    its AKPs, and a gain per input channel of the group: W[o, i] = gains[o, i] K(AKPs[o]). A plain filter has all its
+    weights. Without plain filters, the layer is a 1 x 1 convolution, then a depthwise one, and can be computed as such.
 
     Source: Cui et al., arXiv 2407.06087. The options and ``placement`` are ours.
 
@@ -43,7 +49,7 @@ class AnalyticConv2d(ComputedConv2d):
     the weight is cached.
 
     ``weight`` is computed, so an in-place edit of it (``nn.init.zeros_(layer.weight)``, ``layer.weight.data.clamp_()``)
-    edits a temporary tensor and has no effect on the layer. Use ``set_akps``, ``plain``, ``sample_akps`` or
+    edits a temporary tensor and has no effect on the layer. Use ``set_akps``, ``plain``, ``gains``, ``sample_akps`` or
     ``reset_parameters`` instead.
 
     ``placement`` is structure, like the arrangement: averages, casts and ``load_state_dict`` do not change it. The
@@ -54,16 +60,6 @@ class AnalyticConv2d(ComputedConv2d):
         >>> layer.weight.shape, sum(p.numel() for p in layer.parameters())
         (torch.Size([64, 3, 7, 7]), 4962)
     """
-
-    arrangement: Arrangement
-    """The number of kernels of each kind, as counts."""
-    options: LayerOptions
-    raw: nn.ParameterDict
-    """The AKPs as stored, named ``<symbol>_<akp>``; ``akps()`` returns them in natural units."""
-    plain: nn.Parameter | None
-    """The plain kernels in slot order, (count, kh, kw); None if there are none."""
-    placement: Tensor | None
-    """(slots,) The index of each slot's kernel in the arrangement's order; no buffer, which averages would change."""
 
     def __init__(
         self,
@@ -92,11 +88,7 @@ class AnalyticConv2d(ComputedConv2d):
         self.options = LayerOptions(**options)
         if isinstance(arrangement, str):
             arrangement = Arrangement.parse(arrangement)
-        self.arrangement = arrangement.fill(in_channels // groups, out_channels)
-        slots = in_channels // groups * out_channels
-        if placement is not None and sorted(placement.tolist()) != list(range(slots)):
-            raise ValueError(f"placement must be a permutation of the layer's {slots} slots")
-        self.placement = None if placement is None else placement.detach().to("cpu", torch.long, copy=True)
+        self._fill_slots(arrangement, placement)
         self.raw = nn.ParameterDict(
             {
                 f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
@@ -105,53 +97,27 @@ class AnalyticConv2d(ComputedConv2d):
             }
         )
         plain_count = self.arrangement.counts.get("P", 0)
-        self.plain = nn.Parameter(torch.empty(plain_count, *self.kernel_size, **factory)) if plain_count else None
-        self._move_placement()
+        if plain_count and self.options.compute == "factored":
+            raise ValueError("compute='factored' needs analytic filters only; plain filters have no common shape")
+        gain_count = len(self.slot_kinds) - plain_count if self.options.per == "filter" else 0
+        channels = in_channels // groups
+        plain_shape = self.kernel_size if self.options.per == "kernel" else (channels, *self.kernel_size)
+        self.plain = nn.Parameter(torch.empty(plain_count, *plain_shape, **factory)) if plain_count else None
+        self.gains = nn.Parameter(torch.empty(gain_count, channels, **factory)) if gain_count else None
         for key, parameter in self.raw.items():
             parameter.requires_grad_(key.split("_", 1)[1] in self.options.learned_akps)
         self.reset_parameters()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalyticConv2d":
-        super()._apply(fn, recurse)
-        self._move_placement()
-        return self
-
-    def _move_placement(self) -> None:
-        if self.placement is not None and not self._format.is_meta:
-            self.placement = self.placement.to(self._format.device)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.placement is not None:
-            destination[f"{prefix}placement_bits"] = encode_placement(self.placement)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}placement_bits"
-        bits = state_dict.pop(key, None)  # of a copy
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if bits is None or self.placement is None:
-            keys = missing_keys if bits is None else unexpected_keys
-            keys += [key] if strict and (bits is None) != (self.placement is None) else []
-        elif not torch.equal((bits > 0.5).cpu(), encode_placement(self.placement).cpu()):
-            error_msgs.append(f"{key}: the state dict places its kernels in other slots than the layer does")
 
     def _get_akps(self, symbol: str) -> tuple[AKP, ...]:
         return KINDS[symbol].akps(self.options.family, self.options.amplitude)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does."""
+        """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does.
+
+        The gains of filters are uniform, of variance 1 / (in_channels / groups): with ``scale="unit"``, an input of
+        unit variance then has outputs of about unit variance.
+        """
         if "raw" not in self._modules:
             return  # nn.Conv2d's constructor calls this before the AKPs exist
         self.sample_akps()
@@ -160,6 +126,9 @@ class AnalyticConv2d(ComputedConv2d):
         for parameter in (self.plain, self.bias):
             if parameter is not None:
                 parameter.uniform_(-bound, bound)
+        if self.gains is not None:
+            bound = math.sqrt(3 / max(1, self.gains.shape[1]))
+            self.gains.uniform_(-bound, bound)
 
     @torch.no_grad()
     def sample_akps(self) -> None:
@@ -213,11 +182,11 @@ class AnalyticConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def add_amplitude(self) -> None:
-        """Gives each ACK a gain of 1 as an additional AKP, unless the layer has ``amplitude``.
+        """Gives each ACK a gain of 1 as an additional AKP, unless the layer has gains already.
 
         The gains of a kind are trained if any of its AKPs are.
         """
-        if self.options.amplitude:
+        if self.options.amplitude or self.options.per == "filter":
             return
         stored = {key: self._get_stored(key) for key in self.raw}
         self.options = replace(self.options, amplitude=True)
@@ -229,27 +198,34 @@ class AnalyticConv2d(ComputedConv2d):
         keys = [f"{symbol}_{akp.name}" for symbol in self.arrangement.counts for akp in self._get_akps(symbol)]
         self.raw = nn.ParameterDict({key: stored[key] for key in keys})
 
-    @property
-    def slot_kinds(self) -> list[str]:
-        """The symbol of the kind in each slot, row-major over (output channel, input channel of the group)."""
-        kinds = [symbol for symbol, count in self.arrangement.counts.items() for _ in range(count)]
-        return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
-
-    def slots_of(self, symbol: str) -> list[int]:
-        """The slot of each kernel of a kind, in the order of the kind's parameters."""
-        kernels = self.arrangement.kernel_ranges[symbol]
-        if self.placement is None:
-            return list(kernels)
-        slot_of_kernel = self.placement.argsort().tolist()
-        return [slot_of_kernel[i] for i in kernels]
-
     def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters from which the weight is synthesized: stored AKPs, then plain kernels."""
-        return [*self.raw.values(), *([] if self.plain is None else [self.plain])]
+        """The parameters from which the weight is synthesized: stored AKPs, plain kernels, gains of filters."""
+        return [*self.raw.values(), *(p for p in (self.plain, self.gains) if p is not None)]
 
     def compute_kernels(self, symbol: str, akps: Mapping[str, Tensor]) -> Tensor:
         """Kernels (..., kh, kw) of a kind, from AKPs (...) in natural units, before scaling and gain."""
         return KINDS[symbol].synthesize(akps, self.kernel_size, self.options.profile)
+
+    def compute_shapes(self, symbol: str) -> Tensor:
+        """The scaled kernels (count, kh, kw) of an analytic kind without their gains, in float64."""
+        akps = {name: values.double() for name, values in self.akps()[symbol].items() if name != AMPLITUDE.name}
+        kernels = self.compute_kernels(symbol, akps)
+        return kernels * self.scale_factors(kernels)
+
+    def gains_of(self, symbol: str) -> Tensor:
+        """The gains (count, channels) of an analytic kind: of filters for each input channel, of kernels for one."""
+        if self.gains is not None:
+            return self.gains[self.gain_rows(symbol)]
+        akps = self.akps()[symbol]
+        return akps.get(AMPLITUDE.name, torch.ones_like(next(iter(akps.values()))))[:, None]
+
+    @torch.no_grad()
+    def set_gains(self, symbol: str, gains: Tensor) -> None:
+        """Sets the gains (count, channels) of an analytic kind. Raises ValueError for kernels without gains."""
+        if self.gains is not None:
+            self.gains[self.gain_rows(symbol)] = gains.to(self.gains)
+        else:
+            self.set_akps(symbol, {AMPLITUDE.name: gains[:, 0]})
 
     def scale_factors(self, kernels: Tensor) -> Tensor:
         """The factors (count, 1, 1) by which ``scale`` multiplies analytic kernels (count, kh, kw)."""
@@ -258,68 +234,112 @@ class AnalyticConv2d(ComputedConv2d):
         return self._compute_unit_scale(kernels, (-2, -1))
 
     def _compute_unit_scale(self, kernels: Tensor, pixel_dims: tuple[int, int]) -> Tensor:
-        energy = (kernels * kernels).sum(pixel_dims, keepdim=True) * (self.in_channels // self.groups)
-        return torch.rsqrt(energy + 1e-12)
+        fan_in = self.in_channels // self.groups if self.options.per == "kernel" else 1  # gains have the rest
+        return torch.rsqrt((kernels * kernels).sum(pixel_dims, keepdim=True) * fan_in + 1e-12)
 
-    def _synthesize(self) -> Tensor:
+    def _synthesize_analytic(self) -> Tensor | None:
+        """The scaled analytic kernels in the arrangement's order, pixels first: (kh, kw, count); None if none."""
         akps = self.akps()
         gains = [values.pop("amplitude") for values in akps.values()] if self.options.amplitude else []
         kernels = [self.compute_kernels(symbol, values) for symbol, values in akps.items()]
         # Kernels are views of tensors with the pixels first (see acl.kernels._Grid), and stay so until the end.
         kernels = [kernel.permute(1, 2, 0) for kernel in kernels]
-        if kernels:
-            weight = torch.cat(kernels, -1) if len(kernels) > 1 else kernels[0]
-            factors = [self._compute_unit_scale(weight, (0, 1))] if self.options.scale == "unit" else []
-            if gains:
-                factors.append(torch.cat(gains))
-            if factors:
-                weight = weight * reduce(torch.mul, factors)
-            weight = weight.to(self._format.dtype)
-            if self.plain is not None:
-                plain_start = self.arrangement.kernel_ranges["P"].start
-                plain = self.plain.permute(1, 2, 0)
-                weight = torch.cat([weight[..., :plain_start], plain, weight[..., plain_start:]], -1)
-        else:
-            assert self.plain is not None
-            weight = self.plain.permute(1, 2, 0)
+        if not kernels:
+            return None
+        weight = torch.cat(kernels, -1) if len(kernels) > 1 else kernels[0]
+        factors = [self._compute_unit_scale(weight, (0, 1))] if self.options.scale == "unit" else []
+        if gains:
+            factors.append(torch.cat(gains))
+        return weight * reduce(torch.mul, factors) if factors else weight
+
+    def _synthesize(self) -> Tensor:
+        weight = self._synthesize_analytic()  # pixels first, as all that follows
+        if weight is not None and self.gains is not None:
+            weight = weight[..., None] * self.gains
+        weight = None if weight is None else weight.to(self._format.dtype)
+        if self.plain is not None:
+            plain = self.plain.movedim((-2, -1), (0, 1))
+            start = self.arrangement.kernel_ranges["P"].start
+            weight = plain if weight is None else torch.cat([weight[:, :, :start], plain, weight[:, :, start:]], 2)
+        assert weight is not None
         if self.placement is not None:
-            # Much faster than weight[..., self.placement], above all in the backward pass.
+            # Much faster than weight[:, :, self.placement], above all in the backward pass.
             weight = weight.flatten(0, 1).index_select(1, self.placement.to(weight.device))
-        weight = weight.view(*self.kernel_size, self.out_channels, -1).permute(2, 3, 0, 1)
+        weight = weight.reshape(*self.kernel_size, self.out_channels, -1).permute(2, 3, 0, 1)
         # torch.func.vmap supports no query of the memory format itself
         is_channels_last = self._format.stride(1) == 1
         return weight.clone(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+
+    def _synthesize_shapes(self) -> Tensor:
+        """The shapes of filters as the weight of a depthwise convolution, (out, 1, kh, kw)."""
+        shapes = self._synthesize_analytic()
+        assert shapes is not None
+        if self.placement is not None:
+            shapes = shapes.flatten(0, 1).index_select(1, self.placement.to(shapes.device)).view_as(shapes)
+        return shapes.permute(2, 0, 1)[:, None].to(self._format.dtype).contiguous()
+
+    def get_pointwise_weight(self) -> Tensor:
+        """The gains of filters as the weight of a 1 x 1 convolution, (out, in / groups, 1, 1)."""
+        assert self.gains is not None
+        gains = self.gains if self.placement is None else self.gains[self.placement.to(self.gains.device)]
+        return gains[:, :, None, None]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not is_factored(self, x.device):
+            return super()._forward(x)
+        return convolve_factored(self, x, self._read_cache_or_compute(self._synthesize_shapes))
+
+    def fold(self, factored: bool = False) -> nn.Conv2d | nn.Sequential:  # type: ignore[override]
+        """Creates an nn.Conv2d with the same weight, bias, device, dtype, memory format and training mode.
+
+        Its weight is frozen if everything that it is computed from is.
+
+        Args:
+            factored: create a 1 x 1 convolution and a depthwise one instead, which need fewer operations.
+
+        Raises:
+            ValueError: for ``factored`` and a layer that is not a filter mosaic without plain filters, or that was
+                converted from a subclass of nn.Conv2d.
+        """
+        return fold_factored(self, self._synthesize_shapes) if factored else super().fold()
 
     def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:
         # raw.values() is several times slower. Parametrized and replicated AKPs are not among the parameters of raw.
         raw: list[Any] = list(self.raw._parameters.values())
         raw += [None] * (len(self.raw) - len(raw))
-        return (raw if self.plain is None else [*raw, self.plain]), self.options
+        return [*raw, *(p for p in (self.plain, self.gains) if p is not None)], self.options
 
     @torch.no_grad()
     def formula(self, slot: int, digits: int = 3) -> str:
         """Formats a slot's kernel as text, with the values of its gain and its AKPs.
 
         Args:
-            slot: row-major over (output channel, input channel of the group).
+            slot: row-major over (output channel, input channel of the group); in a filter mosaic, the output channel.
             digits: significant digits of each number.
 
         Returns:
             For example, ``0.21*(exp(-(x'^2 + y'^2)/(2*1.83^2))*cos(2*pi*x'/4.1 + 0.5)); theta = 30 deg``; see
-            ``acl.kernels.Kind.formula`` for the notation. For a plain kernel, ``7 x 7 free weights``.
+            ``acl.kernels.Kind.formula`` for the notation. For a plain kernel, ``7 x 7 free weights``. A filter has the
+            list of its gains, or their range if there are more than four.
         """
         symbol = self.slot_kinds[slot]
         kind = KINDS[symbol]
         if not kind.is_analytic:
-            return f"{self.kernel_size[0]} x {self.kernel_size[1]} free weights"
+            assert self.plain is not None
+            return f"{' x '.join(map(str, self.plain.shape[1:]))} free weights"
         i = self.slots_of(symbol).index(slot)
         akps = {name: values[i : i + 1] for name, values in self.akps()[symbol].items()}
         amplitude = akps.pop("amplitude", torch.ones(1))
-        kernel = self.compute_kernels(symbol, akps)
-        gain = float(amplitude * self.scale_factors(kernel).flatten())
+        if self.gains is not None:
+            amplitude = self.gains[self.gain_rows(symbol)][i]
+        gains = (amplitude * self.scale_factors(self.compute_kernels(symbol, akps)).flatten()).tolist()
+        numbers = [f"{gain:.{digits}g}" for gain in (gains if len(gains) <= 4 else (min(gains), max(gains)))]
         text = kind.formula({name: value.item() for name, value in akps.items()}, self.options.profile, digits)
         expression, separator, definitions = text.partition("; ")
-        return f"{gain:.{digits}g}*({expression}){separator}{definitions}"
+        if self.gains is None:
+            return f"{numbers[0]}*({expression}){separator}{definitions}"
+        gain_text = f"[{', '.join(numbers)}]" if len(gains) <= 4 else f"{len(gains)} gains from {' to '.join(numbers)}"
+        return f"g*({expression}){separator}{definitions}; g = {gain_text}"
 
     def extra_repr(self) -> str:
         default = LayerOptions()

@@ -17,6 +17,8 @@ from acl.layer import AnalyticConv2d
 
 _RED_BLUE = colormaps["RdBu_r"]
 _MAX_TRAJECTORIES = 200
+_MOSAIC_GAP = 2
+"""Pixels of kernels between the tiles of a mosaic."""
 
 
 def to_png(figure: Figure) -> bytes:
@@ -40,7 +42,7 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
 
     A layer with three input channels is drawn as in the paper: one RGB tile per output channel (gray is 0), with
     the colors of its three kernels' kinds alternating in the outline. Any other layer is drawn with one tile per
-    kernel (blue is negative, red is positive). Each tile is scaled separately.
+    kernel, or per filter its kernel of most energy (blue is negative, red is positive). Each tile is scaled separately.
 
     Args:
         layer: the layer to draw.
@@ -49,27 +51,22 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
     weight = layer.weight.detach().float().cpu()
     slot_kinds = layer.slot_kinds
     is_rgb = weight.shape[1] == 3
-    if is_rgb:
-        tiles = weight.permute(0, 2, 3, 1)
-        kinds_of_tile = [slot_kinds[3 * i : 3 * i + 3] for i in range(len(tiles))]
-        columns = math.ceil(math.sqrt(len(tiles)))
-    else:
-        tiles = weight.flatten(0, 1)
-        kinds_of_tile = [[symbol] for symbol in slot_kinds]
-        columns = weight.shape[1] if weight.shape[1] > 1 else math.ceil(math.sqrt(len(tiles)))
+    tiles = weight.permute(0, 2, 3, 1) if is_rgb else get_slot_kernels(layer)
     tiles = tiles / tiles.flatten(1).abs().amax(1).clamp(min=1e-12).reshape(-1, *[1] * (tiles.ndim - 1))
+    pixels = tiles / 2 + 0.5 if is_rgb else torch.from_numpy(_RED_BLUE(tiles.numpy() / 2 + 0.5))[..., :3]
+    kinds_per_tile = len(slot_kinds) // len(tiles)
+    has_row_per_filter = len(tiles) > len(weight)
+    columns = weight.shape[1] if has_row_per_filter else math.ceil(math.sqrt(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
     tile_size = max(0.35, min(0.7, 8 / max(rows, columns)))
     figure = Figure(figsize=(max(4.0, columns * tile_size), rows * tile_size + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, tile, symbols in zip(axes, tiles, kinds_of_tile, strict=False):
-        if is_rgb:
-            axis.imshow((tile / 2 + 0.5).numpy())
-        else:
-            axis.imshow(tile.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        _draw_outline(axis, tile.shape[1], tile.shape[0], symbols)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    height, width = tiles.shape[1:3]
+    axes.imshow(_arrange_tiles(pixels, columns, _MOSAIC_GAP).numpy(), interpolation="nearest")
+    for i in range(len(tiles)):
+        corner = (i % columns * (width + _MOSAIC_GAP) - 0.5, i // columns * (height + _MOSAIC_GAP) - 0.5)
+        _draw_outline(axes, corner, width, height, slot_kinds[i * kinds_per_tile : (i + 1) * kinds_per_tile])
     present = [KINDS[symbol] for symbol, count in layer.arrangement.counts.items() if count]
     handles = [Patch(facecolor="none", edgecolor=kind.color, linewidth=2, label=kind.name) for kind in present]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -78,20 +75,32 @@ def mosaic(layer: AnalyticConv2d, title: str | None = None) -> Figure:
     return figure
 
 
-def _draw_outline(axis: Axes, width: int, height: int, symbols: list[str]) -> None:
+def get_slot_kernels(layer: AnalyticConv2d) -> Tensor:
+    """The kernel of each slot, (slots, kh, kw) float32; of a filter, its kernel of most energy."""
+    weight = layer.weight.detach().float().cpu()
+    if layer.options.per == "kernel":
+        return weight.flatten(0, 1)
+    return weight[torch.arange(len(weight)), weight.square().sum((2, 3)).argmax(1)]
+
+
+def _arrange_tiles(tiles: Tensor, columns: int, gap: int) -> Tensor:
+    """Draws RGB tiles (n, h, w, 3) from 0 to 1 in one image, in rows, with white gaps between them."""
+    rows, (height, width) = math.ceil(len(tiles) / columns), tiles.shape[1:3]
+    canvas = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    return canvas
+
+
+def _draw_outline(axes: Axes, corner: tuple[float, float], width: int, height: int, symbols: list[str]) -> None:
     """Outlines a tile in the colors of its kinds; several kinds alternate as dashes."""
     for i, symbol in enumerate(symbols):
         linestyle = "solid" if len(set(symbols)) == 1 else (4 * i, (4, 4 * (len(symbols) - 1)))
-        axis.add_patch(
+        color = KINDS[symbol].color
+        axes.add_patch(
             Rectangle(
-                (-0.5, -0.5),
-                width,
-                height,
-                fill=False,
-                edgecolor=KINDS[symbol].color,
-                linewidth=2.5,
-                linestyle=linestyle,
-                clip_on=False,
+                corner, width, height, fill=False, edgecolor=color, linewidth=2, linestyle=linestyle, clip_on=False
             )
         )
 
@@ -178,15 +187,9 @@ def approximation(target: Tensor, fitted: Tensor, title: str | None = None) -> F
     height, width = target.shape[2:]
     figure = Figure(figsize=(12, 4.4 * rows * height / (columns * width) + 0.5), layout="constrained")
     for axis, panel, name in zip(figure.subplots(1, 3), panels, ("kernels", "formulas", "residuals"), strict=True):
-        # Draw all tiles in one image, separated by white lines.
-        canvas = torch.ones(rows * (height + 1), columns * (width + 1), 3)
-        for position, i in enumerate(order.tolist()):
-            tile = (panel[i] / scale[i]).clamp(-1, 1)
-            pixels = (
-                (tile.permute(1, 2, 0) + 1) / 2 if is_rgb else torch.from_numpy(_RED_BLUE(tile[0].numpy() / 2 + 0.5))
-            )
-            top, left = position // columns * (height + 1), position % columns * (width + 1)
-            canvas[top : top + height, left : left + width] = pixels[..., :3]
+        tiles = (panel / scale).clamp(-1, 1)[order] / 2 + 0.5
+        pixels = tiles.permute(0, 2, 3, 1) if is_rgb else torch.from_numpy(_RED_BLUE(tiles[:, 0].numpy()))[..., :3]
+        canvas = _arrange_tiles(pixels, columns, 1)
         axis.imshow(canvas.numpy(), interpolation="nearest")
         axis.set_axis_off()
         axis.set_title(name)

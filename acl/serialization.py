@@ -33,7 +33,7 @@ _CONVOLUTION_FIELDS = (
     "padding_mode",
 )
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-_OPTIONS = [field.name for field in fields(LayerOptions) if field.name != "learn"]
+_OPTIONS = {field.name: field.default for field in fields(LayerOptions) if field.name not in ("learn", "compute")}
 _FIELDS = {"class", "bias", *_CONVOLUTION_FIELDS, "arrangement", "has_placement", *_OPTIONS, "learn"}
 
 
@@ -181,7 +181,8 @@ def _read(file: str | Path, with_tensors: bool = True) -> tuple[dict[str, Any], 
         if version != FORMAT:
             raise ValueError(f"its format is {version!r}, and this version of acl reads format {FORMAT}")
         for name, specification in layers.items():
-            if specification.keys() != _FIELDS:
+            layers[name] = {**_OPTIONS, **specification}  # files lack the options that came later
+            if layers[name].keys() != _FIELDS:
                 raise ValueError(f"layer '{name}' lacks a field or has an unknown one")
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the description of the layers in {file}: {error}") from error

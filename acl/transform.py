@@ -66,7 +66,10 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
             ):
                 raise ValueError(f"cannot rotate {where}: {kind.name} has a direction, but no AKP with that role")
             ratios = _compare_scale_factors(layer, symbol, akps, new)
-            if layer.options.amplitude:
+            if layer.gains is not None:
+                rows = layer.gain_rows(symbol)
+                turned.setdefault(layer.gains, layer.gains.clone())[rows] = layer.gains[rows] * ratios[:, None]
+            elif layer.options.amplitude:
                 new["amplitude"] = akps["amplitude"] * ratios
             elif not torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
                 gains.setdefault(layer, {})[symbol] = ratios
@@ -119,12 +122,13 @@ def _compare_scale_factors(
 
 
 def _turn_kernels(kernels: Tensor, angle: float) -> Tensor:
-    """Rotates kernels (n, kh, kw) counterclockwise by an angle in rad, with bicubic interpolation; 0 outside."""
+    """Rotates kernels (..., kh, kw) counterclockwise by an angle in rad, with bicubic interpolation; 0 outside."""
     kh, kw = kernels.shape[-2:]
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (kh, kw)), indexing="ij")
     cos, sin = math.cos(angle), math.sin(angle)
     grid = torch.stack([2 * (x * cos - y * sin) / kw, 2 * (y * cos + x * sin) / kh], -1).to(kernels.device)
-    return F.grid_sample(kernels[None].double(), grid[None], "bicubic", "zeros", align_corners=False)[0]
+    planes = kernels.double().reshape(1, -1, kh, kw)
+    return F.grid_sample(planes, grid[None], "bicubic", "zeros", align_corners=False).view(kernels.shape)
 
 
 @torch.no_grad()
@@ -209,33 +213,25 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
         _rescale_axis(*lengths, factor, multiply_stride)
         for lengths in zip(layer.kernel_size, layer.stride, paddings, layer.dilation, strict=True)
     ]
-    new = copy.deepcopy(layer)
-    new.add_amplitude()
-    new.kernel_size = (axes[0].kernel_size, axes[1].kernel_size)
-    new.stride = (axes[0].stride, axes[1].stride)
-    new.padding = (axes[0].padding, axes[1].padding)
-    new._reversed_padding_repeated_twice = [axis.padding for axis in reversed(axes) for _ in range(2)]
-    resampled = layer.weight.flatten(0, 1).double()
-    for dim, axis in enumerate(axes, 1):
-        matrix = _make_resampling(layer.kernel_size[dim - 1], axis, factor).to(resampled)
-        resampled = torch.tensordot(resampled, matrix, ([1], [1]))  # moves the other dimension first: y, then x
+    new = _copy_with_geometry(layer, axes)
     if layer.plain is not None:
-        plain = resampled[layer.slots_of("P")].to(layer.plain)
-        new.plain = nn.Parameter(plain, layer.plain.requires_grad)
+        plain = _resample(layer.plain, layer.kernel_size, axes, factor)
+        new.plain = nn.Parameter(plain.to(layer.plain), layer.plain.requires_grad)
     missed = total = 0.0
-    for symbol, akps in layer.akps().items():
-        targets, old_kernels = resampled[layer.slots_of(symbol)], layer.weight.flatten(0, 1)[layer.slots_of(symbol)]
+    for symbol in layer.akps():
+        shapes = layer.compute_shapes(symbol)
+        targets = _resample(shapes, layer.kernel_size, axes, factor)
         for akp in KINDS[symbol].akps(layer.options.family):
-            new.set_akps(symbol, {akp.name: _scale_akp(akp, akps[akp.name], factor, axes)})
-        new.set_akps(symbol, {"amplitude": torch.ones(len(targets))})
-        kernels = new.weight.flatten(0, 1)[layer.slots_of(symbol)].double()
-        responses, energies = (kernels * targets).sum((1, 2)), kernels.square().sum((1, 2))
-        if factor >= 1:  # the response to an enlarged copy of the old kernel is that of the old kernel to itself
-            responses, energies = old_kernels.double().square().sum((1, 2)), factor**2 * responses
-        gains = torch.where(energies.abs() > 1e-12, responses / energies, 0)
-        new.set_akps(symbol, {"amplitude": gains})
-        missed += float((gains[:, None, None] * kernels - targets).square().sum())
-        total += float(targets.square().sum())
+            new.set_akps(symbol, {akp.name: _scale_akp(akp, layer.akps()[symbol][akp.name], factor, axes)})
+        new_shapes = new.compute_shapes(symbol)
+        responses, energies = (new_shapes * targets).sum((1, 2)), new_shapes.square().sum((1, 2))
+        if factor >= 1:  # the response to an enlarged copy of the old shape is that of the old shape to itself
+            responses, energies = shapes.square().sum((1, 2)), factor**2 * responses
+        ratios = torch.where(energies.abs() > 1e-12, responses / energies, 0)
+        new.set_gains(symbol, new.gains_of(symbol) * ratios[:, None])
+        weights = layer.gains_of(symbol).double().square().sum(1)[:, None, None]
+        missed += float((weights * (ratios[:, None, None] * new_shapes - targets).square()).sum())
+        total += float((weights * targets.square()).sum())
     if factor < 1 and missed > _MAX_ERROR * total:
         raise UnsuitableFormulasError(
             f"{where}: its formulas are too fine for the pixels of images at {factor:g} times the size and would miss "
@@ -243,6 +239,25 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
             "which resamples the kernels with antialiasing"
         )
     return new
+
+
+def _copy_with_geometry(layer: AnalyticConv2d, axes: Sequence[_Axis]) -> AnalyticConv2d:
+    """A copy of the layer that has gains, and the kernel size, stride and padding of a rescaled layer."""
+    new = copy.deepcopy(layer)
+    new.add_amplitude()
+    new.kernel_size = (axes[0].kernel_size, axes[1].kernel_size)
+    new.stride = (axes[0].stride, axes[1].stride)
+    new.padding = (axes[0].padding, axes[1].padding)
+    new._reversed_padding_repeated_twice = [axis.padding for axis in reversed(axes) for _ in range(2)]
+    return new
+
+
+def _resample(kernels: Tensor, kernel_size: tuple[int, int], axes: Sequence[_Axis], factor: float) -> Tensor:
+    """Resamples kernels (..., kh, kw) to the size of a rescaled layer, in float64."""
+    rows, columns = (
+        _make_resampling(size, axis, factor).to(kernels.device) for size, axis in zip(kernel_size, axes, strict=True)
+    )
+    return rows @ kernels.double() @ columns.T
 
 
 def _scale_akp(akp: AKP, values: Tensor, factor: float, axes: Sequence[_Axis]) -> Tensor:

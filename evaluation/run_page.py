@@ -48,7 +48,7 @@ def render_run_page(
     for name, layer in tqdm(analytic_layers(model).items(), desc="drawing", unit="layer", disable=None):
         prefix = f"{name}/"
         history = {key.removeprefix(prefix): akps for key, akps in akp_history.items() if key.startswith(prefix)}
-        slots = layer.weight.shape[0] * layer.weight.shape[1]
+        slots = len(layer.slot_kinds)
         has_mosaic = slots <= MAX_KERNELS
         layers.append(
             {
@@ -75,10 +75,10 @@ def render_run_page(
 
 def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[dict[str, Any]]:
     """Yields what the page shows of each kernel."""
-    weight = layer.weight.detach().float().cpu().flatten(0, 1)
-    slots_by_energy = weight.square().sum((1, 2)).argsort(descending=True)
-    slots = range(len(weight)) if len(weight) <= MAX_KERNELS else slots_by_energy[:MAX_KERNELS].tolist()
-    slot_kinds, in_channels = layer.slot_kinds, layer.weight.shape[1]
+    kernels = plot.get_slot_kernels(layer)
+    slots_by_energy = kernels.square().sum((1, 2)).argsort(descending=True)
+    slots = range(len(kernels)) if len(kernels) <= MAX_KERNELS else slots_by_energy[:MAX_KERNELS].tolist()
+    slot_kinds, slots_per_filter = layer.slot_kinds, len(layer.slot_kinds) // layer.out_channels
     slots_and_akps = {symbol: (layer.slots_of(symbol), akps) for symbol, akps in layer.akps().items()}
     for slot in slots:
         kind = KINDS[slot_kinds[slot]]
@@ -88,13 +88,13 @@ def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[di
             i = kind_slots.index(slot)
             values = [f"{name} {akp[i].item():.3f} {kind.get_unit(name)}".strip() for name, akp in akps.items()]
         yield {
-            "out": slot // in_channels,
-            "in": slot % in_channels,
+            "out": slot // slots_per_filter,
+            "in": slot % slots_per_filter if layer.options.per == "kernel" else "all",
             "kind": kind,
             "formula": layer.formula(slot),
             "akps": ", ".join(values),
             "lost": None if lost is None else f"{lost[slot]:+.2f}",
-            "image": _draw_tile(weight[slot]),
+            "image": _draw_tile(kernels[slot]),
         }
 
 

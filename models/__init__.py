@@ -47,7 +47,7 @@ def create_model(
         backbone: one of ``BACKBONES``, or ``timm/<name>``.
         channels, classes: the numbers of image channels and classes.
         arrangement: convolution name -> arrangement; convolutions without one stay plain.
-        layer: options of ``acl.convert`` for an AnaNN; None for a plain network.
+        layer: options of ``acl.convert`` for an AnaNN, where None stands for the default; None for a plain network.
         options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
@@ -66,7 +66,9 @@ def create_model(
             f"model=ana_{config_name} needs an arrangement: one of configs/arrangement, such as arrangement=mosaic, "
             "or one per layer, such as arrangement.conv1=G6"
         )
-    return convert(model, arrangement, **layer)
+    # An option without a value has its default, but fits recorded without a metric are fits to pixels.
+    layer_options = {"metric": "pixels"} | {name: value for name, value in layer.items() if value is not None}
+    return convert(model, arrangement, **layer_options)
 
 
 def find_random_layers(model: nn.Module) -> list[str] | None:

@@ -2,21 +2,40 @@
 
 from torch import Tensor, nn
 
+from models.convolutions import Convolution, create_convolution
+
 
 class LeNet(nn.Module):
     """LeNet-5: two 5 x 5 convolutions (6 and 16 channels) and three linear layers.
 
     Source: LeCun et al., 1998, in its common modern form (ReLU, max-pooling, and padding 2 for 28 x 28 images).
 
+    Args:
+        channels, classes: the numbers of image channels and classes.
+        convolution: replaces the convolutions by ones with fewer parameters (see ``models.convolutions``).
+        width: multiplies the numbers of channels of the convolutions; 1 if None.
+
+    Raises:
+        ValueError: for a width that leaves no channel.
+
     Shape:
         Input (N, channels, 28, 28), output (N, classes).
     """
 
-    def __init__(self, channels: int = 1, classes: int = 10) -> None:
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 10,
+        convolution: Convolution | None = None,
+        width: float | None = None,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        first, second = (round(n * (1 if width is None else width)) for n in (6, 16))
+        if first < 1:
+            raise ValueError(f"model.width={width} leaves no channel; it should be at least {1 / 6:.2g}")
+        self.conv1 = create_convolution(convolution, channels, first, 5, padding=2, bias=True)
+        self.conv2 = create_convolution(convolution, first, second, 5, padding=0, bias=True)
+        self.fc1 = nn.Linear(second * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)
         self.relu = nn.ReLU()

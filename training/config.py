@@ -25,6 +25,7 @@ _NOT_IN_IDENTITY = (
     ("fresh",),
     ("data", "root"),
     ("data", "cache"),
+    ("model", "layer", "compute"),
     *(
         ("trainer", key)
         for key in ("accelerator", "strategy", "devices", "nodes", "deterministic", "compile", "checkpoint_minutes")

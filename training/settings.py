@@ -54,6 +54,7 @@ class LayerSettings(LayerOptions):
 
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
+    metric: Literal["images", "pixels"] = "pixels"
 
 
 Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
@@ -172,7 +173,9 @@ def _parse_model(section: dict[str, Any]) -> dict[str, Any]:
     if layer is not None:
         if not isinstance(layer, dict):
             raise UsageError(f"model.layer={format_value(layer)} is invalid: it should be null or a section of options")
-        construct(LayerSettings, layer, "model.layer")
+        known = {field.name for field in fields(LayerSettings)}
+        given = {name: value for name, value in layer.items() if value is not None or name not in known}
+        construct(LayerSettings, given, "model.layer")
     return section
 
 

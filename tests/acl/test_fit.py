@@ -1,6 +1,7 @@
 """acl.fit: kinds, AKPs and gains fitted to given kernels, and conversion with init="fit" and arrangement "auto"."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import acl
-from acl import AnalyticConv2d, Fit, convert, fit_kernels
+from acl import AnalyticConv2d, Fit, Metric, convert, fit_kernels
 from acl.fit_result import KernelFit
 from acl.kernels import KINDS, analytic_kinds
+from acl.metric import METRICS
 
 PER_KIND = 6
 """Kernels of each analytic kind in ``make_convolution()``; a multiple of its 3 input channels."""
@@ -40,9 +42,11 @@ def repeat_kinds(count: int) -> list[str]:
     return [symbol for symbol in analytic_kinds() for _ in range(count)]
 
 
-def compute_residuals(weight: Tensor, target: Tensor) -> Tensor:
-    """(out, in / groups): the share of each target kernel's energy that the weight misses."""
-    return (target - weight).square().sum((2, 3)) / target.square().sum((2, 3))
+def compute_residuals(weight: Tensor, target: Tensor, metric: str) -> Tensor:
+    """(slots,): the share of each target kernel's energy that the weight misses, in a metric."""
+    kernels = [k.detach().flatten(0, 1)[:, None] for k in (target - weight, target)]
+    error, energy = (Metric.create(metric, 1, tuple(target.shape[2:])).energies(k) for k in kernels)
+    return error / energy
 
 
 def test_fit_recovers_sampled_kernels() -> None:
@@ -66,11 +70,12 @@ def test_fit_recovers_sampled_extended_gabors() -> None:
 
 def test_more_kinds_or_akps_fit_at_least_as_well() -> None:
     torch.manual_seed(0)
-    weight = nn.functional.interpolate(torch.randn(4, 3, 4, 4), (7, 7), mode="bilinear")
-    gabor = fit_kernels(weight, ["G"], progress=False)
-    best = fit_kernels(weight, progress=False)
-    isotropic = fit_kernels(weight, ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
-    extended = fit_kernels(weight, ["G"], "extended", progress=False)
+    weight = nn.functional.interpolate(torch.randn(4, 2, 4, 4), (7, 7), mode="bilinear")
+    options: dict[str, Any] = {"metric": "pixels", "progress": False}
+    gabor = fit_kernels(weight, ["G"], **options)
+    best = fit_kernels(weight, **options)
+    isotropic = fit_kernels(weight, ["G"], "extended", fixed={"gamma": 1.0}, **options)
+    extended = fit_kernels(weight, ["G"], "extended", **options)
     assert gabor.r2 <= best.r2
     assert gabor.r2 <= isotropic.r2 + 1e-3 and isotropic.r2 <= extended.r2 + 1e-3
     assert all(kernel.akps["gamma"] == 1.0 for kernel in isotropic.kernels)
@@ -78,15 +83,18 @@ def test_more_kinds_or_akps_fit_at_least_as_well() -> None:
 
 
 @pytest.mark.usefixtures("quick_search")
+@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("family", acl.kernels.FAMILIES)
-def test_r2_matches_fitted_weight(family: str) -> None:
+def test_r2_matches_fitted_weight(family: str, metric: str, channels: int) -> None:
     torch.manual_seed(1)
-    weight = torch.randn(4, 2, 5, 5)
-    fit = fit_kernels(weight, family=family, progress=False)
-    r2 = 1 - compute_residuals(fit.weight(), weight).flatten()
-    torch.testing.assert_close(r2, torch.tensor([k.r2 for k in fit.kernels]), rtol=0, atol=1e-4)
-    total = 1 - ((weight - fit.weight()).square().sum() / weight.square().sum()).item()
-    assert fit.r2 == pytest.approx(total, abs=1e-4)
+    weight = torch.randn(4, channels, 5, 5)
+    fit = fit_kernels(weight, family=family, metric=metric, progress=False)
+    residuals = compute_residuals(fit.weight(), weight, metric)
+    r2 = torch.tensor([k.r2 for k in fit.kernels], dtype=torch.float64)
+    torch.testing.assert_close(1 - residuals, r2, rtol=0, atol=1e-4)
+    if channels == 2:  # errors of kernels are uncorrelated
+        assert fit.r2 == pytest.approx(1 - acl.output_error(weight, fit.weight(), metric), abs=1e-4)
 
 
 @pytest.mark.usefixtures("quick_search")
@@ -129,7 +137,8 @@ def test_scale_of_kernel_changes_only_the_gain(exponent: int, signed: bool) -> N
     fit = fit_kernels(tiny, signed=signed, progress=False)
     for scaled, kernel in zip(fit.kernels, expected.kernels, strict=True):
         assert (scaled.kind, scaled.akps, scaled.r2) == (kernel.kind, kernel.akps, kernel.r2)
-        assert scaled.gain == kernel.gain * factor and math.isfinite(scaled.gain)
+        ((gain,), (expected_gain,)) = scaled.gains, kernel.gains
+        assert gain == expected_gain * factor and math.isfinite(gain)
     assert fit.r2 == pytest.approx(expected.r2, rel=1e-12) and 0 < fit.r2 <= 1
     assert Fit.from_json(fit.to_json()) == fit
 
@@ -149,7 +158,7 @@ def test_all_akps_fixed_fits_only_the_gain() -> None:
     target = KINDS["Lg"].synthesize({"sigma": sigma}, (5, 5))[:, None].float() * -3
     (kernel,) = fit_kernels(target, ["Lg"], fixed={"sigma": 1.25}, progress=False).kernels
     assert kernel.akps == {"sigma": 1.25}
-    assert kernel.gain == pytest.approx(-3) and kernel.r2 == pytest.approx(1)
+    assert kernel.gains == pytest.approx([-3]) and kernel.r2 == pytest.approx(1)
 
 
 @pytest.mark.usefixtures("quick_search")
@@ -169,12 +178,14 @@ def test_json_round_trip_restores_fit() -> None:
 
 def make_fit() -> Fit:
     """A fit of one plain, one degenerate and two analytic kernels, made up so that no search is needed."""
-    plain = KernelFit("P", {}, 1.0, 1.0, (0.5, -1.0, 2.0, 0.25))
-    constant = KernelFit("P", {}, 1.0, None, (1.0, 1.0, 1.0, 1.0))
-    log = KernelFit("Lg", {"sigma": 1.5}, -2.0, 0.5)
-    edge = KernelFit("Tf", {"theta": 0.5, "s": 1.0, "sigma": 0.75}, 1e-30, 0.0)
+    plain = KernelFit("P", {}, (), 1.0, (0.5, -1.0, 2.0, 0.25))
+    constant = KernelFit("P", {}, (), None, (1.0, 1.0, 1.0, 1.0))
+    log = KernelFit("Lg", {"sigma": 1.5}, (-2.0,), 0.5)
+    edge = KernelFit("Tf", {"theta": 0.5, "s": 1.0, "sigma": 0.75}, (1e-30,), 0.0)
     by_kind = {"Lg": (log, constant, log, log), "Tf": (edge, constant, edge, edge)}
-    return Fit((2, 2, 2, 2), "paper", "linear", (1.0, 4.0, 0.0, 2.0), (log, constant, edge, plain), by_kind)
+    metric = Metric.create(torch.eye(8), 2, (2, 2))
+    options = ("kernel", "paper", "linear", metric, {"theta": 0.5}, False)
+    return Fit((2, 2, 2, 2), *options, (1.0, 4.0, 0.0, 2.0), (log, constant, edge, plain), by_kind)
 
 
 def list_nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -378,8 +389,8 @@ def test_auto_saves_more_parameters_as_tolerance_grows() -> None:
         scale = model[0].weight.data.flatten(2).norm(dim=2) / 7
         model[0].weight.data += noise * scale[..., None, None]
         target = model[0].weight.clone()
-        convert(model, "first", "auto", tolerance=tolerance, amplitude=True)
-        residuals = compute_residuals(model[0].weight, target)
+        convert(model, "first", "auto", tolerance=tolerance, metric="pixels", amplitude=True)
+        residuals = compute_residuals(model[0].weight, target, "pixels")
         assert residuals.max() <= tolerance + 1e-4
         sizes.append(sum(p.numel() for p in model.parameters()))
         errors.append(residuals.sum().item())
@@ -416,7 +427,8 @@ def test_auto_placement_survives_state_dict_and_fold(fit_of_every_kind: Fit) -> 
     assert layer.slot_kinds == [chosen[i].kind for i in order.tolist()]
     for symbol in layer.arrangement.counts:
         assert layer.slots_of(symbol) == [slot for slot, kind in enumerate(layer.slot_kinds) if kind == symbol]
-    other = convert(make_convolution(order), "first", "auto", tolerance=0.01, amplitude=True, init="random")
+    other = copy.deepcopy(model)
+    other[0].reset_parameters()
     assert not torch.equal(other[0].weight, layer.weight)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other[0].weight, layer.weight)
@@ -446,10 +458,115 @@ def test_comparison_with_pool_is_done_in_parts_of_limited_memory(monkeypatch: py
     expected = fit_kernels(weight, ["Lg"], progress=False)
     sizes: list[int] = []
     topk = torch.Tensor.topk
-    monkeypatch.setattr("acl.fit._TARGETS_PER_COMPARISON", 3)
+    monkeypatch.setattr("acl.fit._ROWS_PER_COMPARISON", 3)
     monkeypatch.setattr(
         torch.Tensor, "topk", lambda t, *args, **options: sizes.append(len(t)) or topk(t, *args, **options)
     )
     fit = fit_kernels(weight, ["Lg"], progress=False)
     assert sizes == [3, 3, 2]
     assert [kernel.r2 for kernel in fit.kernels] == pytest.approx([kernel.r2 for kernel in expected.kernels])
+
+
+def make_filters(count: int, channels: int, seed: int = 3) -> Tensor:
+    """(5 count, channels, 7, 7): filters with random AKPs of every analytic kind, and a random gain per channel."""
+    shapes = torch.cat([sample_kernels(symbol, count, seed) for symbol in analytic_kinds()])
+    return shapes * torch.randn(len(shapes), channels, 1, 1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fit_recovers_sampled_filters(metric: str, channels: int) -> None:
+    weight = make_filters(4, channels)
+    fit = fit_kernels(weight, per="filter", metric=metric, progress=False)
+    r2 = torch.tensor([kernel.r2 for kernel in fit.kernels])
+    assert (r2 > 0.999).float().mean() >= 0.95 and all(len(kernel.gains) == channels for kernel in fit.kernels)
+    assert fit.r2 == pytest.approx(1 - acl.output_error(weight, fit.weight(), metric), abs=1e-4)
+    assert Fit.from_json(fit.to_json()) == fit
+
+
+@pytest.mark.usefixtures("quick_search")
+def test_gains_of_filter_minimize_output_error() -> None:
+    weight = torch.randn(3, 3, 5, 5)
+    layer = fit_kernels(weight, ["G"], per="filter", progress=False).to_layer(dtype=torch.float64)
+    error = acl.output_error(weight, layer.weight)
+    for row, channel in [(0, 0), (1, 2), (2, 1)]:
+        for change in (-1e-3, 1e-3):
+            changed = copy.deepcopy(layer)
+            changed.gains.data[row, channel] += change
+            assert acl.output_error(weight, changed.weight) > error
+
+
+@pytest.mark.usefixtures("quick_search")
+def test_output_error_is_that_of_outputs() -> None:
+    images = torch.nn.functional.interpolate(torch.randn(8, 3, 8, 8), (24, 24), mode="bilinear")
+    conv = nn.Conv2d(3, 4, 5, bias=False)
+    approximation = fit_kernels(conv.weight, ["Lg"], progress=False).weight()
+    expected, output = conv(images), nn.functional.conv2d(images, approximation)
+    relative = ((output - expected).square().sum() / expected.square().sum()).item()
+    assert acl.output_error(conv.weight, approximation, images) == pytest.approx(relative, rel=1e-4)
+
+
+def test_fit_in_metric_of_images_has_smaller_output_error_than_fit_to_pixels() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 1, 48, 48).cumsum(2).cumsum(3) + 0.3 * torch.randn(8, 3, 48, 48).cumsum(2).cumsum(3)
+    weight = torch.randn(6, 3, 5, 5)
+    for per in ("kernel", "filter"):
+        errors = {}
+        for metric in ("pixels", "images", images):
+            fitted = fit_kernels(weight, ["G"], per=per, metric=metric, progress=False).weight()
+            errors[metric if isinstance(metric, str) else "data"] = acl.output_error(weight, fitted, images)
+        assert errors["images"] < 0.5 * errors["pixels"] and errors["data"] < 0.5 * errors["pixels"]
+
+
+@pytest.mark.usefixtures("quick_search")
+def test_refining_filters_never_increases_output_error_and_keeps_other_kernels() -> None:
+    weight = torch.randn(4, 3, 5, 5)
+    fit = fit_kernels(weight, metric="images", progress=False)
+    alone = dataclasses.replace(fit, kernels=fit.choose(0.7, weight).kernels)
+    assert len({kernel.kind for kernel in alone.kernels}) > 1
+    refined = acl.refine_jointly(alone, weight)
+    energies = [fit.metric.energies(weight - a.weight()) for a in (alone, refined)]
+    assert (energies[1] <= energies[0] * (1 + 1e-5)).all() and energies[1].sum() < 0.99 * energies[0].sum()
+    for before, after in zip(alone.kernels, refined.kernels, strict=True):
+        assert (before.kind, before.weights) == (after.kind, after.weights)
+
+
+def test_fixed_akp_stays_fixed_when_filters_are_refined() -> None:
+    fit = fit_kernels(torch.randn(2, 3, 5, 5), ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
+    assert all(kernel.akps["gamma"] == 1.0 for kernel in fit.kernels)
+
+
+def test_kinds_can_be_given_for_each_slot() -> None:
+    weight = torch.randn(2, 2, 5, 5)
+    fit = fit_kernels(weight, [["G"], [], ["Lg", "Lt"], ["Ts"]], progress=False)
+    kinds = [kernel.kind for kernel in fit.kernels]
+    assert kinds[0] == "G" and kinds[1] == "P" and kinds[2] in ("Lg", "Lt") and kinds[3] == "Ts"
+    assert torch.equal(fit.weight()[0, 1], weight[0, 1]) and fit.degenerate_slots == []
+    with pytest.raises(ValueError, match="kinds must be given for 4 slots, got 1"):
+        fit_kernels(weight, [["G"]], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("image", "unknown metric 'image'; known: images, pixels, or a tensor"),
+        (torch.randn(2, 4, 9, 9), r"batch of images \(n, 2, h, w\).* moments \(18, 18\).* got \(2, 4, 9, 9\)"),
+        (torch.eye(9), r"got \(9, 9\)"),
+        (torch.full((18, 18), math.nan), "a metric must be finite and not zero"),
+        (torch.zeros(1, 2, 9, 9), "a metric must be finite and not zero"),
+        (Metric.create("images", 3, (3, 3)), "the metric is of 3 channels and 9 pixels, but the kernels have 2 and 9"),
+    ],
+)
+def test_invalid_metric_is_named(metric: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_kernels(torch.randn(1, 2, 3, 3), metric=metric, progress=False)
+
+
+def test_image_metric_is_power_spectrum_of_images() -> None:
+    metric = Metric.create("images", 3, (5, 3))
+    assert torch.allclose(metric.pixels, metric.pixels.T) and torch.linalg.eigvalsh(metric.pixels).min() > 0
+    assert torch.linalg.eigvalsh(metric.channels).min() > 0 and metric.is_coupled
+    mean, edge = torch.full((3, 5, 3), 1 / 15), torch.zeros(3, 5, 3)
+    edge[:, :, 0], edge[:, :, 2] = -1, 1
+    # The mean of an image has most of its power.
+    assert metric.energies(mean / mean.norm()) > 10 * metric.energies(edge / edge.norm())

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import acl
 from acl import AnalyticConv2d, Arrangement, akp_parameters, convert, kernels
 from acl.kernels import FAMILIES, KINDS, PROFILES, analytic_kinds
-from acl.options import LayerKeywords, Scale
+from acl.options import LayerKeywords, Per, Scale
 from tests.arrangements import PAPER, arrange_all_kinds
 
 replication = importlib.import_module("torch.nn.parallel.replicate")  # its package has a function of the same name
@@ -75,9 +75,10 @@ def syntheses(monkeypatch: pytest.MonkeyPatch) -> list[AnalyticConv2d]:
     ],
     ids=str,
 )
-def test_output_equals_conv2d_with_same_weight(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("per", get_args(Per))
+def test_output_equals_conv2d_with_same_weight(options: dict[str, Any], per: str) -> None:
     arguments = {"in_channels": 4, "out_channels": 8, "kernel_size": 5, **options}
-    layer = AnalyticConv2d(**arguments, arrangement=MOSAIC)
+    layer = AnalyticConv2d(**arguments, arrangement=MOSAIC, per=per)
     conv = nn.Conv2d(**arguments)
     with torch.no_grad():
         conv.weight.copy_(layer.weight)
@@ -620,6 +621,7 @@ def make_network(variant: str) -> nn.Sequential:
         "amplitude": {"amplitude": True},
         "extended": {"family": "extended"},
         "placed": {"placement": torch.randperm(4096)},
+        "filters": {"per": "filter"},
     }.get(variant, {})
     channels = 64 if variant == "placed" else 8  # averages move few of few kernels
     first = AnalyticConv2d(channels, channels, 3, padding=1, arrangement=MOSAIC, **options)
@@ -664,7 +666,7 @@ CONSERVED: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("variant", ["plain", "amplitude", "extended", "placed", "shared"])
+@pytest.mark.parametrize("variant", ["plain", "amplitude", "extended", "placed", "shared", "filters"])
 @pytest.mark.parametrize("conserve", CONSERVED)
 def test_averages_casts_and_replicas_of_equal_networks_keep_outputs(
     variant: str, conserve: str, tmp_path: Path
@@ -730,12 +732,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "amplitude": {"amplitude": True},
     "extended": {"family": "extended"},
     "placement": {"placement": torch.randperm(8, generator=torch.Generator().manual_seed(0))},
+    "filters": {"per": "filter", "arrangement": "G1 Lg1 Ts1 P1", "placement": torch.tensor([2, 0, 3, 1])},
+    "factored": {"per": "filter", "arrangement": "G1 Lt1 Tf2", "compute": "factored"},
 }
 
 
 def make_small_layer(variant: str, training: bool) -> AnalyticConv2d:
-    arrangement = "G2 Lg1 Lt1 Tf1 Ts1 P2"
-    layer = AnalyticConv2d(2, 4, 5, arrangement=arrangement, dtype=torch.double, **VARIANTS[variant])
+    options = {"arrangement": "G2 Lg1 Lt1 Tf1 Ts1 P2", **VARIANTS[variant]}
+    layer = AnalyticConv2d(2, 4, 5, dtype=torch.double, **options)
     layer.train(training)
     with torch.no_grad():
         layer(torch.randn(1, 2, 6, 6, dtype=torch.double))  # fills the cache in eval mode
@@ -783,8 +787,9 @@ def test_function_transforms_work_in_both_modes(variant: str, training: bool) ->
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_jit_trace_gives_equal_outputs(training: bool) -> None:
-    layer = make_small_layer("plain options", training)
+@pytest.mark.parametrize("variant", ["plain options", "factored"])
+def test_jit_trace_gives_equal_outputs(variant: str, training: bool) -> None:
+    layer = make_small_layer(variant, training)
     x = torch.randn(1, 2, 6, 6, dtype=torch.double)
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
 
@@ -852,9 +857,11 @@ def test_folded_layer_is_plain_conv2d() -> None:
 # Compilation, export and function transforms
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_layer_compiles_to_one_graph(training: bool) -> None:
-    layer = make_layer().train(training)
+@pytest.mark.parametrize(
+    ("training", "options"), [(True, {}), (False, {"arrangement": "G8", "per": "filter", "compute": "factored"})]
+)
+def test_layer_compiles_to_one_graph(training: bool, options: dict[str, Any]) -> None:
+    layer = make_layer(**options).train(training)
     x = torch.randn(2, 4, 8, 8)
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
@@ -865,13 +872,16 @@ def test_layer_compiles_to_one_graph(training: bool) -> None:
         grads.append([p.grad.clone() for p in layer.parameters()])
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        layer.plain.add_(1)
+        list(layer.parameters())[-1].add_(1)
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_exported_program_gives_same_outputs(strict: bool) -> None:
-    layer = make_layer().eval()
+@pytest.mark.parametrize(
+    ("strict", "options"),
+    [(True, {}), (False, {}), (True, {"arrangement": "G8", "per": "filter", "compute": "factored"})],
+)
+def test_exported_program_gives_same_outputs(strict: bool, options: dict[str, Any]) -> None:
+    layer = make_layer(**options).eval()
     x = torch.randn(2, 4, 8, 8)
     _ = layer(x)
     program = torch.export.export(layer, (x,), strict=strict)

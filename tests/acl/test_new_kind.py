@@ -102,7 +102,7 @@ def test_fit_recovers_kernels_of_new_kind(family: str) -> None:
     if family == "paper":
         for kernel, radius in zip(fit.kernels, RADII.tolist(), strict=True):
             assert kernel.akps["radius"] == pytest.approx(radius, abs=1e-2)
-            assert abs(kernel.gain) == pytest.approx(0.3, abs=1e-2)
+            assert abs(kernel.gains[0]) == pytest.approx(0.3, abs=1e-2)
     assert acl.Fit.from_json(fit.to_json()) == fit
 
 

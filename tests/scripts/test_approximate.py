@@ -15,12 +15,15 @@ from training.errors import UsageError
 from training.validation import construct
 
 
-def test_approximate_fits_kernels_of_file(tmp_path: Path, run_script: RunScript) -> None:
+def test_approximate_fits_kernels_of_file(
+    tmp_path: Path, call_script: RunScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acl.fit._STEPS", 30)
     weight = np.random.default_rng(0).normal(size=(2, 2, 5, 5)).astype(np.float32)
     weight[1, 1] = 0
     np.save(tmp_path / "conv.npy", weight)
     options = [f"folder={tmp_path}/out", "tolerances=[0.2,0.6,1]"]
-    done = run_script("approximate.py", f"source={tmp_path}/conv.npy", *options)
+    done = call_script("approximate.py", f"source={tmp_path}/conv.npy", *options)
     assert done.returncode == 0, done.stderr
     frame = pd.read_csv(tmp_path / "out/conv.csv").set_index("setting")
     assert len(frame) == 13 and (frame["r2"] <= 1).all()

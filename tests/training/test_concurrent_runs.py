@@ -20,7 +20,7 @@ from training.settings import parse_run
 def compose_image_run(folder: Path, validation: float) -> DictConfig:
     data = ["data=imagefolder", f"data.root={folder / 'photos'}", f"data.cache={folder / 'cache'}", "data.title=t"]
     data += ["data.size=28", "data.crop=null", "data.mean=null", "data.std=null", f"data.validation={validation}"]
-    trainer = ["trainer.epochs=40", "trainer.batch_size=2", "trainer.accelerator=cpu"]
+    trainer = ["trainer.epochs=20", "trainer.batch_size=2", "trainer.accelerator=cpu"]
     return compose(["model=lenet", *data, *trainer, "optim.lr=1e-4", f"paths.runs={folder / 'runs'}"])
 
 

@@ -1,0 +1,62 @@
+"""Convolutions with fewer parameters that compete with analytic ones."""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from acl.computed_conv import ComputedConv2d
+
+Convolution = Literal["separable", "gaussian_basis"]
+
+
+def create_convolution(
+    kind: Convolution | None, in_channels: int, out_channels: int, kernel_size: int, padding: int, bias: bool
+) -> nn.Module:
+    """Creates a convolution: an nn.Conv2d, or one of the same inputs and outputs with fewer parameters.
+
+    Args:
+        kind: ``separable``: a 1 x 1 convolution, then a depthwise one, as of a filter mosaic with free kernels instead
+            of formulas; ``gaussian_basis``: see ``GaussianBasisConv2d``; None: nn.Conv2d.
+        in_channels, out_channels, kernel_size, padding, bias: as for nn.Conv2d.
+    """
+    if kind == "separable":
+        depthwise = nn.Conv2d(out_channels, out_channels, kernel_size, padding=padding, groups=out_channels, bias=bias)
+        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), depthwise)
+    create = nn.Conv2d if kind is None else GaussianBasisConv2d
+    return create(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+
+
+class GaussianBasisConv2d(ComputedConv2d):
+    """A convolution whose kernels are learned combinations of the derivatives of a Gaussian up to the second order.
+
+    The Gaussian's width is learned, one for the layer. Source: Jacobsen et al., Structured Receptive Fields in CNNs,
+    CVPR 2016 (RFNN), where it is fixed.
+
+    Takes the arguments of nn.Conv2d.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+        self.coefficients = nn.Parameter(torch.empty(out_channels, in_channels, 6))
+        bound = math.sqrt(3 / (6 * in_channels))  # preserves unit variance, since the basis functions have norm 1
+        nn.init.uniform_(self.coefficients, -bound, bound)
+        self.raw_sigma = nn.Parameter(torch.tensor([math.log(math.expm1(kernel_size / 5))]))
+
+    def compute_basis(self) -> Tensor:
+        """The derivatives of orders 0, 1 and 2 on the grid, each of norm 1, (6, kh, kw)."""
+        sigma = F.softplus(self.raw_sigma)
+        rows, columns = (torch.arange((1 - n) / 2, n / 2, device=sigma.device) / sigma for n in self.kernel_size)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        polynomials = torch.stack([torch.ones_like(x), x, y, x * x - 1, x * y, y * y - 1])
+        basis = polynomials * torch.exp(-(x * x + y * y) / 2)
+        return basis / basis.square().sum((1, 2), keepdim=True).add(1e-12).sqrt()
+
+    def _synthesize(self) -> Tensor:
+        return torch.einsum("oib,bhw->oihw", self.coefficients, self.compute_basis())
+
+    def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:
+        return [self.coefficients, self.raw_sigma], ()
