@@ -194,7 +194,7 @@ def test_nonsense_in_saved_configuration_is_refused(run_path: Path, section: str
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        (("model", "backbone"), "timm/nope", "timm has no model 'nope'"),
+        (("model",), {"backbone": "timm/nope", "layer": None}, "timm has no model 'nope'"),
         (("model", "kernel_size"), 5, "unknown option model.kernel_size=5"),
         (("trainer", "precision"), "8-bit", "trainer.precision=8-bit is invalid"),
         (("seed",), "${nope}", "Interpolation key 'nope' not found"),
