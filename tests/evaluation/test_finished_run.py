@@ -206,7 +206,7 @@ def test_configuration_that_does_not_describe_network_is_refused(
 ) -> None:
     file = Path(shutil.move(run_path / "model.safetensors", run_path.parent))
     info = acl.read_info(file)["info"]
-    if path[0] == "model":
+    if path[0] == "model" and len(path) > 1:
         info["config"]["model"].setdefault(path[1], None)
     write_info(file, replace_value(info, ("config", *path), value))
     message = get_error(file)
