@@ -267,6 +267,7 @@ def _parse_saved(load: Callable[[], Any], file: Path, data_location: DataLocatio
             raise UsageError("it has no section data")
         current = compose([f"data={saved.data.get('name')}", "arrangement=plain"])
         OmegaConf.set_struct(current, False)
+        del current["model"]  # its options are those of another network
         new_location = {name: value for name, value in (data_location or {}).items() if value is not None}
         cfg = OmegaConf.merge(current, saved, {"data": new_location})
         assert isinstance(cfg, DictConfig)

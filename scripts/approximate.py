@@ -29,15 +29,31 @@ from training.provenance import describe_environment
 from training.record import Machine
 from training.validation import FilePath, Seed, strict_dataclass
 
+_GABOR: dict[str, Any] = {"kinds": ["G"]}
+_EXTENDED: dict[str, Any] = {"kinds": ["G"], "family": "extended"}
+_OFFSET: dict[str, Any] = {**_EXTENDED, "fixed": {"gamma": 1.0}}
 FITS: dict[str, dict[str, Any]] = {
-    "Gabor, paper: shape alone": {"kinds": ["G"], "signed": True},
-    "Gabor, amplitude": {"kinds": ["G"]},
-    "Gabor, amplitude and offset": {"kinds": ["G"], "family": "extended", "fixed": {"gamma": 1.0}},
-    "Gabor, extended and amplitude": {"kinds": ["G"], "family": "extended"},
-    "all kinds, paper: shape alone": {"signed": True},
-    "all kinds, amplitude": {},
-    "all kinds, extended and amplitude": {"family": "extended"},
+    **{
+        title: {**options, "metric": "pixels"}
+        for title, options in {
+            "Gabor, paper: shape alone": {**_GABOR, "signed": True},
+            "Gabor, amplitude": _GABOR,
+            "Gabor, amplitude and offset": _OFFSET,
+            "Gabor, extended and amplitude": _EXTENDED,
+            "all kinds, paper: shape alone": {"signed": True},
+            "all kinds, amplitude": {},
+            "all kinds, extended and amplitude": {"family": "extended"},
+            "Gabor per filter": {**_GABOR, "per": "filter"},
+            "Gabor per filter, offset": {**_OFFSET, "per": "filter"},
+            "Gabor per filter, extended": {**_EXTENDED, "per": "filter"},
+        }.items()
+    },
+    "images: Gabor, amplitude": _GABOR,
+    "images: Gabor, extended and amplitude": _EXTENDED,
+    "images: Gabor per filter": {**_GABOR, "per": "filter"},
+    "images: Gabor per filter, extended": {**_EXTENDED, "per": "filter"},
 }
+"""The options of ``acl.fit_kernels`` for each line of the table."""
 PAPER, BEST = "all kinds, amplitude", "all kinds, extended and amplitude"
 SOURCE = "Source: "
 
@@ -72,10 +88,10 @@ def main(settings: ApproximateSettings) -> None:
                 )
             # Fixed AKPs do not count as parameters, nor do the gains if only the shape is fitted.
             num_uncounted = len(options.get("fixed", {})) + (1 if options.get("signed") else 0)
-            lines.append(describe_fit(title, fits[title], num_uncounted, seconds))
+            lines.append(describe_fit(title, fits[title], weight, num_uncounted, seconds))
         for title, tolerance in itertools.product((PAPER, BEST), settings.tolerances):
             auto_title = f"auto, {title.split(', ')[1]}, tolerance {tolerance:g}"
-            lines.append(describe_fit(auto_title, fits[title].choose(tolerance, weight)))
+            lines.append(describe_fit(auto_title, fits[title].choose(tolerance, weight), weight))
     except ValueError as error:
         raise UsageError(str(error)) from error
     frame, best = pd.DataFrame(lines), fits[BEST]
@@ -116,15 +132,18 @@ def load_target(source: str, weights: bool | str, layer: str) -> tuple[Tensor, s
     return convolutions[name].weight.detach(), re.sub("[/.]", "-", f"{source}-{name}")
 
 
-def describe_fit(title: str, fit: acl.Fit, num_uncounted: int = 0, seconds: float | None = None) -> dict[str, object]:
-    """Describes a fit; ``num_uncounted`` values of each analytic kernel are no parameters of it."""
+def describe_fit(
+    title: str, fit: acl.Fit, weight: Tensor, num_uncounted: int = 0, seconds: float | None = None
+) -> dict[str, object]:
+    """Describes a fit to a weight; ``num_uncounted`` values of each analytic kernel are no parameters of it."""
     kinds = [kernel.kind for kernel in fit.kernels]
     parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
     return {
         "setting": title,
-        "numbers_per_kernel": parameters / len(kinds),
+        "numbers_per_kernel": parameters / (weight.shape[0] * weight.shape[1]),
         "numbers": parameters,
-        "r2": fit.r2,
+        "r2": 1 - acl.output_error(weight, fit.weight(), "pixels"),
+        "output_error": acl.output_error(weight, fit.weight()),
         "worst_r2": min(kernel.r2 for kernel in fit.kernels if kernel.r2 is not None),
         "kinds": " ".join(f"{symbol}{kinds.count(symbol)}" for symbol in acl.kernels.KINDS if symbol in kinds),
         "seconds": seconds,
@@ -136,17 +155,19 @@ def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame,
     lines = [
         f"# Kernels of {name} as formulas",
         "",
-        f"{out_channels * in_channels} kernels of size {size[0]} x {size[1]}, {weight.numel():,} weights. R² is "
-        "energy-weighted. Fits labeled 'shape alone' ignore each kernel's norm.",
+        f"{out_channels * in_channels} kernels of size {size[0]} x {size[1]}, {weight.numel():,} weights. R² is the "
+        "share of the kernels' energy that a fit explains. The output error is the energy of the error of the layer's "
+        "outputs on images of power 1 / f², relative to that of the outputs. Fits labeled 'images' minimize it, all "
+        "others the error over pixels. 'Shape alone' ignores each kernel's norm.",
         "",
         f"{SOURCE}{source}",
         "",
-        "| setting | parameters per kernel | parameters | R² | worst kernel | kinds |",
-        "|---|---:|---:|---:|---:|---|",
+        "| setting | parameters per kernel | parameters | R² | output error | worst R² of a kernel | kinds |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     lines += [
-        f"| {line.setting} | {line.numbers_per_kernel:.2f} | {line.numbers:,} | {line.r2:.4f} | {line.worst_r2:.3f} | "
-        f"{line.kinds} |"
+        f"| {line.setting} | {line.numbers_per_kernel:.2f} | {line.numbers:,} | {line.r2:.4f} | "
+        f"{line.output_error:.2%} | {line.worst_r2:.3f} | {line.kinds} |"
         for line in frame.itertuples()
     ]
     environment = describe_environment(torch.device("cpu"))  # where fit_kernels computes

@@ -26,7 +26,9 @@ def test_approximate_fits_kernels_of_file(
     done = call_script("approximate.py", f"source={tmp_path}/conv.npy", *options)
     assert done.returncode == 0, done.stderr
     frame = pd.read_csv(tmp_path / "out/conv.csv").set_index("setting")
-    assert len(frame) == 13 and (frame["r2"] <= 1).all()
+    assert len(frame) == 20 and (frame["r2"] <= 1).all()
+    assert frame["output_error"]["images: Gabor, amplitude"] < frame["output_error"]["Gabor, amplitude"]
+    assert frame["numbers"]["Gabor per filter"] == 2 * (4 + 2)
     assert frame["numbers"]["Gabor, amplitude"] == 3 * 5 + 25
     assert frame["numbers"]["Gabor, paper: shape alone"] == 3 * 4 + 25
     assert frame["numbers"]["Gabor, amplitude and offset"] == 3 * 7 + 25

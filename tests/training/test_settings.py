@@ -56,7 +56,7 @@ def test_invalid_share_of_training_images_is_named() -> None:
         ("+model.layer.foo=1", "unknown option model.layer.foo=1"),
         ("model.layer=3", "model.layer=3 is invalid: it should be null or a section of options"),
         ("model.layer.amplitude=maybe", "model.layer.amplitude=maybe is invalid: it should be a valid boolean"),
-        ("model.layer.learn=null", "model.layer.learn=null is invalid: it should be a valid string or iterable"),
+        ("model.layer.learn=3", "model.layer.learn=3 is invalid: it should be a valid string or iterable"),
         ("model.layer.tolerance=2", "model.layer.tolerance=2 is invalid: it should be less than or equal to 1"),
         ("model.backbone=null", "model.backbone=null is invalid: it should be the name of a network"),
         ("model.backbone=vgg", "model.backbone=vgg is invalid: unknown backbone 'vgg'; known: lenet, "),
