@@ -101,7 +101,10 @@ def read_weights(log: dict[str, Any]) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def _remove_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    wandb.setup()  # reads WANDB_MODE only once, so before a test sets it
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb_data"))  # for copies of artifacts
