@@ -38,8 +38,8 @@ def main() -> None:
     lines = [
         "# Filter mosaics as two convolutions",
         "",
-        "Time of a Gabor filter mosaic computed as a 1 x 1 and a depthwise convolution, relative to a dense one: median "
-        f"of {rounds} alternating rounds, batch {BATCH}, channels_last, with the synthesis of the weight in training.",
+        "Time of a Gabor filter mosaic computed as a 1 x 1 and a depthwise convolution, relative to a dense one: the "
+        f"median of {rounds} alternating rounds, batch {BATCH}, channels_last; training includes synthesis.",
         "",
         "| layer | " + " | ".join(f"{mode} {dtype}, {k} x {k}" for k, mode, dtype in MODES) + " |",
         "|---|" + "---:|" * len(MODES),
