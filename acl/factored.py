@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from acl.computed_conv import get_convolution_arguments
 from acl.slots import SlottedConv2d
 
-_MIN_CHANNELS = 16
-"""From this many input channels on, two convolutions are faster than a dense one on CPUs (benchmarks/factored.py)."""
+_MIN_CHANNELS = 32
+"""From this many input channels on, two convolutions are always faster on CPUs (results/benchmarks/factored.md)."""
 
 
 def can_be_factored(layer: SlottedConv2d) -> bool:

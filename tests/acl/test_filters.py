@@ -205,7 +205,7 @@ def test_rescaled_filters_have_enlarged_outputs() -> None:
 
 def make_net() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")
+        nn.Conv2d(3, 32, 5, padding=2), nn.ReLU(), nn.Conv2d(32, 8, 3, padding=1, padding_mode="reflect")
     )
 
 
@@ -215,7 +215,7 @@ def test_converted_network_is_saved_loaded_and_folded(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 12, 12)
     loaded = acl.load(make_net(), tmp_path / "net.safetensors").eval()
     assert loaded[0].options.per == "filter" and torch.equal(loaded(x), net(x))
-    with pytest.raises(ValueError, match="arrangement is 'G12 P4' in the file, but 'G36 P12' in the model"):
+    with pytest.raises(ValueError, match="arrangement is 'G24 P8' in the file, but 'G72 P24' in the model"):
         acl.load(convert(make_net(), "all", "G75% P25%"), tmp_path / "net.safetensors")
     torch.testing.assert_close(fold(copy.deepcopy(net))(x), net(x))
 
