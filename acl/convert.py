@@ -13,12 +13,13 @@ from torch.nn.parameter import is_lazy
 from acl.arrangement import Arrangement
 from acl.computed_conv import get_convolution_arguments
 from acl.factored import is_factored
-from acl.fit import fit_kernels, refine_jointly
+from acl.fit import fit_kernels
 from acl.fit_result import apply_fits, check_tolerance
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 from acl.options import LayerKeywords, LayerOptions
+from acl.refine import refine_jointly
 
 Init = Literal["random", "fit"]
 INITS: tuple[str, ...] = get_args(Init)

@@ -74,6 +74,13 @@ class Fit:
         """The slots of zero and constant kernels, which stay plain."""
         return [i for i, kernel in enumerate(self.kernels) if kernel.r2 is None]
 
+    def compute_energies(self, weight: Tensor) -> Tensor:
+        """The energy of the output of each slot's kernels alone in the metric of the fit, (slots,) float64."""
+        if self.per == "filter":
+            return self.metric.energies(weight)
+        flat = weight.double().flatten(2)
+        return ((flat @ self.metric.pixels * flat).sum(2) * self.metric.channels.diagonal()).flatten()
+
     def choose(self, tolerance: float, target: Tensor) -> "Fit":
         """Chooses for each slot the kind with the fewest AKPs that fits its kernel alone within ``tolerance``.
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -49,6 +49,7 @@ class Ratio:
     low: float
     high: float
     limit: float | None  # the largest ratio that we accept; None: no limit
+    milliseconds: str = ""  # medians
 
 
 def main() -> None:
@@ -63,20 +64,30 @@ def main() -> None:
     print(text)
 
 
-def measure(work: str, tasks: tuple[Task, Task], rounds: int, limit: float | None) -> Ratio:
-    """Measures the time of the first task relative to the second, in alternating blocks of equal numbers of calls."""
-    for task in tasks * 2:
+def time_tasks(tasks: Mapping[str, Task], rounds: int, title: str) -> Seconds:
+    """The seconds of a call of each task in each round, in alternating blocks of equal numbers of calls."""
+    for task in [*tasks.values()] * 2:
         task()
 
     def time_blocks(calls: int, rounds: int) -> Seconds:
-        blocks = {str(i): partial(run_block, task, calls) for i, task in enumerate(tasks)}
-        return time_alternately(blocks, rounds, work)[0]
+        blocks = {name: partial(run_block, task, calls) for name, task in tasks.items()}
+        seconds, _ = time_alternately(blocks, rounds, title)
+        return {name: [value / calls for value in values] for name, values in seconds.items()}
 
     slowest = max(seconds[0] for seconds in time_blocks(1, 1).values())
-    seconds = time_blocks(max(1, math.ceil(BLOCK_SECONDS / slowest)), rounds)
-    values = compute_ratios(seconds["0"], seconds["1"])
+    return time_blocks(max(1, math.ceil(BLOCK_SECONDS / slowest)), rounds)
+
+
+def compare(work: str, seconds: Seconds, task: str, reference: str, limit: float | None) -> Ratio:
+    values = compute_ratios(seconds[task], seconds[reference])
     low, median, high = statistics.quantiles(values, n=4)
-    return Ratio(work, median, low, high, limit)
+    medians = ", ".join(f"{name} {1000 * statistics.median(values):.3g}" for name, values in seconds.items())
+    return Ratio(work, median, low, high, limit, medians)
+
+
+def measure(work: str, tasks: tuple[Task, Task], rounds: int, limit: float | None) -> Ratio:
+    """Measures the time of the first task relative to the second."""
+    return compare(work, time_tasks({"first": tasks[0], "second": tasks[1]}, rounds, work), "first", "second", limit)
 
 
 def run_block(task: Task, calls: int, _: int) -> None:
@@ -104,37 +115,41 @@ def make_step(model: nn.Module, images: Tensor, autocast: bool = False) -> Task:
 
 
 def compare_training(rounds: int) -> list[Ratio]:
+    """Training steps, eager and compiled, each against the faster of the plain network eager and compiled."""
     digits, colors, photos = torch.randn(128, 1, 28, 28), torch.randn(128, 3, 32, 32), torch.randn(16, 3, 224, 224)
-    five = convert(LeNet(), MOSAIC)
     gabor = convert(FourLayer(), "all", "G100%")
-    five_gains = convert(FourLayer(), "all", FIVE_KINDS, amplitude=True)
-    gabor_compiled, gains_compiled, plain_compiled = compiled(gabor), compiled(five_gains), compiled(FourLayer())
+    filters = convert(FourLayer(), "all", "G100%", per="filter")
     resnet, exp3 = torchvision.models.resnet18(), convert(torchvision.models.resnet18(), "first", EXP3)
     cases: list[tuple[str, nn.Module, nn.Module, Tensor, float]] = [
-        ("LeNet, five kinds", five, LeNet(), digits, 1.20),
-        ("LeNet, five kinds, both compiled", compiled(five), compiled(LeNet()), digits, 1.10),
-        ("four layers, Gabor", gabor, FourLayer(), colors, 1.05),
-        ("four layers, five kinds with amplitude", five_gains, FourLayer(), colors, 1.10),
+        ("four layers, Gabor per filter", filters, FourLayer(), colors, 0.65),
+        ("four layers, Gabor per filter, bf16", filters, FourLayer(), colors, 0.85),
+        ("four layers, Gabor", gabor, FourLayer(), colors, 1.08),
         ("four layers, Gabor, bf16", gabor, FourLayer(), colors, 1.15),
-        ("four layers, five kinds with amplitude, bf16", five_gains, FourLayer(), colors, 1.15),
-        ("four layers, Gabor, both compiled", gabor_compiled, plain_compiled, colors, 1.05),
-        ("four layers, five kinds with amplitude, both compiled", gains_compiled, plain_compiled, colors, 1.10),
-        ("four layers, Gabor, bf16, both compiled", gabor_compiled, plain_compiled, colors, 1.15),
-        ("four layers, five kinds with amplitude, bf16, both compiled", gains_compiled, plain_compiled, colors, 1.15),
+        ("four layers, five kinds with amplitude", make_five_kinds(), FourLayer(), colors, 1.08),
+        ("four layers, five kinds with amplitude, bf16", make_five_kinds(), FourLayer(), colors, 1.15),
+        ("LeNet, five kinds", convert(LeNet(), MOSAIC), LeNet(), digits, 1.20),
         ("ResNet-18, exp3, 224 px, batch 16", exp3, resnet, photos, 1.02),
     ]
     ratios = []
     for title, analytic, plain, images, limit in cases:
-        autocast = "bf16" in title
-        steps = make_step(analytic, images, autocast), make_step(plain, images, autocast)
-        ratios.append(measure(f"training step: {title}", steps, rounds, limit))
+        networks = {"analytic": analytic, "plain": plain}
+        networks |= {f"{name} compiled": compiled(network) for name, network in networks.items()}
+        steps = {name: make_step(network, images, "bf16" in title) for name, network in networks.items()}
+        seconds = time_tasks(steps, rounds, title)
+        reference = min(("plain", "plain compiled"), key=lambda name: statistics.median(seconds[name]))
+        for name, suffix in (("analytic", ""), ("analytic compiled", ", compiled")):
+            ratios.append(compare(f"training step: {title}{suffix}", seconds, name, reference, limit))
         if DEVICE.type == "cpu":
-            ratio = measure_peak_memory(steps[0]) / measure_peak_memory(steps[1])
+            ratio = measure_peak_memory(steps["analytic"]) / measure_peak_memory(steps["plain"])
             ratios.append(Ratio(f"peak memory of the training step: {title}", ratio, ratio, ratio, 1.05))
-    spread = spread_kernels(gabor)
-    steps = make_step(spread, colors), make_step(gabor, colors)
-    ratios.append(measure("training step: four layers, Gabor, with a placement, against in order", steps, rounds, 1.02))
+    steps = {"spread": make_step(spread_kernels(gabor), colors), "in order": make_step(gabor, colors)}
+    title = "training step: four layers, Gabor, with a placement, against in order"
+    ratios.append(compare(title, time_tasks(steps, rounds, title), "spread", "in order", 1.02))
     return ratios
+
+
+def make_five_kinds() -> nn.Module:
+    return convert(FourLayer(), "all", FIVE_KINDS, amplitude=True)
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -167,19 +182,25 @@ def measure_peak_memory(step: Task) -> int:
 
 def compare_evaluation(rounds: int) -> list[Ratio]:
     """Evaluation against the folded network, which has the same weights: other activations take other time."""
-    cases = [
-        ("LeNet, five kinds", convert(LeNet(), MOSAIC), torch.randn(128, 1, 28, 28)),
-        ("four layers, Gabor", convert(FourLayer(), "all", "G100%"), torch.randn(128, 3, 32, 32)),
+    colors = torch.randn(128, 3, 32, 32)
+    cases: list[tuple[str, nn.Module, Tensor, float]] = [
+        ("LeNet, five kinds", convert(LeNet(), MOSAIC), torch.randn(128, 1, 28, 28), 1.01),
+        ("four layers, Gabor", convert(FourLayer(), "all", "G100%"), colors, 1.01),
+        ("four layers, Gabor per filter", convert(FourLayer(), "all", "G100%", per="filter"), colors, 0.5),
     ]
     ratios = []
-    for title, model, images in cases:
+    for title, model, images, limit in cases:
         model.to(DEVICE).to(memory_format=torch.channels_last).eval()
-        folded = fold(copy.deepcopy(model))
         batch = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
-
+        networks = {"analytic": model, "folded": fold(copy.deepcopy(model))}
+        if limit < 1:
+            networks["folded factored"] = fold(copy.deepcopy(model), factored=True)
         evaluate = torch.no_grad()(lambda network, batch=batch: network(batch))
-        tasks = partial(evaluate, model), partial(evaluate, folded)
-        ratios.append(measure(f"evaluation: {title}, against folded", tasks, rounds, 1.01))
+        tasks = {name: partial(evaluate, network) for name, network in networks.items()}
+        seconds = time_tasks(tasks, rounds, title)
+        for name in (name for name in networks if name != "folded"):
+            suffix = "" if name == "analytic" else f", {name}"
+            ratios.append(compare(f"evaluation: {title}{suffix}, against folded", seconds, name, "folded", limit))
     return ratios
 
 
@@ -234,16 +255,17 @@ def render(ratios: list[Ratio], rounds: int, operations: str) -> str:
         "# Cost of analytic layers",
         "",
         "Against the same network with plain convolutions, unless the line says otherwise: median ratio of "
-        f"{rounds} alternating blocks, and its quartiles. Networks run eagerly, the default, unless they are compiled.",
+        f"{rounds} alternating blocks, and its quartiles. Training is compared with the faster of the plain network "
+        "run eagerly and compiled.",
         "",
-        "| work | ratio | quartiles | limit | met |",
-        "|---|---:|---:|---:|---|",
+        "| work | ratio | quartiles | limit | met | milliseconds |",
+        "|---|---:|---:|---:|---|---|",
     ]
     for ratio in ratios:
         limit = "" if ratio.limit is None else f"{ratio.limit:g}"
         is_met = "" if ratio.limit is None else "yes" if ratio.median <= ratio.limit else "no"
         spread = f"{ratio.low:.3g} to {ratio.high:.3g}"
-        lines.append(f"| {ratio.work} | {ratio.median:.3g} | {spread} | {limit} | {is_met} |")
+        lines.append(f"| {ratio.work} | {ratio.median:.3g} | {spread} | {limit} | {is_met} | {ratio.milliseconds} |")
     lines += [
         "",
         operations,

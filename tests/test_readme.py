@@ -1,4 +1,4 @@
-"""README.md: its code runs, and its tables are the generated ones."""
+"""README.md and docs/: their code runs, their links lead somewhere, and the tables are the generated ones."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,17 @@ from acl.kernels import KINDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON_BLOCKS = [
+    pytest.param(block, id=f"{page.stem} {i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+]
+LINKS = sorted({(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())})
 
 
-@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=range(len(PYTHON_BLOCKS)))
-def test_readme_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", PYTHON_BLOCKS)
+def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
 
@@ -32,6 +38,6 @@ def test_readme_lists_every_kind_with_its_akps() -> None:
         assert f"| `{kind.symbol}` | {akps} |" in README
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_readme_link_target_exists(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_link_target_exists(page: Path, link: str) -> None:
+    assert (page.parent / link).exists()

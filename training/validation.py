@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.dataclasses import dataclass as validated_dataclass
+from pydantic_core import ArgsKwargs
 
 from training.errors import UsageError
 
@@ -61,6 +62,8 @@ def construct(factory: Callable[..., T], options: Mapping[str, Any], section: st
             message = f"unknown option {key}={value}"
         elif problem["type"].startswith("missing"):
             message = f"{key} is missing"
+        elif not path and isinstance(problem["input"], ArgsKwargs):  # options that are valid one by one
+            message = f"{key}: {problem['msg'].removeprefix('Value error, ')}"
         else:
             # One problem for each type that the option accepts.
             same_key = [other for other in error.errors() if _locate(other["loc"], options) == path]

@@ -443,7 +443,7 @@ class TwoScales(nn.Module):
 def test_convolutions_that_share_a_weight_still_share_it(
     arrangement: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("acl.fit._STEPS", 2)
+    monkeypatch.setattr("acl.kind_search.STEPS", 2)
     model = acl.convert(TwoScales(), ["fine", "coarse"], arrangement, **options)
     assert len(list(model.parameters())) == len(set(model.fine.parameters())) + 2
     model(torch.randn(1, 2, 8, 8)).sum().backward()

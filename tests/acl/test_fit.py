@@ -26,7 +26,7 @@ PIXELS = 7 * 7
 @pytest.fixture
 def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortens the search, for tests that do not depend on the quality of the fit."""
-    monkeypatch.setattr("acl.fit._STEPS", 5)
+    monkeypatch.setattr("acl.kind_search.STEPS", 5)
 
 
 def sample_kernels(symbol: str, count: int, seed: int, family: str = "paper") -> Tensor:
@@ -458,7 +458,7 @@ def test_comparison_with_pool_is_done_in_parts_of_limited_memory(monkeypatch: py
     expected = fit_kernels(weight, ["Lg"], progress=False)
     sizes: list[int] = []
     topk = torch.Tensor.topk
-    monkeypatch.setattr("acl.fit._ROWS_PER_COMPARISON", 3)
+    monkeypatch.setattr("acl.kind_search._ROWS_PER_COMPARISON", 3)
     monkeypatch.setattr(
         torch.Tensor, "topk", lambda t, *args, **options: sizes.append(len(t)) or topk(t, *args, **options)
     )

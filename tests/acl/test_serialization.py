@@ -143,7 +143,7 @@ def test_placement_chosen_by_auto_is_restored(tmp_path: Path, monkeypatch: pytes
     model = make_network()
     gabors = AnalyticConv2d(1, 8, 5, arrangement="G8").weight.detach().flatten(0, 1)
     model[0].weight.data.flatten(0, 1)[::2] = gabors
-    monkeypatch.setattr("acl.fit._STEPS", 10)
+    monkeypatch.setattr("acl.kind_search.STEPS", 10)
     convert(model, "0", "auto", tolerance=0.1, amplitude=True)
     assert model[0].placement is not None and "P" in model[0].slot_kinds and "G" in model[0].slot_kinds
     acl.save(model, file)

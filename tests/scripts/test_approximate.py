@@ -18,7 +18,7 @@ from training.validation import construct
 def test_approximate_fits_kernels_of_file(
     tmp_path: Path, call_script: RunScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("acl.fit._STEPS", 30)
+    monkeypatch.setattr("acl.kind_search.STEPS", 30)
     weight = np.random.default_rng(0).normal(size=(2, 2, 5, 5)).astype(np.float32)
     weight[1, 1] = 0
     np.save(tmp_path / "conv.npy", weight)

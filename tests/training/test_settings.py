@@ -54,6 +54,11 @@ def test_invalid_share_of_training_images_is_named() -> None:
         ("+model.foo=1", "unknown option model.foo=1"),
         ("+model.channels=3", "unknown option model.channels=3"),
         ("+model.layer.foo=1", "unknown option model.layer.foo=1"),
+        (
+            "++model.layer={per: filter, amplitude: true}",
+            "model.layer: amplitude=True needs per='kernel'; a filter has a gain per input channel already",
+        ),
+        ("model.layer.learn=foo", "model.layer: unknown AKP 'foo' in learn; known: all, none, "),
         ("model.layer=3", "model.layer=3 is invalid: it should be null or a section of options"),
         ("model.layer.amplitude=maybe", "model.layer.amplitude=maybe is invalid: it should be a valid boolean"),
         ("model.layer.learn=3", "model.layer.learn=3 is invalid: it should be a valid string or iterable"),
