@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LOCK_VENV := .venv-lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-table verify status claims sweep benchmark test lint lock clean
+.PHONY: help setup train reproduce-table verify status claims sweep benchmark check-gpu test lint lock clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,9 +40,13 @@ sweep: setup ## example of --multirun on all cores: arrangement x seed, then one
 	$(BIN)/python scripts/train.py -m hydra/launcher=cores arrangement=gabor,mosaic seed=0,1 paths.runs=runs/sweep $(ARGS)
 	$(BIN)/python scripts/collect.py runs=runs/sweep file=results/sweep.csv
 
-benchmark: setup ## measures the cost of analytic layers relative to plain ones: results/benchmarks/layer.md
+benchmark: setup ## measures the cost of analytic layers relative to plain ones: results/benchmarks/
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gabornet==0.2.0
 	$(BIN)/python benchmarks/layer.py $(ARGS)
+	$(BIN)/python benchmarks/factored.py $(ARGS)
+
+check-gpu: setup ## tests a CUDA device and measures costs on it: results/benchmarks/<device>.md; ARGS='data=/data' to find MNIST
+	$(BIN)/python benchmarks/check_gpu.py $(ARGS)
 
 test: setup ## runs all tests; ARGS='-m slow' for the slow ones, ARGS='-m slurm' on a machine with Slurm
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)

@@ -115,8 +115,8 @@ class AnalyticConv2d(SlottedConv2d):
     def reset_parameters(self) -> None:
         """Samples the AKPs from their initial ranges, and plain kernels and bias as nn.Conv2d does.
 
-        The gains of filters are uniform, of variance 1 / (in_channels / groups): with ``scale="unit"``, an input of
-        unit variance then has outputs of about unit variance.
+        The gains of filters are uniform, of variance 1 / (in_channels / groups * kh * kw): with ``scale="unit"``, an
+        input of unit variance then has outputs of about unit variance.
         """
         if "raw" not in self._modules:
             return  # nn.Conv2d's constructor calls this before the AKPs exist
@@ -127,7 +127,7 @@ class AnalyticConv2d(SlottedConv2d):
             if parameter is not None:
                 parameter.uniform_(-bound, bound)
         if self.gains is not None:
-            bound = math.sqrt(3 / max(1, self.gains.shape[1]))
+            bound = math.sqrt(3 / max(1, fan_in))
             self.gains.uniform_(-bound, bound)
 
     @torch.no_grad()
@@ -234,7 +234,9 @@ class AnalyticConv2d(SlottedConv2d):
         return self._compute_unit_scale(kernels, (-2, -1))
 
     def _compute_unit_scale(self, kernels: Tensor, pixel_dims: tuple[int, int]) -> Tensor:
-        fan_in = self.in_channels // self.groups if self.options.per == "kernel" else 1  # gains have the rest
+        if self.options.per == "filter":  # gains then have the scale of weights
+            return torch.rsqrt((kernels * kernels).mean(pixel_dims, keepdim=True) + 1e-12)
+        fan_in = self.in_channels // self.groups
         return torch.rsqrt((kernels * kernels).sum(pixel_dims, keepdim=True) * fan_in + 1e-12)
 
     def _synthesize_analytic(self) -> Tensor | None:

@@ -20,8 +20,9 @@ class LayerOptions:
     """
 
     scale: Scale = "unit"
-    """``unit`` divides each ACK by its L2 norm, and in kernel mosaics by sqrt(in_channels / groups), so that the layer
-    roughly preserves unit variance; ``raw`` uses the formula's values unchanged."""
+    """``unit`` divides each ACK by its L2 norm and by sqrt(in_channels / groups), so that the layer roughly preserves
+    unit variance, and the shape of a filter by its root mean square, so that its gains have the scale of weights;
+    ``raw`` uses the formula's values unchanged."""
     per: Per = "kernel"
     """What has AKPs of its own: each 2-D ``kernel``, as in the paper, or each ``filter`` (output channel), whose
     kernels are one shape times a gain per input channel."""

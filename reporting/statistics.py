@@ -1,4 +1,4 @@
-"""Intervals and tests. Another method of either is a change of this module alone."""
+"""Intervals and tests: the place to change for another method (and then the prose about it in reporting/claims.py)."""
 
 import math
 from collections.abc import Sequence

@@ -167,7 +167,7 @@ def finish_epoch(setup: Setup, state: TrainState, train_metrics: dict[str, float
     if is_best:
         state.best, state.best_correct = metrics, pack_correct(predictions, data.val)
     state.history.append(metrics)
-    state.akps.append(snapshot_akps(setup.model))
+    state.akps.append(snapshot_akps(setup.model))  # of the weights that are saved, which loading a run checks
     state.epoch, state.step = state.epoch + 1, 0
     if setup.fabric.is_global_zero:
         if is_best:

@@ -42,7 +42,7 @@ def test_kernels_of_analytic_filter_are_gains_times_one_shape() -> None:
     weight, kinds = layer.weight.detach(), layer.slot_kinds
     for symbol in ("G", "Ts"):
         shapes = layer.compute_shapes(symbol)
-        torch.testing.assert_close(shapes.square().sum((1, 2)), torch.ones(len(shapes), dtype=torch.float64))
+        torch.testing.assert_close(shapes.square().mean((1, 2)), torch.ones(len(shapes), dtype=torch.float64))
         slots = layer.slots_of(symbol)
         expected = layer.gains_of(symbol)[..., None, None] * shapes[:, None]
         torch.testing.assert_close(weight[slots], expected)
@@ -60,7 +60,7 @@ def test_parameters_are_akps_gains_and_plain_weights() -> None:
 def test_initial_gains_preserve_variance(arrangement: str) -> None:
     layer = AnalyticConv2d(32, 64, 5, arrangement=arrangement, per="filter", bias=False)
     assert layer(torch.randn(4, 32, 32, 32)).var().item() == pytest.approx(1, abs=0.15)
-    assert layer.gains.abs().max() <= math.sqrt(3 / 32) and 0.4 < (layer.gains > 0).float().mean() < 0.6
+    assert layer.gains.abs().max() <= math.sqrt(3 / (32 * 25)) and 0.4 < (layer.gains > 0).float().mean() < 0.6
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -1,7 +1,7 @@
 """Networks of torchvision and timm convert, train, and fold back to their original architecture."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import acl
+from acl.options import Per
 from tests.arrangements import arrange_all_kinds
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
@@ -71,7 +72,7 @@ def mark_slow(names: list[str], quick: list[str]) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def check_round_trip(create: Callable[[], nn.Module], image_sizes: tuple[int, ...]) -> None:
+def check_round_trip(create: Callable[[], nn.Module], image_sizes: tuple[int, ...], per: Per) -> None:
     """Converts the first convolution, trains for one step, folds, and compares with the original network."""
     model = create()
     is_huge = sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS_TO_TRAIN
@@ -79,7 +80,7 @@ def check_round_trip(create: Callable[[], nn.Module], image_sizes: tuple[int, ..
         model = model.to("meta")
     names, keys = [name for name, _ in model.named_parameters()], list(model.state_dict())
     classes = [type(module) for module in model.modules()]
-    acl.convert(model, "first", arrange_all_kinds())
+    acl.convert(model, "first", arrange_all_kinds(), per=per)
     (layer,) = acl.analytic_layers(model).values()
     if not is_huge:
         x = find_image(model, image_sizes)
@@ -112,10 +113,12 @@ def find_image(model: nn.Module, sizes: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", mark_slow(TORCHVISION, QUICK_TORCHVISION))
-def test_torchvision_network_survives_convert_train_and_fold(name: str) -> None:
-    check_round_trip(lambda: torchvision.models.get_model(name, weights=None), (64, 128, 224, 299))
+@pytest.mark.parametrize("per", get_args(Per))
+def test_torchvision_network_survives_convert_train_and_fold(name: str, per: Per) -> None:
+    check_round_trip(lambda: torchvision.models.get_model(name, weights=None), (64, 128, 224, 299), per)
 
 
 @pytest.mark.parametrize("name", mark_slow(TIMM, QUICK_TIMM))
-def test_timm_network_survives_convert_train_and_fold(name: str) -> None:
-    check_round_trip(lambda: timm.create_model(name), (64, 128, 224, 240, 256, 299))
+@pytest.mark.parametrize("per", get_args(Per))
+def test_timm_network_survives_convert_train_and_fold(name: str, per: Per) -> None:
+    check_round_trip(lambda: timm.create_model(name), (64, 128, 224, 240, 256, 299), per)

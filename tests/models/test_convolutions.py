@@ -1,0 +1,79 @@
+"""Convolutions with fewer parameters that compete with analytic ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from models.convolutions import GaussianBasisConv2d
+from models.four_layer import FourLayer
+from models.lenet import LeNet
+
+
+@pytest.mark.parametrize(
+    ("options", "layer", "count"),
+    [
+        ({}, None, 668_000),
+        ({"convolution": "separable"}, None, 35_520),
+        ({"convolution": "gaussian_basis"}, None, 160_320 + 4),
+        ({"width": 0.2}, None, 75 * 6 + 25 * (6 * 13 + 13 * 26 + 26 * 26)),
+        ({}, {"per": "filter"}, 28_128),
+        ({}, {"amplitude": True}, 133_600),
+    ],
+    ids=str,
+)
+def test_four_layer_network_has_expected_convolution_parameters(
+    options: dict[str, Any], layer: dict[str, Any] | None, count: int
+) -> None:
+    arrangement = {} if layer is None else {"all": "G100%"}
+    model = models.create_model("four_layer", 3, 10, arrangement, layer, **options)
+    assert models.count_parameters(model)[0] == count
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("convolution", ["separable", "gaussian_basis"])
+def test_lenet_trains_with_other_convolutions(convolution: Any) -> None:
+    model = LeNet(convolution=convolution)
+    model(torch.randn(2, 1, 28, 28)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(("create", "width"), [(FourLayer, 0.01), (LeNet, 0.05)])
+def test_width_without_channels_is_refused(create: Any, width: float) -> None:
+    with pytest.raises(ValueError, match=rf"model\.width={width} leaves no channel; it should be at least 0\."):
+        create(width=width)
+
+
+def test_gaussian_basis_has_derivatives_of_gaussian() -> None:
+    conv = GaussianBasisConv2d(2, 3, 15, padding=7, bias=False).double()
+    basis = conv.compute_basis().detach()
+    torch.testing.assert_close(basis.square().sum((1, 2)), torch.ones(6, dtype=torch.float64))
+    gaussian, dx, dy, dxx, dxy, dyy = basis
+    for derivative, source, dim in ((dx, gaussian, 1), (dy, gaussian, 0), (dxx, dx, 1), (dxy, dx, 0), (dyy, dy, 0)):
+        (difference,) = torch.gradient(source, dim=dim)
+        cosine = nn.functional.cosine_similarity(difference.flatten(), derivative.flatten(), 0)
+        assert cosine.abs() > 0.97
+
+
+def test_gaussian_basis_is_differentiable_and_cached_in_eval_mode() -> None:
+    conv = GaussianBasisConv2d(2, 3, 5, padding=2, bias=True).double()
+    x = torch.randn(1, 2, 7, 7, dtype=torch.float64)
+    names, values = zip(*[(n, p.detach().clone().requires_grad_()) for n, p in conv.named_parameters()], strict=True)
+
+    def compute(*parameters: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(conv, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(compute, values)
+    conv.eval()
+    with torch.no_grad():
+        before = conv(x)
+        conv.raw_sigma.add_(0.5)
+        assert not torch.allclose(conv(x), before)
+        torch.testing.assert_close(conv(x), conv.fold()(x))
+
+
+def test_gaussian_basis_preserves_variance() -> None:
+    conv = GaussianBasisConv2d(32, 64, 5, padding=2, bias=False)
+    assert conv(torch.randn(4, 32, 24, 24)).var().item() == pytest.approx(1, abs=0.3)
