@@ -35,13 +35,11 @@ GABOR_OPTIONS: dict[int, dict[str, Any]] = {
     7: {"family": "extended"},
 }
 """Free AKPs -> options of ``acl.fit_kernels``."""
-NUMBERS = tuple(num_akps + 1 for num_akps in GABOR_OPTIONS)
-"""The numbers of a kernel: AKPs and the gain."""
 FILTER_AKPS = (4, 7)
 IMAGENET_CLASSES = 1000
 PATCH_IMAGES, PATCH_BATCH = 1000, 16
 """The training images whose patches are measured, and how many at a time, to limit time and memory."""
-MAX_PIXELS = 2**22  # of a batch of images
+MAX_PIXELS = 2**19  # of a batch of images; larger ones are slower on CPUs
 RECORDED = ("overrides", "layer", "features", "classes")
 """The settings that each line states, unless they are null."""
 PER_IMAGE = ("output_error_percent", "correct", "probe_correct", "refitted_probe_correct")
@@ -58,6 +56,7 @@ class CompareSettings:
     classes: Literal["imagenet"] | None
     methods: list[Method]
     metrics: list[MetricName]
+    numbers: list[Literal[5, 7, 8]]
     resume: bool
     file: OutputFile
 
@@ -94,7 +93,7 @@ def main(settings: CompareSettings) -> None:
     if not isinstance(conv, nn.Conv2d) or isinstance(conv, acl.AnalyticConv2d):
         raise UsageError(f"layer={settings.layer} is invalid: it is not a plain convolution of the network")
     comparison = Comparison(create_extractor(model, settings), conv, data, labels, settings)
-    existing = load_lines(settings)
+    lines = load_lines(settings)
     in_channels, size = conv.weight.shape[1], (conv.kernel_size[0], conv.kernel_size[1])
     metrics = {
         name: acl.Metric.create(
@@ -103,17 +102,21 @@ def main(settings: CompareSettings) -> None:
         for name in settings.metrics
     }
     environment = describe_environment(torch.device("cpu"))
-    lines: list[Mapping[str, Any]] = [{**settings.recorded, **comparison.measure_original(), **environment}]
-    write_atomic(settings.file, to_json_lines(lines))
-    for name, method, metric, numbers in tqdm(list_tasks(settings, in_channels), "approximations", disable=None):
-        line = existing.get((name, numbers))
-        if line is None:
-            approximation, used = METHODS[method](comparison.weight, numbers, metrics[metric])
-            line = {**settings.recorded, **comparison.measure(name, numbers, used, approximation), **environment}
-        lines.append(line)
-        write_atomic(settings.file, to_json_lines(lines))
-    for line in lines:
-        print(describe(line))
+    original = ("original", comparison.weight[0, 0].numel())
+    tasks = {(name, numbers): (method, metric) for name, method, metric, numbers in list_tasks(settings, in_channels)}
+    for key in tqdm([original, *tasks], "approximations", disable=None):
+        if key not in lines or (key == original and settings.features is not None):  # which trains the probe
+            name, numbers = key
+            approximation, used = comparison.weight, numbers
+            if key != original:
+                method, metric = tasks[key]
+                approximation, used = METHODS[method](comparison.weight, numbers, metrics[metric])
+            measured = comparison.measure(name, numbers, used, approximation)
+            lines[key] = {**settings.recorded, **measured, **environment}
+        ordered = dict.fromkeys([original, *tasks, *lines])
+        write_atomic(settings.file, to_json_lines(lines[known] for known in ordered if known in lines))
+    for key in ordered:
+        print(describe(lines[key]))
     print(settings.file)
 
 
@@ -199,10 +202,6 @@ class Comparison:
         self.weight = self.original.weight.detach()
         self.probe: Any = None
 
-    def measure_original(self) -> dict[str, Any]:
-        numbers = self.weight[0, 0].numel()
-        return self.measure("original", numbers, numbers, self.weight)
-
     def measure(self, name: str, numbers: int, used: float, approximation: Tensor) -> dict[str, Any]:
         """Measures an approximation of the kernels; the original must be measured first.
 
@@ -274,11 +273,14 @@ class Comparison:
 
 def list_tasks(settings: CompareSettings, in_channels: int) -> list[tuple[str, Method, MetricName, int]]:
     """The approximations: name, method, metric and numbers of a kernel, or of a filter in a fit per filter."""
-    return [
-        (method if metric == "pixels" else f"{method}, {metric}", method, metric, numbers)
-        for metric, method in itertools.product(settings.metrics, settings.methods)
-        for numbers in ([n + in_channels for n in FILTER_AKPS] if method == "Gabor fit per filter" else NUMBERS)
-    ]
+    tasks: list[tuple[str, Method, MetricName, int]] = []
+    for numbers, metric, method in itertools.product(settings.numbers, settings.metrics, settings.methods):
+        name = method if metric == "pixels" else f"{method}, {metric}"
+        if method != "Gabor fit per filter":
+            tasks.append((name, method, metric, numbers))
+        elif numbers - 1 in FILTER_AKPS:
+            tasks.append((name, method, metric, numbers - 1 + in_channels))
+    return tasks
 
 
 def describe(line: Mapping[str, Any]) -> str:
