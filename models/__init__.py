@@ -11,7 +11,7 @@ from models.four_layer import FourLayer
 from models.lenet import LeNet
 from models.library import create_from_timm, create_from_torchvision
 
-TORCHVISION = ("resnet18", "resnet50", "alexnet")
+TORCHVISION = ("resnet18", "resnet50", "alexnet", "squeezenet1_0")
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "four_layer": FourLayer,

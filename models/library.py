@@ -21,6 +21,26 @@ def find_torchvision_weights(name: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
 
 
+def find_imagenet_labels(classes: Sequence[str]) -> list[int]:
+    """The labels of classes among the 1,000 of ImageNet, by their WordNet ids or torchvision's names.
+
+    Raises:
+        ValueError: for a class that ImageNet does not have.
+    """
+    from timm.data import ImageNetInfo  # imported here because it takes more than a second
+
+    names = torchvision.models.get_model_weights("resnet18").DEFAULT.meta["categories"]
+    labels = {
+        name: label for known in (names, ImageNetInfo("imagenet-1k").label_names()) for label, name in enumerate(known)
+    }
+    if unknown := [name for name in classes if name not in labels]:
+        raise ValueError(
+            f"class '{unknown[0]}' is none of ImageNet's: it is neither the WordNet id of one, such as n01440764, nor "
+            "its name in torchvision, such as tench"
+        )
+    return [labels[name] for name in classes]
+
+
 def create_from_torchvision(
     name: str, channels: int, classes: int, pretrained: bool | str = False, random_layers: list[str] | None = None
 ) -> nn.Module:
@@ -29,7 +49,8 @@ def create_from_torchvision(
     Args:
         name: as in ``torchvision.models.get_model``.
         channels: the number of image channels; must be 3.
-        classes: the number of classes. The last linear layer is initialized at random if the weights have another.
+        classes: the number of classes. The last linear layer, or the last convolution of a network without linear
+            layers, is initialized at random if the weights have another.
         pretrained: True for torchvision's weights, or the path of a weights file (see ``load_weights``).
         random_layers: the layers that the weights file lacks, which keep their random weights; None: it has all.
 
@@ -109,8 +130,9 @@ def load_weights(model: nn.Module, file: Path, random_layers: Sequence[str] = ()
     ``_orig_mod.`` of DistributedDataParallel and torch.compile are removed. Nothing but tensors and plain values is
     unpickled.
 
-    The last linear layer keeps its weights if the file has another number of classes. A ``.npy`` array (out,
-    in / groups, kh, kw) is loaded into the first convolution whose weight has that shape.
+    The last linear layer, or the last convolution of a network without linear layers, keeps its weights if the file has
+    another number of classes. A ``.npy`` array (out, in / groups, kh, kw) is loaded into the first convolution whose
+    weight has that shape.
 
     Args:
         model: the network.
@@ -186,7 +208,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_layers: Sequence[str]) -> None:
-    """Loads a state dict, except for ``random_layers`` and a last linear layer of another shape.
+    """Loads a state dict, except for ``random_layers`` and a classifier of another shape.
 
     ``file`` is named in errors.
     """
@@ -197,11 +219,13 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_l
             raise ValueError(f"{type(model).__name__} has no layer '{layer}' with weights; it has {layers}")
         if any(k.startswith(f"{layer}.") for k in state):
             raise ValueError(f"{file} has weights for {layer}, which is listed as a layer that it lacks")
-    last_linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    classifiers = _find_classifier(model)
     mismatched = [
         k
         for k in expected
-        if k in state and state[k].shape != expected[k].shape and k.rpartition(".")[0] not in last_linear
+        if k in state
+        and state[k].shape != expected[k].shape
+        and (k.rpartition(".")[0] not in classifiers or state[k].shape[1:] != expected[k].shape[1:])
     ]
     prefixes = tuple(f"{layer}." for layer in random_layers)
     missing = [
@@ -217,8 +241,16 @@ def _load_state(model: nn.Module, state: Mapping[str, Any], file: Path, random_l
         raise ValueError(f"{file} does not match the architecture of {type(model).__name__}: {'; '.join(differences)}")
     loaded = {k: v for k, v in state.items() if v.shape == expected[k].shape}
     model.load_state_dict(loaded, strict=False)
-    resized = [layer for layer in last_linear if f"{layer}.weight" in state.keys() - loaded.keys()]
+    resized = [layer for layer in classifiers if f"{layer}.weight" in state.keys() - loaded.keys()]
     _set_random_layers(model, [*random_layers, *resized])
+
+
+def _find_classifier(model: nn.Module) -> list[str]:
+    """The name of the last linear layer, or of the last convolution of a network without one; empty without both."""
+    for layer_type in (nn.Linear, nn.Conv2d):
+        if names := [name for name, module in model.named_modules() if isinstance(module, layer_type)]:
+            return names[-1:]
+    return []
 
 
 def _list_layers_beside(model: nn.Module, layer: str) -> list[str]:

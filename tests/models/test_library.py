@@ -15,7 +15,7 @@ from torch import nn
 
 import acl
 import models
-from models.library import load_weights, read_kernels
+from models.library import find_imagenet_labels, load_weights, read_kernels
 
 OPTIONS = {"scale": "unit"}
 
@@ -230,6 +230,32 @@ def test_random_layers_of_other_networks(tmp_path: Path) -> None:
     np.save(tmp_path / "conv1.npy", np.zeros((64, 3, 7, 7), np.float32))
     model = models.create_model("resnet18", 3, 7, {}, pretrained=str(tmp_path / "conv1.npy"))
     assert models.find_random_layers(model) == ["bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+
+
+def test_last_convolution_with_other_classes_is_random(tmp_path: Path) -> None:
+    file, source = tmp_path / "net.safetensors", torchvision.models.squeezenet1_0(num_classes=9)
+    save_file(source.state_dict(), file)
+    same = models.create_model("squeezenet1_0", 3, 9, {}, pretrained=str(file))
+    assert models.find_random_layers(same) == []
+    assert torch.equal(same.classifier[1].weight, source.classifier[1].weight)
+    other = models.create_model("squeezenet1_0", 3, 7, {"first": "G96 P192"}, OPTIONS, pretrained=str(file))
+    assert models.find_random_layers(other) == ["classifier.1"]
+    assert torch.equal(other.features[3].squeeze.weight, source.features[3].squeeze.weight)
+    assert other.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_last_convolution_of_another_kernel_size_is_rejected(tmp_path: Path) -> None:
+    state = torchvision.models.squeezenet1_0(num_classes=7).state_dict()
+    state["classifier.1.weight"] = torch.zeros(7, 512, 3, 3)
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"classifier.1.weight is \(7, 512, 3, 3\), not \(7, 512, 1, 1\)"):
+        models.create_model("squeezenet1_0", 3, 7, {}, pretrained=str(tmp_path / "net.safetensors"))
+
+
+def test_labels_of_imagenet_are_found_by_id_and_by_name() -> None:
+    assert find_imagenet_labels(["n03888257", "tench", "crane bird", "n01440764"]) == [701, 0, 134, 0]
+    with pytest.raises(ValueError, match=r"class 'daisies' is none of ImageNet's"):
+        find_imagenet_labels(["daisy", "daisies"])
 
 
 def test_layers_beside_convolution_of_npy_file_are_random(tmp_path: Path) -> None:
