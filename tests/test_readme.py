@@ -1,5 +1,6 @@
 """README.md and docs/: their code runs, their links lead somewhere, and the tables are the generated ones."""
 
+import json
 import re
 from pathlib import Path
 
@@ -41,3 +42,17 @@ def test_readme_lists_every_kind_with_its_akps() -> None:
 @pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
 def test_link_target_exists(page: Path, link: str) -> None:
     assert (page.parent / link).exists()
+
+
+def test_output_errors_in_documentation_are_the_recorded_ones() -> None:
+    lines = (ROOT / "results/evidence/flowers17_approximations_images.jsonl").read_text().splitlines()
+    errors: dict[str, list[float]] = {}
+    for line in map(json.loads, lines):
+        values = line["output_error_percent"]
+        errors.setdefault(f"{line['numbers_per_kernel']:.3g}", []).append(sum(values) / len(values))
+    rows = re.findall(r"^\| (?:a Gabor|the same|trunc|code).*", (ROOT / "docs/acl.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for row in rows:
+        numbers, *cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        recorded = [f"{value:.2f}" for value in errors[f"{float(numbers):.3g}"]]
+        assert set(cells) <= set(recorded)
