@@ -12,7 +12,8 @@ from acl.computed_conv import get_convolution_arguments
 from acl.slots import SlottedConv2d
 
 _MIN_CHANNELS = 32
-"""From this many input channels on, two convolutions are always faster on CPUs (results/benchmarks/factored.md)."""
+"""From this many input channels on, two convolutions were faster on a CPU, with channels_last, in every case of
+results/benchmarks/factored.md."""
 
 
 def can_be_factored(layer: SlottedConv2d) -> bool:

@@ -221,8 +221,14 @@ class AnalyticConv2d(SlottedConv2d):
 
     @torch.no_grad()
     def set_gains(self, symbol: str, gains: Tensor) -> None:
-        """Sets the gains (count, channels) of an analytic kind. Raises ValueError for kernels without gains."""
+        """Sets the gains (count, channels) of an analytic kind.
+
+        Raises:
+            ValueError: for kernels without gains, or parametrized gains.
+        """
         if self.gains is not None:
+            if "gains" not in self._parameters:
+                raise ValueError("gains is parametrized and cannot be set; remove its parametrization first")
             self.gains[self.gain_rows(symbol)] = gains.to(self.gains)
         else:
             self.set_akps(symbol, {AMPLITUDE.name: gains[:, 0]})
@@ -279,12 +285,6 @@ class AnalyticConv2d(SlottedConv2d):
         if self.placement is not None:
             shapes = shapes.flatten(0, 1).index_select(1, self.placement.to(shapes.device)).view_as(shapes)
         return shapes.permute(2, 0, 1)[:, None].to(self._format.dtype).contiguous()
-
-    def get_pointwise_weight(self) -> Tensor:
-        """The gains of filters as the weight of a 1 x 1 convolution, (out, in / groups, 1, 1)."""
-        assert self.gains is not None
-        gains = self.gains if self.placement is None else self.gains[self.placement.to(self.gains.device)]
-        return gains[:, :, None, None]
 
     def _forward(self, x: Tensor) -> Tensor:
         if not is_factored(self, x.device):

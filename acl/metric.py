@@ -129,8 +129,12 @@ def output_error(weight: Tensor, approximation: Tensor, metric: str | Tensor | M
 
 
 def _factor(moments: Tensor) -> Tensor:
-    size = len(moments)
-    return torch.linalg.cholesky(moments + 1e-9 * moments.trace() / size * torch.eye(size, dtype=moments.dtype))
+    size, unit = len(moments), moments.trace() / len(moments) * torch.eye(len(moments), dtype=moments.dtype)
+    for ridge in (1e-9, 1e-6, 1e-4):  # the larger ones for moments of rounded or few values
+        factor, info = torch.linalg.cholesky_ex(moments + ridge * unit)
+        if not info:
+            return factor
+    raise ValueError(f"the second moments of {size} values are not positive semidefinite")
 
 
 def _compute_image_moments(size: tuple[int, int]) -> Tensor:
@@ -151,8 +155,8 @@ def _measure_moments(values: Tensor, in_channels: int, size: tuple[int, int]) ->
     if has_patches and values.shape[1] == in_channels:
         moments = torch.zeros(length, length, dtype=torch.float64)
         for batch in values.split(_IMAGES_PER_BATCH):
-            patches = F.unfold(batch.float(), size).movedim(1, 0).flatten(1)
-            moments += (patches @ patches.T).double() / patches.shape[1] * len(batch) / len(values)
+            patches = F.unfold(batch.double(), size).movedim(1, 0).flatten(1)
+            moments += patches @ patches.T / patches.shape[1] * len(batch) / len(values)
     elif values.shape == (length, length):
         moments = (values.double() + values.double().T) / 2
     else:
@@ -162,6 +166,8 @@ def _measure_moments(values: Tensor, in_channels: int, size: tuple[int, int]) ->
         )
     if not moments.isfinite().all() or not moments.trace() > 0:
         raise ValueError("a metric must be finite and not zero")
+    if torch.linalg.eigvalsh(moments).min() < -1e-6 * moments.trace():
+        raise ValueError("a metric must be positive semidefinite, as second moments are")
     return moments
 
 

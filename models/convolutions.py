@@ -34,9 +34,7 @@ class GaussianBasisConv2d(ComputedConv2d):
     """A convolution whose kernels are learned combinations of the derivatives of a Gaussian up to the second order.
 
     The Gaussian's width is learned, one for the layer. Source: Jacobsen et al., Structured Receptive Fields in CNNs,
-    CVPR 2016 (RFNN), where it is fixed.
-
-    Takes the arguments of nn.Conv2d.
+    CVPR 2016 (RFNN), where it is fixed. The arguments are those of nn.Conv2d with the same names.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int, bias: bool) -> None:

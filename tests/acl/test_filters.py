@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import functional_call
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import acl
@@ -152,6 +152,13 @@ def test_invalid_filter_mosaic_is_named(options: dict[str, Any], message: str) -
         AnalyticConv2d(4, 8, 5, arrangement=SHAPES, compute="factored")
     with pytest.raises(ValueError, match="only a filter mosaic without plain filters can be factored"):
         AnalyticConv2d(4, 8, 5, arrangement=SHAPES).fold(factored=True)
+
+
+def test_parametrized_gains_cannot_be_set() -> None:
+    layer = make_filters()
+    torch.nn.utils.parametrize.register_parametrization(layer, "gains", nn.Tanh())
+    with pytest.raises(ValueError, match="gains is parametrized and cannot be set"):
+        layer.set_gains("Lg", torch.ones(2, 4))
 
 
 def test_gains_are_weights_of_the_optimizer() -> None:

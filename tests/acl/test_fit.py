@@ -554,6 +554,7 @@ def test_kinds_can_be_given_for_each_slot() -> None:
         (torch.eye(9), r"got \(9, 9\)"),
         (torch.full((18, 18), math.nan), "a metric must be finite and not zero"),
         (torch.zeros(1, 2, 9, 9), "a metric must be finite and not zero"),
+        (torch.diag(torch.tensor([-1.0, *[1.0] * 17])), "a metric must be positive semidefinite"),
         (Metric.create("images", 3, (3, 3)), "the metric is of 3 channels and 9 pixels, but the kernels have 2 and 9"),
     ],
 )
@@ -570,3 +571,14 @@ def test_image_metric_is_power_spectrum_of_images() -> None:
     edge[:, :, 0], edge[:, :, 2] = -1, 1
     # The mean of an image has most of its power.
     assert metric.energies(mean / mean.norm()) > 10 * metric.energies(edge / edge.norm())
+
+
+@pytest.mark.usefixtures("quick_search")
+@pytest.mark.parametrize(
+    "images",
+    [torch.ones(2, 3, 8, 8), torch.randn(1, 3, 5, 5), torch.randn(2, 3, 8, 8) * torch.eye(3)[0, :, None, None]],
+)
+def test_metric_of_few_or_constant_images_can_be_fitted(images: Tensor) -> None:
+    for per in ("kernel", "filter"):
+        fit = fit_kernels(torch.randn(2, 3, 5, 5), ["G"], per=per, metric=images, progress=False)
+        assert fit.weight().isfinite().all()
