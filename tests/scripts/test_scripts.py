@@ -1,4 +1,6 @@
-"""One smoke test per entry point, run as users run it; test_approximate.py and test_explain.py have the others.
+"""One smoke test per entry point; the test files named after entry points have the others.
+
+Most run a script in the process of the tests, which saves its imports; some run it as users do.
 
 Further tests of an entry point call it in the process of the tests.
 """
