@@ -1,8 +1,6 @@
 """One smoke test per entry point; the test files named after entry points have the others.
 
 Most run a script in the process of the tests, which saves its imports; some run it as users do.
-
-Further tests of an entry point call it in the process of the tests.
 """
 
 import json
