@@ -55,7 +55,7 @@ class LayerSettings(LayerOptions):
 
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
-    metric: Literal["images", "pixels"] = "pixels"
+    metric: Literal["images", "pixels"] | None = None
 
 
 Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
