@@ -54,13 +54,13 @@ outputs.own = inputs.own.map(kernel => {
 outputs.address = location.hash;
 outputs.addressed = panel.kernel;
 
-openFile("akps.safetensors", decode(inputs.history));
+openFile("other/akps.safetensors", decode(inputs.foreign));
 choose("F32.safetensors", "placed");
 tiles()[11].click();
-outputs.changes = [panel.note.textContent, panel.changes.textContent, list(computeKernel(panel.context.original.kernel).values)];
-openFile("other/akps.safetensors", decode(inputs.foreign));
-tiles()[11].click();
 outputs.foreign = panel.note.textContent;
+openFile("akps.safetensors", decode(inputs.history));
+tiles()[11].click();
+outputs.changes = [panel.note.textContent, panel.changes.textContent, list(computeKernel(panel.context.original.kernel).values)];
 openFile("original.safetensors", decode(inputs.original));
 choose("resnet18_conv1.json", "fit");
 tiles()[5].click();

@@ -74,13 +74,6 @@ COUNTED = [  # arrangement, per, family, amplitude
     ("G50% Tf25% P25%", "filter", "extended", False),
     ("G50% Ts50%", "filter", "paper", False),
 ]
-DAMAGED = {
-    "short.safetensors": b"12345",
-    "cut.safetensors": WEIGHTS[0].read_bytes()[:2000],
-    "text.json": b"{",
-    "other.json": b"{}",
-    "text.txt": b"hello, world",
-}
 
 
 def make_layer(
@@ -144,6 +137,37 @@ def make_fit() -> Fit:
     return Fit((3, 2, 5, 5), "filter", "paper", "exponential", metric, {}, False, (1.0, 2.0, 3.0), fits, {"G": fits})
 
 
+def make_damaged_files() -> dict[str, tuple[bytes, str]]:
+    """Files by name, with what is wrong with them."""
+    layer = AnalyticConv2d(1, 2, 3, arrangement="G2")
+    content = acl.serialize(layer)
+    layer.raw["G_psi"].data[1] = torch.nan
+    return {
+        "text.txt": (b"hello, world", "it is not in the safetensors format, or incomplete"),
+        "short.safetensors": (b"12345", "it is not in the safetensors format, or incomplete"),
+        "cut.safetensors": (content[:-4], "tensor 'raw.G_wavelength' lies outside the file"),
+        "renamed.safetensors": (
+            content.replace(b"raw.G_psi", b"raw.G_phi"),
+            "tensor 'raw.G_psi' is missing or of another size",
+        ),
+        "newer.safetensors": (
+            content.replace(b'\\"format\\": 1', b'\\"format\\": 2'),
+            "its format is 2, and this page reads format 1",
+        ),
+        "wrong.safetensors": (
+            content.replace(b"G2", b"G3"),
+            "arrangement 'G3' fills 3 of 2 kernels of the layer (1 x 2)",
+        ),
+        "undefined.safetensors": (acl.serialize(layer), "tensor 'raw.G_psi' has values that are not finite"),
+        "linear.safetensors": (
+            acl.serialize(nn.Linear(2, 3)),
+            "it has no convolution with kernels of more than one pixel",
+        ),
+        "text.json": (b"{", "acl did not write it ("),
+        "other.json": (b"{}", "acl did not write it ("),
+    }
+
+
 def encode(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
@@ -194,7 +218,7 @@ def outputs(layers: list[tuple[str, AnalyticConv2d]], tmp_path_factory: pytest.T
         "arrangements": ARRANGEMENTS,
         "counted": COUNTED,
         "image": IMAGE.tolist(),
-        "damaged": {name: encode(content) for name, content in DAMAGED.items()},
+        "damaged": {name: encode(content) for name, (content, _) in make_damaged_files().items()},
         "files": {name: encode(content) for name, content in files.items()},
         "copied": COPIED,
         "own": [*kernels[::100], describe_kernel(network.filters, "G", 1)],
@@ -338,9 +362,8 @@ def test_fits_give_their_kernels(outputs: dict[str, Any]) -> None:
 
 @needs_chromium
 def test_damaged_files_are_refused_by_name_in_one_line(outputs: dict[str, Any]) -> None:
-    for name, message in zip(DAMAGED, outputs["damaged"], strict=True):
-        assert message.startswith(f"cannot read {name}: ") and "\n" not in message
-    assert "'undefined'" not in " ".join(outputs["damaged"])
+    for (name, (_, reason)), message in zip(make_damaged_files().items(), outputs["damaged"], strict=True):
+        assert message.startswith(f"cannot read {name}: {reason}") and "\n" not in message
 
 
 @needs_chromium
@@ -378,9 +401,7 @@ def test_history_shows_the_kernel_before_training(outputs: dict[str, Any]) -> No
     assert re.search(r"AKPbefore trainingherechange.*amplitude[\d.]+1-0.25$", changes)
     kernel = get_slot_kernels(layer)[11]
     torch.testing.assert_close(torch.tensor(values).view_as(kernel), kernel, rtol=0, atol=1e-5)
-    assert (
-        outputs["foreign"] == "F32.safetensors; other/akps.safetensors belongs to another run: no epoch has these AKPs"
-    )
+    assert outputs["foreign"] == "F32.safetensors; no epoch of other/akps.safetensors has these AKPs"
 
 
 @needs_chromium
