@@ -61,6 +61,7 @@ outputs.foreign = panel.note.textContent;
 openFile("akps.safetensors", decode(inputs.history));
 tiles()[11].click();
 outputs.changes = [panel.note.textContent, panel.changes.textContent, list(computeKernel(panel.context.original.kernel).values)];
+openFile("other.safetensors", decode(inputs.foreignOriginal));
 openFile("original.safetensors", decode(inputs.original));
 choose("resnet18_conv1.json", "fit");
 tiles()[5].click();

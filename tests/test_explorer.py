@@ -57,6 +57,7 @@ ARRANGEMENTS = [
     ("G200", 3, 64, "filter"),
     ("G30 X162", 3, 64, "kernel"),
     ("g192", 3, 64, "kernel"),
+    ("toString192", 3, 64, "kernel"),
     ("G96 G96", 3, 64, "kernel"),
     ("G-1 P193", 3, 64, "kernel"),
     ("G1.5 P190.5", 3, 64, "kernel"),
@@ -168,6 +169,15 @@ def make_damaged_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
+def make_original() -> Tensor:
+    """A weight that a committed fit can approximate: its kernels have the energies of the fit's targets."""
+    fit = Fit.from_json(FITS[0].read_text())
+    kernels = torch.arange(1.0, 9409).view(192, 7, 7)
+    return (
+        kernels / kernels.flatten(1).norm(dim=1)[:, None, None] * torch.tensor(fit.energies).sqrt()[:, None, None]
+    ).view(fit.shape)
+
+
 def encode(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
@@ -224,7 +234,8 @@ def outputs(layers: list[tuple[str, AnalyticConv2d]], tmp_path_factory: pytest.T
         "own": [*kernels[::100], describe_kernel(network.filters, "G", 1)],
         "history": encode(make_history(network)),
         "foreign": encode(make_history(make_network(torch.float32).requires_grad_(False).apply(resample))),
-        "original": encode(serialize_tensors({"conv1.weight": torch.arange(9408.0).view(64, 3, 7, 7)})),
+        "foreignOriginal": encode(serialize_tensors({"conv1.weight": torch.ones(64, 3, 7, 7)})),
+        "original": encode(serialize_tensors({"conv1.weight": make_original()})),
         "hashes": list(HASHES),
     }
     script = f"const inputs = {json.dumps(inputs)};\n{SCRIPT}"
@@ -406,7 +417,9 @@ def test_history_shows_the_kernel_before_training(outputs: dict[str, Any]) -> No
 
 @needs_chromium
 def test_original_of_a_fitted_kernel_is_beside_it(outputs: dict[str, Any]) -> None:
-    assert outputs["original"] == ["original, conv1", list(range(5 * 49, 6 * 49))]
+    title, values = outputs["original"]
+    assert title == "conv1 in original.safetensors"
+    torch.testing.assert_close(torch.tensor(values).view(7, 7), make_original().view(192, 7, 7)[5])
 
 
 @needs_chromium
