@@ -129,6 +129,8 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         acl.load(model, weights)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if record is not None:
+        model.random_layers = record.random_layers  # type: ignore[assignment] # as of the network before training
     return FinishedRun(path, settings, record, input_format, model.eval(), info.get("classes"))
 
 

@@ -1,7 +1,6 @@
 """What is measured on the trained networks of a table, beyond the accuracy in their records."""
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from typing_extensions import TypedDict
 from acl.explain import attribute
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
+from evaluation.akp_travel import NonNegative, Travel, measure_akp_travel
 from evaluation.attacks import measure_attacks
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from evaluation.finished_run import FinishedRun, evaluate_run, load_own_akp_history
@@ -30,8 +30,6 @@ from training.provenance import digest_file
 from training.record import Percent, Record, Recorded
 from training.splits import Split
 from training.validation import Seed
-
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Line(Recorded):
@@ -95,31 +93,28 @@ def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class AkpTravel(Measurement):
-    """The mean distance between the AKPs' values before training and at the best epoch."""
+    """The mean distance of AKPs at the best epoch from their initial values, and that which the optimizer allows."""
 
     name = "akp_travel"
-    values = dict[str, NonNegative]
+    values = dict[str, Travel | NonNegative]  # lines of earlier versions hold the mean alone, not modulo the period
     uses_akp_history = True
-
-    @staticmethod
-    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
-        """Returns ``<kind>/<akp>`` -> mean over the network, in px or degrees (or without a unit, as the AKP)."""
-        assert run.record is not None
-        distances: dict[str, list[Tensor]] = {}
-        for name, history in load_own_akp_history(run).items():
-            symbol, akp = name.split("/")[-2:]
-            factor = 180 / math.pi if KINDS[symbol].get_unit(akp) == "rad" else 1.0
-            distance = (history[run.record.best_epoch] - history[0]).abs() * factor
-            distances.setdefault(f"{symbol}/{akp}", []).append(distance)
-        return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
+    measure = staticmethod(measure_akp_travel)
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
         for row, name, values in _group_by_row_and_name(lines):
             symbol, akp = name.split("/")
-            unit = KINDS[symbol].get_unit(akp).replace("rad", "degrees")
+            unit = KINDS[symbol].find_akp(akp).unit.replace("rad", "degrees")
             what = f"distance traveled by {akp} of {KINDS[symbol].name} in {row}"
-            yield Summary(row, what, values, None, unit)
+            means = values.map(lambda value: value["mean"] if isinstance(value, dict) else value)
+            yield Summary(row, what, means.astype(float), None, unit)
+            shares = {
+                seed: 100 * value["mean"] / value["allowed"]
+                for seed, value in values.items()
+                if isinstance(value, dict) and value["allowed"]
+            }
+            if shares:
+                yield Summary(row, f"{what}, of what the optimizer allows", pd.Series(shares), None, "%")
 
 
 class ReplacedAkps(Measurement):

@@ -86,7 +86,7 @@ def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[di
         if kind.is_analytic:
             kind_slots, akps = slots_and_akps[kind.symbol]
             i = kind_slots.index(slot)
-            values = [f"{name} {akp[i].item():.3f} {kind.get_unit(name)}".strip() for name, akp in akps.items()]
+            values = [f"{name} {akp[i].item():.3f} {kind.find_akp(name).unit}".strip() for name, akp in akps.items()]
         yield {
             "out": slot // slots_per_filter,
             "in": slot % slots_per_filter if layer.options.per == "kernel" else "all",

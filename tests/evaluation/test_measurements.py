@@ -1,4 +1,3 @@
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -90,16 +89,6 @@ def test_transforms_compare_three_ways(run: FinishedRun) -> None:
             assert list(ways) == ["resampled", "unchanged"]  # the network's formulas are too fine for smaller images
         else:
             assert ways["closed form"]["error"] < ways["unchanged"]["error"]
-
-
-def test_akp_travel_is_mean_distance_from_initial_value_to_best_epoch(tmp_path: Path, run: FinishedRun) -> None:
-    assert run.record is not None
-    made_up = replace(run, path=tmp_path, record=run.record.model_copy(update={"best_epoch": 1}))
-    trained = snapshot_akps(run.model)
-    history = {name: torch.stack([values - 0.5, values, values + 9]) for name, values in trained.items()}
-    save_file(history, tmp_path / "akps.safetensors")
-    expected = {"G/psi": math.degrees(0.5), "G/sigma": 0.5, "G/theta": math.degrees(0.5), "G/wavelength": 0.5}
-    assert AkpTravel.measure(made_up, load_run_data(run.settings)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("measurement", [AkpTravel, ReplacedAkps])
