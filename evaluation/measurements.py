@@ -1,11 +1,11 @@
 """What is measured on the trained networks of a table, beyond the accuracy in their records."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -21,6 +21,7 @@ from evaluation.akp_travel import NonNegative, Travel, measure_akp_travel
 from evaluation.attacks import measure_attacks
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from evaluation.finished_run import FinishedRun, evaluate_run, load_own_akp_history
+from evaluation.removal import Loss, iterate_pairs, measure_removal
 from evaluation.transforms import measure_transforms
 from training.config import flatten
 from training.data import Data
@@ -84,12 +85,6 @@ class Measurement:
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
         raise NotImplementedError
-
-
-def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the images and labels of a split for ``acl.explain``, which keeps up to 16 outputs per batch."""
-    for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
-        yield batch.images, batch.labels
 
 
 class AkpTravel(Measurement):
@@ -171,6 +166,37 @@ class Shapley(Measurement):
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
         for row, symbol, values in _group_by_row_and_name(lines):
             yield Summary(row, f"{KINDS[symbol].name} in {row}", values, 0.0)
+
+
+class LeaveOneOut(Measurement):
+    """Validation accuracy lost without a kind of kernel and without single kernels, set to zero or made constant."""
+
+    name = "leave_one_out"
+    values = dict[Literal["zero", "constant"], dict[str, Loss]]
+    measure = staticmethod(measure_removal)
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        """What each kind adds, with a verdict (``Shapley`` has the values for zero), and the share of free kernels."""
+        frame = pd.DataFrame(
+            [
+                (line.row, line.seed, replaced_by, symbol, *loss.values())
+                for line in lines
+                for replaced_by, by_kind in line.values.items()
+                for symbol, loss in by_kind.items()
+            ],
+            columns=["row", "seed", "replaced_by", "symbol", *Loss.__annotations__],
+        )
+        for (row, replaced_by), group in frame.groupby(["row", "replaced_by"], sort=False):
+            removed = "set to zero" if replaced_by == "zero" else "made constant"
+            for symbol, of_kind in group.set_index("seed").groupby("symbol", sort=False):
+                name = KINDS[str(symbol)].name
+                yield Summary(row, f"lost without {name} in {row}, its kernels {removed}", of_kind["kind"], 0.0)
+                if replaced_by != "zero":
+                    yield Summary(row, f"{name} in {row}, removed kernels {removed}", of_kind["shapley"], 0.0)
+            counts = group.assign(free=group["free"] * group["kernels"]).groupby("seed")[["free", "kernels"]].sum()
+            what = f"kernels of {row} that cost nothing if one is {removed}"
+            yield Summary(row, what, counts["free"] / counts["kernels"], None, "%")
 
 
 class Corruptions(Measurement):

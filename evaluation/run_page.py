@@ -39,7 +39,7 @@ def render_run_page(
         model: the trained network.
         initial_model: the network before training; None if it is not available.
         akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is no such file.
-        attributions: maps what removed kernels output (``zero`` or ``mean``) to the attribution.
+        attributions: maps what stands for removed kernels, one of ``acl.explain.REPLACEMENTS``, to the attribution.
         lost: maps layer names to the points lost without each single kernel; None if these were not measured.
         split: describes the images used for ``attributions`` and ``lost``; None if there are none.
     """
