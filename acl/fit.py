@@ -1,6 +1,5 @@
 """Fits formulas to given kernels: finds the kind, the AKPs and the gain with the smallest squared error."""
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from acl.fit_result import Fit, KernelFit, make_plain_fit
-from acl.kernels import FAMILIES, KINDS, PROFILES, Family, Profile, analytic_kinds
+from acl.fit_result import Fit, KernelFit, make_plain_fit, parse_fixed_akp
+from acl.kernels import FAMILIES, PROFILES, Family, Profile, analytic_kinds
 from acl.kind_search import KindSearch
 from acl.metric import Metric
 from acl.options import Per
@@ -74,7 +73,7 @@ def fit_kernels(
     slots = target.flatten(0, 1)[:, None] if per == "kernel" else target
     candidates = _list_candidates(kinds, len(slots))
     symbols = [symbol for symbol in analytic_kinds() if any(symbol in names for names in candidates)]
-    fixed = {name: _parse_fixed_akp(name, value, symbols, family) for name, value in (fixed or {}).items()}
+    fixed = {name: parse_fixed_akp(name, value, symbols, family) for name, value in (fixed or {}).items()}
     resolved = Metric.create(metric, in_channels, (size[0], size[1]))
     fit = Fit(
         (out_channels, in_channels, size[0], size[1]), per, family, profile, resolved, fixed, signed and per == "kernel"
@@ -131,20 +130,3 @@ def _list_candidates(kinds: Iterable[str] | Sequence[Collection[str]] | None, nu
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no analytic kind '{unknown[0]}'; known: {', '.join(known)}")
     return candidates
-
-
-def _parse_fixed_akp(name: str, value: float, symbols: Iterable[str], family: str) -> float:
-    """The value of a fixed AKP as a number. Raises ValueError unless it is valid in all kinds that have the AKP."""
-    akps = [akp for symbol in symbols for akp in KINDS[symbol].akps(family)]
-    matching = [akp for akp in akps if akp.name == name]
-    if not matching:
-        raise ValueError(f"no AKP '{name}' to fix; known: {', '.join(dict.fromkeys(akp.name for akp in akps))}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the fixed {name} must be a number, got {value!r}") from error
-    if not math.isfinite(number):
-        raise ValueError(f"the fixed {name} must be finite, got {value}")
-    for akp in matching:
-        akp.to_raw(torch.tensor(number, dtype=torch.float64, device="cpu"))
-    return number

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -156,6 +156,10 @@ class Fit:
             kernels, (a, b, c, d) = _to_kernel_fits(values.pop("kernels")), values.pop("shape")
             metric, energies = Metric.from_json(values.pop("metric"), b, (c, d)), tuple(values.pop("energies"))
             fit = cls((a, b, c, d), metric=metric, energies=energies, kernels=kernels, by_kind=by_kind, **values)
+            for name, fixed in fit.fixed.items():
+                parse_fixed_akp(name, fixed, fit.by_kind, fit.family)
+            if type(fit.signed) is not bool or (fit.signed and fit.per == "filter"):
+                raise ValueError(f"signed={fit.signed}")
             for kernels in (fit.kernels, *fit.by_kind.values()):
                 weight = replace(fit, kernels=kernels).weight()  # raises ValueError for what no layer can have
                 for value in (fit.r2, *fit.energies, weight.sum().item()):
@@ -168,6 +172,23 @@ class Fit:
 
 def _to_kernel_fits(entries: list[dict[str, Any]]) -> tuple[KernelFit, ...]:
     return tuple(KernelFit(**entry | {key: tuple(entry[key]) for key in ("gains", "weights")}) for entry in entries)
+
+
+def parse_fixed_akp(name: str, value: float, symbols: Iterable[str], family: str) -> float:
+    """The value of a fixed AKP as a number. Raises ValueError unless it is valid in all kinds that have the AKP."""
+    akps = [akp for symbol in symbols for akp in KINDS[symbol].akps(family)]
+    matching = [akp for akp in akps if akp.name == name]
+    if not matching:
+        raise ValueError(f"no AKP '{name}' to fix; known: {', '.join(dict.fromkeys(akp.name for akp in akps))}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the fixed {name} must be a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"the fixed {name} must be finite, got {value}")
+    for akp in matching:
+        akp.to_raw(torch.tensor(number, dtype=torch.float64, device="cpu"))
+    return number
 
 
 def make_plain_fit(kernel: Tensor, r2: float | None) -> KernelFit:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from acl import convert
+from models.controls import Control, apply_control
 from models.four_layer import FourLayer
 from models.lenet import LeNet
 from models.library import create_from_timm, create_from_torchvision
@@ -39,6 +40,7 @@ def create_model(
     classes: int,
     arrangement: Mapping[str, str],
     layer: Mapping[str, Any] | None = None,
+    control: Control | None = None,
     **options: Any,
 ) -> nn.Module:
     """Creates a network for images with ``channels`` channels and ``classes`` classes.
@@ -48,11 +50,12 @@ def create_model(
         channels, classes: the numbers of image channels and classes.
         arrangement: convolution name -> arrangement; convolutions without one stay plain.
         layer: options of ``acl.convert`` for an AnaNN, where None stands for the default; None for a plain network.
+        control: for a plain network: how its first convolution differs (see ``models.controls``).
         options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
-        ValueError: for an unknown backbone, an arrangement for a plain network, no arrangement for an AnaNN, or
-            arguments that the backbone or ``acl.convert`` rejects.
+        ValueError: for an unknown backbone, an arrangement for a plain network, a control for an AnaNN or no
+            arrangement for it, or arguments that the backbone, the control or ``acl.convert`` rejects.
     """
     create = find_backbone(backbone)
     config_name = backbone.split("/")[0]
@@ -60,7 +63,11 @@ def create_model(
     if layer is None:
         if arrangement:
             raise ValueError(f"model={config_name} is plain and takes no arrangement; use model=ana_{config_name}")
+        if control is not None:
+            apply_control(model, control)
         return model
+    if control is not None:
+        raise ValueError(f"model.control={control} is for plain networks; use model={config_name}")
     if not arrangement:
         raise ValueError(
             f"model=ana_{config_name} needs an arrangement: one of configs/arrangement, such as arrangement=mosaic, "

@@ -18,6 +18,7 @@ from torch import nn
 import models
 from acl import Arrangement, LayerOptions
 from acl.convert import Init
+from models.controls import apply_control
 from models.library import find_torchvision_weights
 from training.config import flatten, format_error, identity, resolve
 from training.data import Augmentation, Data, load_data
@@ -54,7 +55,7 @@ class LayerSettings(LayerOptions):
 
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
-    metric: Literal["images", "pixels"] = "pixels"
+    metric: Literal["images", "pixels"] | None = None
 
 
 Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]
@@ -160,16 +161,18 @@ def parse_data(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_model(section: dict[str, Any]) -> dict[str, Any]:
-    backbone, layer = section.get("backbone"), section.get("layer")
+    backbone, layer, control = (section.get(name) for name in ("backbone", "layer", "control"))
     if not isinstance(backbone, str):
         raise UsageError(f"model.backbone={format_value(backbone)} is invalid: it should be the name of a network")
-    options = {name: value for name, value in section.items() if name not in ("backbone", "layer")}
+    options = {name: value for name, value in section.items() if name not in ("backbone", "layer", "control")}
     try:
         constructor = models.find_backbone(backbone)
     except ValueError as error:
         raise UsageError(f"model.backbone={backbone} is invalid: {error}") from error
     channels = classes = 1  # the data determine them
     check_arguments(partial(constructor, channels, classes), options, "model")
+    if control is not None:
+        check_arguments(partial(apply_control, nn.Module()), {"control": control}, "model")
     if layer is not None:
         if not isinstance(layer, dict):
             raise UsageError(f"model.layer={format_value(layer)} is invalid: it should be null or a section of options")

@@ -245,6 +245,10 @@ def test_from_json_returns_usable_fit_or_names_problem() -> None:
         (("shape",), [4, 4, 2, 2]),
         (("shape", 0), 2.0),
         (("family",), "extended"),
+        (("fixed",), 3),
+        (("fixed",), {"sigma": "wide"}),
+        (("fixed",), {"width": 1.0}),
+        (("signed",), "no"),
     ],
     ids=str,
 )

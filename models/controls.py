@@ -1,0 +1,58 @@
+"""Controls: plain networks whose first convolution differs in one respect, to tell what a formula there is good for."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from acl.computed_conv import ComputedConv2d, get_convolution_arguments
+
+Control = Literal["random", "permuted", "zero_sum"]
+
+
+def apply_control(model: nn.Module, control: Control) -> None:
+    """Changes the first convolution of a plain network in place.
+
+    Args:
+        model: the network, whose layers are defined in the order of their use.
+        control: ``random``: a pretrained network's first convolution has random weights instead, which count among
+            those that start at random; ``permuted``: it has its pretrained filters in a random order, so that the next
+            layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too.
+
+    Raises:
+        ValueError: for ``random`` and ``permuted`` with a network that is not pretrained.
+    """
+    name, conv = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    if control == "zero_sum":
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, ZeroSumConv2d(conv))
+        return
+    random_layers = getattr(model, "random_layers", None)
+    if random_layers is None:
+        raise ValueError(f"model.control={control} needs a pretrained network; set model.pretrained")
+    if control == "random":
+        conv.reset_parameters()
+        random_layers.append(name)
+    else:
+        order = torch.randperm(conv.out_channels)
+        for parameter in conv.parameters():
+            parameter.data = parameter.data[order]
+
+
+class ZeroSumConv2d(ComputedConv2d):
+    """A convolution whose kernels each sum to zero: the weight is a free one, less the mean of each kernel.
+
+    Args:
+        conv: the convolution to start from, whose bias is taken over.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(**get_convolution_arguments(conv))
+        self.free = nn.Parameter(conv.weight.detach().clone())
+        self.bias = conv.bias
+
+    def _synthesize(self) -> Tensor:
+        return self.free - self.free.mean((2, 3), keepdim=True)
+
+    def _get_sources(self) -> tuple[list[Tensor | None], tuple[()]]:
+        return [self.free], ()
