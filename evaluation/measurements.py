@@ -265,7 +265,7 @@ class Transforms(Measurement):
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
-        """Compares formulas that are moved with kernels that are resampled, and with a network left unchanged."""
+        """Compares formulas that are moved with kernels resampled in two ways, and with a network left unchanged."""
         frame = pd.DataFrame(
             [
                 (line.row, line.seed, transform, float(amount), way, values["top1"], values["error"])
@@ -288,12 +288,15 @@ class Transforms(Measurement):
                     continue
                 means = of_row[is_member].groupby(["seed", "way"])[["top1", "error"]].mean().unstack()
                 prefix = f"{row}, images {title}:"
-                for way in ("resampled", "unchanged"):
+                names = {"resampled": "resampled", "splines": "resampled by splines", "unchanged": "unchanged"}
+                names = {way: name for way, name in names.items() if way in means["top1"]}
+                for way, name in names.items():
                     difference = means["top1", "closed form"] - means["top1", way]
-                    yield Summary(row, f"{prefix} formulas moved, against kernels {way}", difference, 0.0)
-                difference = means["error", "resampled"] - means["error", "closed form"]
-                what = f"{prefix} error of outputs, kernels resampled, against formulas moved"
-                yield Summary(row, what, difference, 0.0, "%")
+                    yield Summary(row, f"{prefix} formulas moved, against kernels {name}", difference.dropna(), 0.0)
+                for way in [way for way in names if way != "unchanged"]:
+                    difference = means["error", way] - means["error", "closed form"]
+                    what = f"{prefix} error of outputs, kernels {names[way]}, against formulas moved"
+                    yield Summary(row, what, difference.dropna(), 0.0, "%")
 
 
 MEASUREMENTS = {measurement.name: measurement for measurement in Measurement.__subclasses__()}

@@ -71,7 +71,7 @@ def double_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return load_trained(tmp_path_factory.mktemp("runs"), *options)
 
 
-def test_transforms_compare_three_ways(run: FinishedRun) -> None:
+def test_transforms_compare_four_ways(run: FinishedRun) -> None:
     data = load_run_data(run.settings)
     values = Transforms.measure(run, replace(data, test=data.test[:20]))
     assert [*values["rotation"], *values["scale"]] == [f"{value:g}" for value in (*ROTATIONS, *SCALES)]
@@ -80,15 +80,42 @@ def test_transforms_compare_three_ways(run: FinishedRun) -> None:
     assert right_angle["closed form"]["error"] < 1e-3 < right_angle["unchanged"]["error"]
     for degrees, ways in values["rotation"].items():
         assert ways["closed form"]["error"] < ways["unchanged"]["error"]
-        assert (degrees == "90") == (
-            ways["closed form"]["error"] == pytest.approx(ways["resampled"]["error"], abs=1e-3)
-        )
+        for way in ("resampled", "splines"):
+            assert (degrees == "90") == (ways["closed form"]["error"] == pytest.approx(ways[way]["error"], abs=1e-3))
     for factor, ways in values["scale"].items():
         assert ways["resampled"]["error"] < ways["unchanged"]["error"]
         if float(factor) < 1:
             assert list(ways) == ["resampled", "unchanged"]  # the network's formulas are too fine for smaller images
         else:
             assert ways["closed form"]["error"] < ways["unchanged"]["error"]
+            assert ways["splines"]["error"] < ways["unchanged"]["error"]
+
+
+def test_transforms_are_compared_with_each_way_that_a_line_has() -> None:
+    """Lines of earlier versions have no splines."""
+    old = {"closed form": {"top1": 60.0, "error": 3.0}, "resampled": {"top1": 50.0, "error": 5.0}}
+    old |= {"unchanged": {"top1": 40.0, "error": 9.0}}
+    new = old | {"splines": {"top1": 55.0, "error": 2.0}}
+    make_line = Transforms.make_line_type()
+
+    def summarize(*ways: dict[str, Any]) -> dict[str, dict[int, float]]:
+        values = [{"rotation": {"15": way}, "scale": {"2": way}} for way in ways]
+        lines = [make_line(row="a", id="0" * 12, seed=seed, values=value) for seed, value in enumerate(values)]
+        prefix = "a, images scaled by 2: "
+        summaries = {summary.what: summary.values.to_dict() for summary in Transforms.summarize(lines)}
+        return {what.removeprefix(prefix): value for what, value in summaries.items() if what.startswith(prefix)}
+
+    expected = {
+        "formulas moved, against kernels resampled": {0: 10.0, 1: 10.0},
+        "formulas moved, against kernels unchanged": {0: 20.0, 1: 20.0},
+        "error of outputs, kernels resampled, against formulas moved": {0: 2.0, 1: 2.0},
+    }
+    assert summarize(old, old) == expected
+    splines = {
+        "formulas moved, against kernels resampled by splines": {1: 5.0},
+        "error of outputs, kernels resampled by splines, against formulas moved": {1: -1.0},
+    }
+    assert summarize(old, new) == expected | splines
 
 
 @pytest.mark.parametrize("measurement", [AkpTravel, ReplacedAkps])
