@@ -38,7 +38,7 @@ class Loss(TypedDict):
     """Lost without one of them, on average over up to ``MAX_KERNELS``."""
     free: Percent
     """The share of these that cost nothing: without one of them, at least as many images are correctly classified. A
-    kernel of no effect can cost an image by chance, so the share is rather too low."""
+    kernel of no effect can cost an image by chance, and an effect on less than one image is not seen."""
 
 
 def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
@@ -50,7 +50,7 @@ def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
 def measure_removal(run: FinishedRun, data: Data) -> dict[str, Any]:
     """Measures what a network loses without kinds of kernels, and without single kernels.
 
-    The network processes each validation image twice per subset of kinds and twice per kernel
+    The network processes each validation image twice per subset of kinds, and twice per kernel
     that is removed on its own.
 
     Returns:
@@ -76,12 +76,12 @@ def measure_removal(run: FinishedRun, data: Data) -> dict[str, Any]:
         lost = {(name, slot): float(lost_by_layer[name][i]) for name in slots for i, slot in enumerate(slots[name])}
         values[replace] = {
             symbol: {
-                "kernels": len(kernels),
+                "kernels": len(by_kind[symbol]),
                 "kind": lost_kinds[symbol],
                 "shapley": shapley[symbol],
                 "kernel": mean(lost[kernel] for kernel in samples[symbol]),
                 "free": 100 * mean(lost[kernel] <= 0 for kernel in samples[symbol]),
             }
-            for symbol, kernels in by_kind.items()
+            for symbol in attribution.kinds
         }
     return values
