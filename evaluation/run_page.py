@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from training.record import Record
 MAX_KERNELS = 600
 """The most kernels of a layer that the page shows one by one; of larger layers, those with the most energy."""
 TEMPLATE = Path(__file__).with_name("run_page.html")
+_EXPLORER = Path(__file__).parents[1] / "docs" / "explorer.html"
 
 
 def render_run_page(
@@ -59,7 +61,7 @@ def render_run_page(
                 "before": _embed(plot.mosaic(initial_layers[name])) if has_mosaic and name in initial_layers else None,
                 "after": _embed(plot.mosaic(layer)) if has_mosaic else None,
                 "trajectories": _embed(plot.akp_trajectories(layer, history)) if history else None,
-                "kernels": list(_describe_kernels(layer, None if lost is None else lost[name])),
+                "kernels": list(_describe_kernels(name, layer, history, None if lost is None else lost[name])),
                 "slots": slots,
             }
         )
@@ -67,13 +69,24 @@ def render_run_page(
     return environment.get_template(TEMPLATE.name).render(
         record=record,
         layers=layers,
+        kernel_panel=_read_kernel_panel(),
         kinds=list(KINDS.values()),
         contributions={mode: _embed(plot.contributions(attribution)) for mode, attribution in attributions.items()},
         split=split,
     )
 
 
-def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[dict[str, Any]]:
+def _read_kernel_panel() -> str:
+    """The style and the script of the explorer's kernel panel."""
+    _, begin, rest = _EXPLORER.read_text(encoding="utf-8").partition("<!-- kernel panel")
+    panel, end, _ = rest.partition("<!-- end of the kernel panel -->")
+    assert begin and end
+    return begin + panel + end
+
+
+def _describe_kernels(
+    name: str, layer: AnalyticConv2d, history: Mapping[str, Tensor], lost: Tensor | None
+) -> Iterator[dict[str, Any]]:
     """Yields what the page shows of each kernel."""
     kernels = plot.get_slot_kernels(layer)
     slots_by_energy = kernels.square().sum((1, 2)).argsort(descending=True)
@@ -82,20 +95,42 @@ def _describe_kernels(layer: AnalyticConv2d, lost: Tensor | None) -> Iterator[di
     slots_and_akps = {symbol: (layer.slots_of(symbol), akps) for symbol, akps in layer.akps().items()}
     for slot in slots:
         kind = KINDS[slot_kinds[slot]]
-        values = []
+        kernel = _describe_for_panel(layer, kind.symbol)
+        context: dict[str, Any] = {}
         if kind.is_analytic:
             kind_slots, akps = slots_and_akps[kind.symbol]
-            i = kind_slots.index(slot)
-            values = [f"{name} {akp[i].item():.3f} {kind.find_akp(name).unit}".strip() for name, akp in akps.items()]
+            index = kind_slots.index(slot)
+            kernel["akps"] = {akp: values[index].item() for akp, values in akps.items()}
+            if layer.gains is not None:
+                kernel["gains"] = _round(layer.gains_of(kind.symbol)[index])
+            context["source"] = {"python": f"layer = net.get_submodule({json.dumps(name)})", "index": index}
+            if history:
+                before = {akp: history[f"{kind.symbol}/{akp}"][0, index].item() for akp in akps}
+                context["original"] = {"title": "before training", "kernel": kernel | {"akps": before}}
+        else:
+            kernel["weights"] = _round(kernels[slot].flatten())
+        akp_texts = (f"{akp} {value:.3f} {kind.find_akp(akp).unit}".strip() for akp, value in kernel["akps"].items())
         yield {
             "out": slot // slots_per_filter,
             "in": slot % slots_per_filter if layer.options.per == "kernel" else "all",
             "kind": kind,
             "formula": layer.formula(slot),
-            "akps": ", ".join(values),
+            "akps": ", ".join(akp_texts),
             "lost": None if lost is None else f"{lost[slot]:+.2f}",
             "image": _draw_tile(kernels[slot]),
+            "panel": {"kernel": kernel, "context": context},
         }
+
+
+def _describe_for_panel(layer: AnalyticConv2d, symbol: str) -> dict[str, Any]:
+    """What the explorer's kernel panel reads of any kernel of a kind."""
+    options = {name: getattr(layer.options, name) for name in ("family", "profile", "scale", "per")}
+    channels = layer.in_channels // layer.groups
+    return {"kind": symbol, "akps": {}, "size": list(layer.kernel_size), "channels": channels, **options}
+
+
+def _round(values: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _draw_tile(kernel: Tensor) -> str:

@@ -1,7 +1,13 @@
+import json
+from pathlib import Path
+
+import torch
 from torch import nn
 
 from acl import AnalyticConv2d
+from acl.plot import get_slot_kernels
 from evaluation.run_page import render_run_page
+from tests.browser import needs_chromium, run_in_browser
 from tests.reporting.helpers import make_record
 
 
@@ -17,3 +23,26 @@ def test_page_escapes_names() -> None:
     assert page.count(escaped) >= 5 and title not in page and "<b>" not in page
     assert "Layer &lt;script&gt;alert(1)&lt;/script&gt;" in page and layer_name not in page
     assert 'data-title="&lt;script&gt;alert(1)&lt;/script&gt;, input channel 0' in page
+
+
+@needs_chromium
+def test_kernel_panel_of_page_holds_the_kernels_of_the_network(tmp_path: Path) -> None:
+    layers = {
+        "filters": AnalyticConv2d(2, 4, 5, arrangement="Ts1 P1 G2", per="filter", family="extended"),
+        "kernels": AnalyticConv2d(
+            2, 2, (3, 4), arrangement="Lt2 P1 Tf1", amplitude=True, profile="gaussian", scale="raw"
+        ),
+    }
+    record = make_record(0, 90.0, config={"model": {"backbone": "lenet"}, "data": {"name": "digits"}})
+    page = render_run_page(record, nn.ModuleDict(layers), None, {}, {}, None, None)
+    script = """
+        const buttons = [...document.querySelectorAll(".tiles button")];
+        const kernels = buttons.map(button => JSON.parse(button.dataset.panel).kernel);
+        return JSON.stringify(kernels.map(kernel => [formatFormula(kernel), [...computeKernel(kernel).values]]));
+    """
+    shown = iter(json.loads(run_in_browser(page, script, tmp_path)))
+    for layer in layers.values():
+        for slot, kernel in enumerate(get_slot_kernels(layer)):
+            formula, values = next(shown)
+            assert formula == layer.formula(slot)
+            torch.testing.assert_close(torch.tensor(values).view_as(kernel), kernel, rtol=1e-4, atol=1e-5)
