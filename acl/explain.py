@@ -1,7 +1,7 @@
 """Explains an analytic network: how much each kind of kernel, and each individual kernel, adds to its accuracy."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,9 +18,8 @@ from acl.layer import AnalyticConv2d
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """A function that starts a new pass over the data: batches of inputs to the model and their labels (n,)."""
-WeightParts = dict[AnalyticConv2d, dict[str, Tensor]]
-"""For each layer and kind, the layer's weight with the kernels of all other kinds set to zero."""
-REPLACEMENTS = ("zero", "mean")
+REPLACEMENTS = ("zero", "mean", "constant")
+"""What can stand for a removed kernel: see ``attribute``."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Attribution:
     images: int
     """The number of images in the data."""
     replaced_by: str
-    """What a removed kernel outputs: ``zero`` or ``mean``."""
+    """What stands for a removed kernel, one of ``REPLACEMENTS``."""
 
     def accuracy(self, kept: Iterable[str]) -> float:
         """Top-1 accuracy in percent with only these kinds; kinds absent from the network have no effect."""
@@ -44,6 +43,10 @@ class Attribution:
     def drop(self) -> float:
         """The accuracy lost by removing all kinds, in percentage points."""
         return self.accuracy(KINDS) - self.accuracy(())
+
+    def leave_one_out(self) -> dict[str, float]:
+        """For each kind in the network, the accuracy lost by removing it alone, in percentage points."""
+        return {kind: self.accuracy(KINDS) - self.accuracy(KINDS.keys() - {kind}) for kind in self.kinds}
 
     def shapley(self) -> dict[str, float]:
         """Computes each kind's exact Shapley value, in percentage points; the values add up to ``drop``.
@@ -76,23 +79,27 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
     Args:
         model: a network with at least one analytic layer.
         batches: starts a pass over the data.
-        replace: what a removed kernel outputs: ``zero``, or ``mean``, its mean output in the intact network, per output
-            channel over all images and positions (which takes another pass).
+        replace: what stands for a removed kernel: ``zero``, nothing; ``mean``, its mean output in the intact network,
+            per output channel over all images and positions (which takes another pass); ``constant``, a kernel with the
+            same sum whose weights are all equal, so that the response to a constant image remains.
         progress: show progress bars if stderr is a terminal.
 
     Raises:
         ValueError: for a network without analytic layers, no data, an unknown ``replace``, or ``mean`` for layers
             converted from a subclass of nn.Conv2d.
     """
-    if replace not in REPLACEMENTS:
-        raise ValueError(f"unknown replace '{replace}'; known: {', '.join(REPLACEMENTS)}")
+    _check_replacement(replace, REPLACEMENTS)
     layers = require_analytic_layers(model).values()
     kinds = tuple(symbol for symbol in KINDS if any(symbol in layer.slot_kinds for layer in layers))
     subsets = [frozenset(kept) for size in range(len(kinds) + 1) for kept in combinations(kinds, size)]
     correct = dict.fromkeys(subsets, 0)
     images = 0
     with _eval_mode(model):
-        parts: WeightParts = {layer: _split_by_kind(layer, kinds) for layer in layers}
+        parts = {layer: _split_by_kind(layer, kinds) for layer in layers}
+        constants = {
+            layer: {symbol: _flatten_kernels(part) for symbol, part in parts[layer].items()}
+            for layer in (layers if replace == "constant" else ())
+        }
         first = _find_first_layer(model, layers, batches)
         means = _compute_mean_outputs(model, parts, batches, progress) if replace == "mean" else {}
         bar = tqdm(desc=f"{len(subsets)} subsets", unit="image", disable=None if progress else True)
@@ -105,6 +112,7 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
                         _compute_reduced_output,
                         layer,
                         parts[layer],
+                        constants.get(layer, {}),
                         kept,
                         means.get(layer, {}),
                         first_outputs if layer is first else None,
@@ -121,18 +129,35 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
 
 
 @torch.no_grad()
-def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> dict[str, Tensor]:
-    """Measures the accuracy lost by removing each kernel on its own, for every slot of every analytic layer.
+def leave_one_out(
+    model: nn.Module,
+    batches: Batches,
+    replace: str = "zero",
+    progress: bool = True,
+    slots: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Tensor]:
+    """Measures the accuracy lost by removing each kernel of the analytic layers on its own.
+
+    The network processes each batch once per slot.
+
+    Args:
+        model: a network with at least one analytic layer.
+        batches: starts a pass over the data.
+        replace: what stands for the removed kernel: ``zero`` or ``constant``, as for ``attribute``.
+        progress: show progress bars if stderr is a terminal.
+        slots: layer name -> the slots whose kernels are removed; None: all.
 
     Returns:
         Layer name -> (slots,) float64, in percentage points; negative if the network is better without the kernel, or
         without the filter in a filter mosaic.
 
     Raises:
-        ValueError: for a network without analytic layers, or no data.
+        ValueError: for a network without analytic layers, no data, or another ``replace``.
     """
+    _check_replacement(replace, ("zero", "constant"))
     layers = require_analytic_layers(model)
-    correct_lost = {name: torch.zeros(len(layer.slot_kinds), dtype=torch.float64) for name, layer in layers.items()}
+    slots = {name: range(len(layer.slot_kinds)) for name, layer in layers.items()} if slots is None else slots
+    correct_lost = {name: torch.zeros(len(of_layer), dtype=torch.float64) for name, of_layer in slots.items()}
     images = 0
     with _eval_mode(model):
         for inputs, labels in batches():
@@ -143,17 +168,30 @@ def leave_one_out(model: nn.Module, batches: Batches, progress: bool = True) -> 
                 total=sum(map(len, correct_lost.values())),
                 disable=None if progress else True,
             )
-            for name, layer in layers.items():
-                slots = torch.arange(len(correct_lost[name]))
-                for slot in slots.tolist():
-                    weight = layer.select_slots(slots != slot)
+            for name, of_layer in slots.items():
+                layer = layers[name]
+                all_slots = torch.arange(len(layer.slot_kinds))
+                for i, slot in enumerate(of_layer):
+                    weight = layer.select_slots(all_slots != slot)
+                    if replace == "constant":
+                        weight = weight + _flatten_kernels(layer.select_slots(all_slots == slot))
                     with _override_forward({layer: partial(layer.convolve, weight=weight, bias=layer.bias)}):
-                        correct_lost[name][slot] += correct - _count_correct(model, inputs, labels)
+                        correct_lost[name][i] += correct - _count_correct(model, inputs, labels)
                     bar.update()
             bar.close()
     if not images:
         raise ValueError("the data set is empty")
     return {name: 100 * values / images for name, values in correct_lost.items()}
+
+
+def _check_replacement(replace: str, known: Sequence[str]) -> None:
+    if replace not in known:
+        raise ValueError(f"unknown replace '{replace}'; known: {', '.join(known)}")
+
+
+def _flatten_kernels(weight: Tensor) -> Tensor:
+    """Replaces each kernel of a weight (out, in / groups, kh, kw) by a constant one with the same sum."""
+    return weight.mean((-2, -1), keepdim=True).expand_as(weight)
 
 
 def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
@@ -225,35 +263,50 @@ class _SubsetOutputs:
 
     halves: list[dict[frozenset[str], Tensor]] = field(default_factory=list)
 
-    def get(self, layer: AnalyticConv2d, x: Tensor, parts: Mapping[str, Tensor], kept: frozenset[str]) -> Tensor:
+    def get(
+        self,
+        layer: AnalyticConv2d,
+        x: Tensor,
+        parts: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        kept: frozenset[str],
+    ) -> Tensor:
         symbols = list(parts)
         split = symbols[: len(symbols) // 2], symbols[len(symbols) // 2 :]
         if not self.halves:
             outputs = {symbol: layer.convolve(x, weight) for symbol, weight in parts.items()}
+            removed = {symbol: layer.convolve(x, weight) for symbol, weight in constants.items()}
             zero = torch.zeros_like(outputs[symbols[0]])
             bias = zero if layer.bias is None else zero + layer.bias[:, None, None]
             for half, start in zip(split, (zero, bias), strict=True):
                 subsets = [subset for size in range(len(half) + 1) for subset in combinations(half, size)]
-                self.halves.append(
-                    {frozenset(subset): sum((outputs[symbol] for symbol in subset), start) for subset in subsets}
-                )
+                by_subset = {}
+                for subset in subsets:
+                    present = removed | {symbol: outputs[symbol] for symbol in subset}
+                    by_subset[frozenset(subset)] = sum((present[symbol] for symbol in half if symbol in present), start)
+                self.halves.append(by_subset)
         return self.halves[0][kept & frozenset(split[0])] + self.halves[1][kept & frozenset(split[1])]
 
 
 def _compute_reduced_output(
     layer: AnalyticConv2d,
     parts: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
     kept: frozenset[str],
     means: Mapping[str, Tensor],
     outputs: _SubsetOutputs | None,
     x: Tensor,
 ) -> Tensor:
-    """Computes a layer's output with only the kept kinds, plus the mean output of each removed kind in ``means``."""
+    """Computes a layer's output with only the kept kinds, and with what stands for each removed kind.
+
+    That is a weight in ``constants``, a mean output in ``means``, or nothing.
+    """
     if outputs is not None:
-        output = outputs.get(layer, x, parts, kept)
+        output = outputs.get(layer, x, parts, constants, kept)
     else:
-        kept_parts = [part for symbol, part in parts.items() if symbol in kept]
-        weight = reduce(torch.add, kept_parts) if kept_parts else torch.zeros_like(layer.weight)
+        present = {symbol: part if symbol in kept else constants.get(symbol) for symbol, part in parts.items()}
+        weights = [weight for weight in present.values() if weight is not None]
+        weight = reduce(torch.add, weights) if weights else torch.zeros_like(layer.weight)
         output = layer.convolve(x, weight, layer.bias)
     for symbol, mean in means.items():
         if symbol not in kept:
@@ -262,7 +315,7 @@ def _compute_reduced_output(
 
 
 def _compute_mean_outputs(
-    model: nn.Module, parts: WeightParts, batches: Batches, progress: bool
+    model: nn.Module, parts: Mapping[AnalyticConv2d, Mapping[str, Tensor]], batches: Batches, progress: bool
 ) -> dict[AnalyticConv2d, dict[str, Tensor]]:
     """Computes each kind's mean output per output channel, (out,), in the intact network."""
     if any(layer.host is not None for layer in parts):

@@ -367,6 +367,8 @@ class AKP:
     """Maps the longer side of the kernel to the range that ``init="random"`` samples from."""
     role: Role | None = None
     """What it is in the plane, for ``acl.rotate`` and ``acl.rescale``; every AKP in px has a role."""
+    period: float | None = None
+    """The smallest change of this AKP alone that leaves every kernel unchanged; None if there is none."""
 
     def __post_init__(self) -> None:
         if (self.unit == "px") != (self.role in LENGTH_ROLES):
@@ -392,8 +394,9 @@ class AKP:
         return torch.empty(count, device="cpu").uniform_(*self.init_range(max(size)))
 
 
-def _make_angle(name: str, period: float, role: Role | None = "direction") -> AKP:
-    return AKP(name, "rad", None, lambda k: (0.0, period), role)
+def _make_angle(name: str, period: float, role: Role | None = "direction", init_high: float | None = None) -> AKP:
+    """An angle, initialized between 0 and ``init_high``, by default the period."""
+    return AKP(name, "rad", None, lambda k: (0.0, period if init_high is None else init_high), role, period)
 
 
 def _make_width(name: str, low: float, high: float, minimum: float = 0.5) -> AKP:
@@ -455,9 +458,9 @@ class Kind:
         extended = self.extended_akps if family == "extended" else ()
         return self.paper_akps + extended + ((AMPLITUDE,) if amplitude else ())
 
-    def get_unit(self, akp_name: str) -> str:
-        """The unit of one of the kind's AKPs: ``px``, ``rad``, or empty. Raises KeyError for an unknown AKP."""
-        return {akp.name: akp.unit for akp in self.akps("extended", amplitude=True)}[akp_name]
+    def find_akp(self, name: str) -> AKP:
+        """One of the AKPs of any family, or the amplitude, by name. Raises KeyError for an unknown name."""
+        return {akp.name: akp for akp in self.akps("extended", amplitude=True)}[name]
 
     def synthesize(self, akps: Mapping[str, Tensor], size: tuple[int, int], profile: str = "exponential") -> Tensor:
         """Computes kernels (..., kh, kw) from AKPs (...) in natural units, before scaling and gain.
@@ -507,7 +510,7 @@ KINDS: dict[str, Kind] = {
             name="Gabor",
             color="red",
             paper_akps=(
-                _make_angle("theta", math.pi),
+                _make_angle("theta", 2 * math.pi, init_high=math.pi),  # theta + pi is theta with -psi
                 AKP("wavelength", "px", 2.0, lambda k: (3.0, max(4.5, 1.5 * k)), "length"),
                 _make_angle("psi", 2 * math.pi, role=None),
                 _make_width("sigma", 0.15, 0.4),

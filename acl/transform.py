@@ -174,7 +174,7 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
 
 
 @dataclass(frozen=True)
-class _Axis:
+class RescaledAxis:
     """A rescaled layer's geometry along one axis of the image."""
 
     kernel_size: int
@@ -186,7 +186,7 @@ class _Axis:
 
 def _rescale_axis(
     kernel_size: int, stride: int, padding: int, dilation: int, factor: float, multiply_stride: bool
-) -> _Axis:
+) -> RescaledAxis:
     # Output i sees the image around i * stride + center. An enlarged image needs i * new_stride + new_center: with a
     # multiplied stride at the enlarged point, otherwise so that the outputs are an enlarged image of the old ones.
     center = (dilation * (kernel_size - 1) + 1) / 2 - padding
@@ -200,7 +200,16 @@ def _rescale_axis(
         parity_changes = (size - kernel_size) % 2 == 1
         candidates.append((round(abs(new_padding - exact), 6), parity_changes, size, new_padding, new_padding - exact))
     _, _, size, new_padding, shift = min(candidates)
-    return _Axis(size, new_stride, new_padding, shift / dilation)
+    return RescaledAxis(size, new_stride, new_padding, shift / dilation)
+
+
+def rescale_axes(layer: AnalyticConv2d, factor: float, multiply_stride: bool) -> list[RescaledAxis]:
+    """The vertical and the horizontal geometry of a layer that is rescaled as by ``rescale``."""
+    paddings = layer._reversed_padding_repeated_twice[2::-2]  # at the top and on the left, in numbers
+    return [
+        _rescale_axis(*lengths, factor, multiply_stride)
+        for lengths in zip(layer.kernel_size, layer.stride, paddings, layer.dilation, strict=True)
+    ]
 
 
 def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_stride: bool) -> AnalyticConv2d:
@@ -208,11 +217,7 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
         raise ValueError(f"{where} was converted from a {type(layer.host).__name__}, whose padding is not known")
     if multiply_stride and any(s * factor != round(s * factor) for s in layer.stride):
         raise ValueError(f"{where} has stride {layer.stride}, and {factor:g} times that is not whole")
-    paddings = layer._reversed_padding_repeated_twice[2::-2]  # at the top and on the left, in numbers
-    axes = [
-        _rescale_axis(*lengths, factor, multiply_stride)
-        for lengths in zip(layer.kernel_size, layer.stride, paddings, layer.dilation, strict=True)
-    ]
+    axes = rescale_axes(layer, factor, multiply_stride)
     new = _copy_with_geometry(layer, axes)
     if layer.plain is not None:
         plain = _resample(layer.plain, layer.kernel_size, axes, factor)
@@ -241,7 +246,7 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
     return new
 
 
-def _copy_with_geometry(layer: AnalyticConv2d, axes: Sequence[_Axis]) -> AnalyticConv2d:
+def _copy_with_geometry(layer: AnalyticConv2d, axes: Sequence[RescaledAxis]) -> AnalyticConv2d:
     """A copy of the layer that has gains, and the kernel size, stride and padding of a rescaled layer."""
     new = copy.deepcopy(layer)
     new.add_amplitude()
@@ -252,7 +257,7 @@ def _copy_with_geometry(layer: AnalyticConv2d, axes: Sequence[_Axis]) -> Analyti
     return new
 
 
-def _resample(kernels: Tensor, kernel_size: tuple[int, int], axes: Sequence[_Axis], factor: float) -> Tensor:
+def _resample(kernels: Tensor, kernel_size: tuple[int, int], axes: Sequence[RescaledAxis], factor: float) -> Tensor:
     """Resamples kernels (..., kh, kw) to the size of a rescaled layer, in float64."""
     rows, columns = (
         _make_resampling(size, axis, factor).to(kernels.device) for size, axis in zip(kernel_size, axes, strict=True)
@@ -260,7 +265,7 @@ def _resample(kernels: Tensor, kernel_size: tuple[int, int], axes: Sequence[_Axi
     return rows @ kernels.double() @ columns.T
 
 
-def _scale_akp(akp: AKP, values: Tensor, factor: float, axes: Sequence[_Axis]) -> Tensor:
+def _scale_akp(akp: AKP, values: Tensor, factor: float, axes: Sequence[RescaledAxis]) -> Tensor:
     if akp.role in LENGTH_ROLES:
         values = values * factor
     if akp.role in ("center_x", "center_y"):
@@ -268,7 +273,7 @@ def _scale_akp(akp: AKP, values: Tensor, factor: float, axes: Sequence[_Axis]) -
     return values if akp.floor is None else values.clamp(min=akp.floor * 1.001)
 
 
-def _make_resampling(old_size: int, axis: _Axis, factor: float) -> Tensor:
+def _make_resampling(old_size: int, axis: RescaledAxis, factor: float) -> Tensor:
     """The matrix (new taps, old taps) that resamples a kernel along one axis.
 
     An enlarged image is interpolated with cubic convolution (Keys, 1981), so a kernel for it must be, too; a reduced

@@ -118,6 +118,8 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
             raise UsageError(f"{weights} is not the file that record.json stands for; delete {path} and train again")
     plain = {name: value for name, value in settings.model.items() if name not in ("pretrained", "random_layers")}
     plain |= {"arrangement": {}, "layer": None}
+    if plain.get("control") != "zero_sum":
+        plain["control"] = None  # the other controls change initial weights alone
     input_format: InputFormat = info["input_format"]
     try:
         model = models.create_model(channels=input_format.channels, classes=input_format.classes, **plain)
@@ -129,6 +131,8 @@ def load_finished_run(path: Path, data_location: DataLocation | None = None) -> 
         acl.load(model, weights)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if record is not None:
+        model.random_layers = record.random_layers  # type: ignore[assignment] # as of the network before training
     return FinishedRun(path, settings, record, input_format, model.eval(), info.get("classes"))
 
 

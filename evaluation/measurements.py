@@ -1,12 +1,11 @@
 """What is measured on the trained networks of a table, beyond the accuracy in their records."""
 
 import copy
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -18,9 +17,11 @@ from typing_extensions import TypedDict
 from acl.explain import attribute
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
+from evaluation.akp_travel import NonNegative, Travel, measure_akp_travel
 from evaluation.attacks import measure_attacks
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from evaluation.finished_run import FinishedRun, evaluate_run, load_own_akp_history
+from evaluation.removal import Loss, iterate_pairs, measure_removal
 from evaluation.transforms import measure_transforms
 from training.config import flatten
 from training.data import Data
@@ -30,8 +31,6 @@ from training.provenance import digest_file
 from training.record import Percent, Record, Recorded
 from training.splits import Split
 from training.validation import Seed
-
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Line(Recorded):
@@ -88,38 +87,29 @@ class Measurement:
         raise NotImplementedError
 
 
-def iterate_pairs(data: Data, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the images and labels of a split for ``acl.explain``, which keeps up to 16 outputs per batch."""
-    for batch in data.eval_batches(split, max_pixels=2**20, max_size=500):
-        yield batch.images, batch.labels
-
-
 class AkpTravel(Measurement):
-    """The mean distance between the AKPs' values before training and at the best epoch."""
+    """The mean distance of AKPs at the best epoch from their initial values, and that which the optimizer allows."""
 
     name = "akp_travel"
-    values = dict[str, NonNegative]
+    values = dict[str, Travel | NonNegative]  # lines of earlier versions hold the mean alone, not modulo the period
     uses_akp_history = True
-
-    @staticmethod
-    def measure(run: FinishedRun, data: Data) -> dict[str, Any]:
-        """Returns ``<kind>/<akp>`` -> mean over the network, in px or degrees (or without a unit, as the AKP)."""
-        assert run.record is not None
-        distances: dict[str, list[Tensor]] = {}
-        for name, history in load_own_akp_history(run).items():
-            symbol, akp = name.split("/")[-2:]
-            factor = 180 / math.pi if KINDS[symbol].get_unit(akp) == "rad" else 1.0
-            distance = (history[run.record.best_epoch] - history[0]).abs() * factor
-            distances.setdefault(f"{symbol}/{akp}", []).append(distance)
-        return {name: float(torch.cat(parts).mean()) for name, parts in distances.items()}
+    measure = staticmethod(measure_akp_travel)
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
         for row, name, values in _group_by_row_and_name(lines):
             symbol, akp = name.split("/")
-            unit = KINDS[symbol].get_unit(akp).replace("rad", "degrees")
+            unit = KINDS[symbol].find_akp(akp).unit.replace("rad", "degrees")
             what = f"distance traveled by {akp} of {KINDS[symbol].name} in {row}"
-            yield Summary(row, what, values, None, unit)
+            means = values.map(lambda value: value["mean"] if isinstance(value, dict) else value)
+            yield Summary(row, what, means.astype(float), None, unit)
+            shares = {
+                seed: 100 * value["mean"] / value["allowed"]
+                for seed, value in values.items()
+                if isinstance(value, dict) and value["allowed"]
+            }
+            if shares:
+                yield Summary(row, f"{what}, of what the optimizer allows", pd.Series(shares), None, "%")
 
 
 class ReplacedAkps(Measurement):
@@ -176,6 +166,37 @@ class Shapley(Measurement):
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
         for row, symbol, values in _group_by_row_and_name(lines):
             yield Summary(row, f"{KINDS[symbol].name} in {row}", values, 0.0)
+
+
+class LeaveOneOut(Measurement):
+    """Validation accuracy lost without a kind of kernel and without single kernels, set to zero or made constant."""
+
+    name = "leave_one_out"
+    values = dict[Literal["zero", "constant"], dict[str, Loss]]
+    measure = staticmethod(measure_removal)
+
+    @staticmethod
+    def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        """What each kind adds, with a verdict (``Shapley`` has the values for zero), and the share of free kernels."""
+        frame = pd.DataFrame(
+            [
+                (line.row, line.seed, replaced_by, symbol, *loss.values())
+                for line in lines
+                for replaced_by, by_kind in line.values.items()
+                for symbol, loss in by_kind.items()
+            ],
+            columns=["row", "seed", "replaced_by", "symbol", *Loss.__annotations__],
+        )
+        for (row, replaced_by), group in frame.groupby(["row", "replaced_by"], sort=False):
+            removed = "set to zero" if replaced_by == "zero" else "made constant"
+            for symbol, of_kind in group.set_index("seed").groupby("symbol", sort=False):
+                name = KINDS[str(symbol)].name
+                yield Summary(row, f"lost without {name} in {row}, its kernels {removed}", of_kind["kind"], 0.0)
+                if replaced_by != "zero":
+                    yield Summary(row, f"{name} in {row}, removed kernels {removed}", of_kind["shapley"], 0.0)
+            counts = group.assign(free=group["free"] * group["kernels"]).groupby("seed")[["free", "kernels"]].sum()
+            what = f"kernels of {row} that cost nothing if one is {removed}"
+            yield Summary(row, what, counts["free"] / counts["kernels"], None, "%")
 
 
 class Corruptions(Measurement):
@@ -244,7 +265,7 @@ class Transforms(Measurement):
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
-        """Compares formulas that are moved with kernels that are resampled, and with a network left unchanged."""
+        """Compares formulas that are moved with kernels resampled in two ways, and with a network left unchanged."""
         frame = pd.DataFrame(
             [
                 (line.row, line.seed, transform, float(amount), way, values["top1"], values["error"])
@@ -267,12 +288,15 @@ class Transforms(Measurement):
                     continue
                 means = of_row[is_member].groupby(["seed", "way"])[["top1", "error"]].mean().unstack()
                 prefix = f"{row}, images {title}:"
-                for way in ("resampled", "unchanged"):
+                names = {"resampled": "resampled", "splines": "resampled by splines", "unchanged": "unchanged"}
+                names = {way: name for way, name in names.items() if way in means["top1"]}
+                for way, name in names.items():
                     difference = means["top1", "closed form"] - means["top1", way]
-                    yield Summary(row, f"{prefix} formulas moved, against kernels {way}", difference, 0.0)
-                difference = means["error", "resampled"] - means["error", "closed form"]
-                what = f"{prefix} error of outputs, kernels resampled, against formulas moved"
-                yield Summary(row, what, difference, 0.0, "%")
+                    yield Summary(row, f"{prefix} formulas moved, against kernels {name}", difference.dropna(), 0.0)
+                for way in [way for way in names if way != "unchanged"]:
+                    difference = means["error", way] - means["error", "closed form"]
+                    what = f"{prefix} error of outputs, kernels {names[way]}, against formulas moved"
+                    yield Summary(row, what, difference.dropna(), 0.0, "%")
 
 
 MEASUREMENTS = {measurement.name: measurement for measurement in Measurement.__subclasses__()}

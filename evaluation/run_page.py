@@ -41,7 +41,7 @@ def render_run_page(
         model: the trained network.
         initial_model: the network before training; None if it is not available.
         akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is no such file.
-        attributions: maps what removed kernels output (``zero`` or ``mean``) to the attribution.
+        attributions: maps what stands for removed kernels, one of ``acl.explain.REPLACEMENTS``, to the attribution.
         lost: maps layer names to the points lost without each single kernel; None if these were not measured.
         split: describes the images used for ``attributions`` and ``lost``; None if there are none.
     """
@@ -109,7 +109,7 @@ def _describe_kernels(
                 context["original"] = {"title": "before training", "kernel": kernel | {"akps": before}}
         else:
             kernel["weights"] = _round(kernels[slot].flatten())
-        akp_texts = (f"{akp} {value:.3f} {kind.get_unit(akp)}".strip() for akp, value in kernel["akps"].items())
+        akp_texts = (f"{akp} {value:.3f} {kind.find_akp(akp).unit}".strip() for akp, value in kernel["akps"].items())
         yield {
             "out": slot // slots_per_filter,
             "in": slot % slots_per_filter if layer.options.per == "kernel" else "all",

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import acl
 from acl.inspection import analytic_layers
 from evaluation.finished_run import FinishedRun, evaluate_run
+from evaluation.splines import rescale_by_splines, rotate_by_splines
 from training.data import Data
 from training.errors import UsageError
 from training.splits import Split
@@ -28,15 +29,18 @@ MAX_CLASSIFIED = 2000
 """Images to classify."""
 MAX_COMPARED = 50
 """Images whose outputs are compared."""
+Moves = Mapping[str, Callable[[nn.Module], nn.Module]]
+"""For each way, what moves a network or a layer."""
 
 
 def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
     """Measures a network on rotated and rescaled images, with its analytic layers rotated and rescaled alike.
 
-    There are three ways: ``closed form`` moves the formulas (``acl.rotate``, ``acl.rescale``), ``resampled`` moves the
-    same kernels by bicubic interpolation, with antialiasing for smaller images, and ``unchanged`` leaves them. Plain
-    layers are not moved. If there are some, the strides of rescaled layers are multiplied, so that plain layers see
-    features of the size that they were trained on.
+    There are four ways: ``closed form`` moves the formulas (``acl.rotate``, ``acl.rescale``), and ``unchanged`` leaves
+    them. ``resampled`` moves the same kernels by bicubic interpolation, with antialiasing for smaller images;
+    ``splines`` by prefiltered cubic splines, which are more precise if kernels are smooth, but have no antialiasing, so
+    that they are left out for smaller images. Plain layers are not moved. If there are some, the strides of rescaled
+    layers are multiplied, so that plain layers see features of the size that they were trained on.
 
     Returns:
         ``rotation`` (degrees) and ``scale`` (factor) -> way -> ``top1``, the test accuracy in percent on
@@ -53,7 +57,7 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
     data = replace(data, test=data.test.sample(MAX_CLASSIFIED))
     _check_accepts_any_size(run.model, data)
     resampled = acl.convert(acl.fold(copy.deepcopy(run.model)), dict.fromkeys(layers, "P100%"))
-    networks = {"closed form": run.model, "resampled": resampled}
+    networks = {"closed form": run.model, "resampled": resampled, "splines": resampled}
     features = _capture_input(run.model, next(iter(layers.values())), data)
     num_convolutions = sum(isinstance(module, nn.Conv2d) for module in run.model.modules())
     multiply_stride = len(layers) < num_convolutions
@@ -62,18 +66,26 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
     for degrees in ROTATIONS:
         images = rotate(data.test.images, degrees, InterpolationMode.BILINEAR)
         move = partial(acl.rotate, degrees=degrees)
-        errors = _compute_errors(networks, features, move, partial(_rotate_features, degrees=degrees))
+        moves: Moves = {"closed form": move, "resampled": move, "splines": partial(rotate_by_splines, degrees=degrees)}
+        errors = _compute_errors(networks, features, moves, partial(_rotate_features, degrees=degrees))
         rotated = replace(data, test=Split(images, data.test.labels))
-        values["rotation"][f"{degrees:g}"] = _compare_ways(run, networks, move, rotated, errors)
+        values["rotation"][f"{degrees:g}"] = _compare_ways(run, networks, moves, rotated, errors)
     for factor in SCALES:
-        move = partial(acl.rescale, factor=factor)
         size = [round(factor * length) for length in features.shape[-2:]]
         resize_features = partial(resize, size=size, interpolation=InterpolationMode.BICUBIC, antialias=factor < 1)
-        errors = _compute_errors(networks, features, move, resize_features)
-        move = partial(move, multiply_stride=multiply_stride)
+        errors = _compute_errors(networks, features, _list_rescalings(factor, False), resize_features)
+        moves = _list_rescalings(factor, multiply_stride)
         resized = _resize_test_images(data, factor)
-        values["scale"][f"{factor:g}"] = _compare_ways(run, networks, move, resized, errors)
+        values["scale"][f"{factor:g}"] = _compare_ways(run, networks, moves, resized, errors)
     return values
+
+
+def _list_rescalings(factor: float, multiply_stride: bool) -> Moves:
+    move = partial(acl.rescale, factor=factor, multiply_stride=multiply_stride)
+    moves: dict[str, Callable[[nn.Module], nn.Module]] = {"closed form": move, "resampled": move}
+    if factor >= 1:
+        moves["splines"] = partial(rescale_by_splines, factor=factor, multiply_stride=multiply_stride)
+    return moves
 
 
 def _check_accepts_any_size(model: nn.Module, data: Data) -> None:
@@ -88,11 +100,11 @@ def _check_accepts_any_size(model: nn.Module, data: Data) -> None:
 def _compare_ways(
     run: FinishedRun,
     networks: Mapping[str, nn.Module],
-    move: Callable[[nn.Module], nn.Module],
+    moves: Moves,
     data: Data,
     errors: Mapping[str, float],
 ) -> dict[str, dict[str, float]]:
-    moved = _move_where_possible(networks, move)
+    moved = _move_where_possible(networks, moves)
     return {
         way: {"top1": evaluate_run(replace(run, model=model), data, "test")["top1"], "error": errors[way]}
         for way, model in {**moved, "unchanged": run.model}.items()
@@ -100,14 +112,12 @@ def _compare_ways(
     }
 
 
-def _move_where_possible(
-    networks: Mapping[str, nn.Module], move: Callable[[nn.Module], nn.Module]
-) -> dict[str, nn.Module]:
+def _move_where_possible(networks: Mapping[str, nn.Module], moves: Moves) -> dict[str, nn.Module]:
     """Copies networks and moves them, without those whose formulas ``acl.rescale`` refuses."""
     moved = {}
-    for way, network in networks.items():
+    for way, move in moves.items():
         try:
-            moved[way] = move(copy.deepcopy(network))
+            moved[way] = move(copy.deepcopy(networks[way]))
         except acl.UnsuitableFormulasError as error:
             tqdm.write(str(error))
     return moved
@@ -136,7 +146,7 @@ def _capture_input(model: nn.Module, layer: nn.Module, data: Data) -> Tensor:
 def _compute_errors(
     networks: Mapping[str, nn.Module],
     features: Tensor,
-    move: Callable[[nn.Module], nn.Module],
+    moves: Moves,
     move_features: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Compares the first analytic layer's outputs on moved features with its moved outputs, per way.
@@ -153,7 +163,7 @@ def _compute_errors(
     growth = max(moved_features.shape[-1] / features.shape[-1], 1.0)
     margin = math.ceil(max(original.kernel_size) * growth)
     errors = {}
-    for way, moved_layer in {**_move_where_possible(layers, move), "unchanged": original}.items():
+    for way, moved_layer in {**_move_where_possible(layers, moves), "unchanged": original}.items():
         output = moved_layer(moved_features)
         rows, columns = (min(a, b) for a, b in zip(output.shape[-2:], expected.shape[-2:], strict=True))
         inside = _make_disk(rows, columns, min(rows, columns) / 2 - margin).to(output.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from acl.explain import Attribution, attribute, leave_one_out
 from evaluation.finished_run import DataLocation, FinishedRun, load_akp_history, load_data_as_trained, load_finished_run
-from evaluation.measurements import iterate_pairs
+from evaluation.removal import iterate_pairs
 from evaluation.run_page import render_run_page
 from training.cli import run_script
 from training.errors import UsageError
@@ -23,7 +23,7 @@ from training.validation import FilePath, OutputFile, strict_dataclass
 class ExplainSettings:
     run: FilePath
     split: Literal["train", "val", "test"] | None
-    replace: list[Literal["zero", "mean"]]
+    replace: list[Literal["zero", "mean", "constant"]]
     single: bool
     data: DataLocation
     images: int | None = Field(ge=1)

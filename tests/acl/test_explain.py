@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import acl
-from acl.explain import Batches, attribute, leave_one_out
+from acl.explain import REPLACEMENTS, Batches, attribute, leave_one_out
 from acl.inspection import require_analytic_layers
 from acl.kernels import KINDS
 from tests.arrangements import arrange_all_kinds
@@ -45,32 +45,39 @@ def count_correct(model: nn.Module) -> int:
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in iterate_batches())
 
 
-def count_correct_by_brute_force(model: nn.Module, kept: Iterable[str]) -> int:
-    """Correctly classified images of a folded copy in which the kernels of all other kinds are set to 0."""
+def replace_by_hand(model: nn.Module, kept: Iterable[str], replace: str) -> nn.Module:
+    """A folded copy in which each kernel of another kind is 0, or constant with the same sum."""
     layers = acl.analytic_layers(model)
     folded = make_network(*(layer.arrangement for layer in layers.values()))
     folded.load_state_dict(model.state_dict())
     acl.fold(folded).eval()
     for name, layer in layers.items():
         weight = folded.get_submodule(name).weight.data
-        is_kept = torch.tensor([kind in kept for kind in layer.slot_kinds])
-        weight.mul_(is_kept.view(weight.shape[:2])[..., None, None])
-    return count_correct(folded)
+        for slot, kind in enumerate(layer.slot_kinds):
+            if kind not in kept:
+                kernel = weight[divmod(slot, weight.shape[1])]
+                kernel.fill_(kernel.sum() / kernel.numel() if replace == "constant" else 0)
+    return folded
 
 
+@pytest.mark.parametrize("replace", ["zero", "constant"])
 @pytest.mark.parametrize(
     "make_arrangements",
     [lambda: (arrange_all_kinds(),), lambda: (arrange_all_kinds(), "G8 Lg8 P8"), lambda: ("Ts10 P14", "G8 Lg8 P8")],
     ids=["one layer", "two layers", "different kinds per layer"],
 )
 def test_accuracy_of_every_subset_matches_brute_force(
-    make_arrangements: Callable[[], tuple[acl.Arrangement | str, ...]],
+    make_arrangements: Callable[[], tuple[acl.Arrangement | str, ...]], replace: str
 ) -> None:
     model = make_network(*make_arrangements())
-    result = attribute(model, iterate_batches, progress=False)
+    result = attribute(model, iterate_batches, replace, progress=False)
     present = [s for s in KINDS if any(s in layer.slot_kinds for layer in acl.analytic_layers(model).values())]
     assert result.kinds == tuple(present) and result.images == IMAGES
-    assert result.correct == {kept: count_correct_by_brute_force(model, kept) for kept in list_subsets(present)}
+    all_kinds = frozenset(present)
+    expected = {kept: count_correct(replace_by_hand(model, kept, replace)) for kept in list_subsets(present)}
+    assert result.correct == expected
+    lost = {kind: 100 * (expected[all_kinds] - expected[all_kinds - {kind}]) / IMAGES for kind in present}
+    assert result.leave_one_out() == pytest.approx(lost)
     assert model.training and not any("forward" in vars(module) for module in model.modules())
 
 
@@ -81,19 +88,21 @@ class Rectified(nn.Conv2d):
         return super().forward(x).abs()
 
 
+@pytest.mark.parametrize("replace", ["zero", "constant"])
 @pytest.mark.parametrize("kind_of_layer", ["shared", "subclass"])
-def test_accuracy_of_subsets_matches_brute_force_for_unusual_layers(kind_of_layer: str) -> None:
+def test_accuracy_of_subsets_matches_brute_force_for_unusual_layers(kind_of_layer: str, replace: str) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 3, 3, padding=1) if kind_of_layer == "shared" else Rectified(3, 3, 3, padding=1)
     layers = [conv, nn.ReLU(), conv] if kind_of_layer == "shared" else [conv, nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
     acl.convert(model, "all", "G5 P4")
-    result = attribute(model, iterate_batches, progress=False)
+    result = attribute(model, iterate_batches, replace, progress=False)
     weight, slot_kinds = model[0].weight.detach(), model[0].slot_kinds
     acl.fold(model.eval())
     for kept, correct in result.correct.items():
         is_kept = torch.tensor([kind in kept for kind in slot_kinds]).view(3, 3, 1, 1)
-        model[0].weight.data.copy_(weight * is_kept)
+        removed = weight.mean((2, 3), keepdim=True) if replace == "constant" else 0.0
+        model[0].weight.data.copy_(torch.where(is_kept, weight, removed))
         assert correct == count_correct(model), kept
 
 
@@ -133,6 +142,39 @@ def test_mean_replacement_keeps_accuracy_on_constant_images() -> None:
     assert len(set(varied.correct.values())) > 1
 
 
+@pytest.mark.parametrize("replace", ["zero", "constant"])
+def test_outputs_are_those_of_network_whose_kernels_are_replaced_by_hand(replace: str) -> None:
+    model = make_network(arrange_all_kinds(), "G8 Lg8 P8")
+    outputs: list[Tensor] = []
+    model[-1].register_forward_hook(lambda *args: outputs.append(args[-1]))
+    attribute(model, iterate_batches, replace, progress=False)
+    images, _ = next(iterate_batches())
+    for kept, output in zip(list_subsets(KINDS), outputs[1:], strict=False):  # the first pass finds the first layer
+        torch.testing.assert_close(output, replace_by_hand(model, kept, replace)(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arrangements", [("G12 P12",), ("G12 P12", "G8 Lg8 P8")])
+def test_removing_constant_kernels_changes_nothing_if_constants_replace_them(arrangements: tuple[str, ...]) -> None:
+    model = make_network(*arrangements)
+    akps = {"theta": 0.0, "psi": 0.0, "wavelength": 1e6, "sigma": 1e6}  # a constant kernel
+    for layer in acl.analytic_layers(model).values():
+        layer.set_akps("G", {name: torch.full((layer.arrangement.counts["G"],), value) for name, value in akps.items()})
+        layer.plain.data.copy_(layer.plain.data[:, :1, :1].expand_as(layer.plain))
+    lost = leave_one_out(model, iterate_batches, "constant", progress=False)
+    for name, layer in acl.analytic_layers(model).items():
+        is_constant = torch.tensor([kind in ("G", "P") for kind in layer.slot_kinds])
+        assert not lost[name][is_constant].any()
+    result = attribute(model, iterate_batches, "constant", progress=False)
+    assert result.leave_one_out()["G"] == result.leave_one_out()["P"] == 0
+    assert any(values.any() for values in leave_one_out(model, iterate_batches, progress=False).values())
+
+
+def test_constant_replaces_kernels_that_sum_to_zero_by_zero() -> None:
+    model = make_network("Lg6 Lt6 Tf6 Ts6")
+    results = [attribute(model, iterate_batches, replace, progress=False) for replace in ("zero", "constant")]
+    assert results[0].correct == results[1].correct
+
+
 def test_first_layer_convolves_once_per_kind_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_network(arrange_all_kinds())
     calls = []
@@ -147,15 +189,17 @@ def test_first_layer_convolves_once_per_kind_and_batch(monkeypatch: pytest.Monke
     assert len(calls) == len(KINDS) * len(BATCH_SIZES) + 1  # one more call finds out which layer runs first
 
 
-def test_leave_one_out_matches_brute_force() -> None:
+@pytest.mark.parametrize("replace", ["zero", "constant"])
+def test_leave_one_out_matches_brute_force(replace: str) -> None:
     model = make_network("G12 P12", "P24")
-    lost = leave_one_out(model, iterate_batches, progress=False)
+    lost = leave_one_out(model, iterate_batches, replace, progress=False)
     assert {name: len(values) for name, values in lost.items()} == {"0": 24, "3": 24}
-    intact = count_correct_by_brute_force(model, KINDS)
+    intact = count_correct(replace_by_hand(model, KINDS, replace))
     for name, slot in (("0", 0), ("0", 17), ("3", 5)):
         folded = acl.fold(make_network("G12 P12", "P24")).eval()
         weight = folded.get_submodule(name).weight.data
-        weight[divmod(slot, weight.shape[1])] = 0
+        kernel = weight[divmod(slot, weight.shape[1])]
+        kernel.fill_(kernel.mean() if replace == "constant" else 0)
         assert lost[name][slot].item() == pytest.approx(100 * (intact - count_correct(folded)) / IMAGES)
     assert model.training and not any("forward" in vars(module) for module in model.modules())
 
@@ -169,7 +213,7 @@ def iterate_no_batches() -> Iterator[tuple[Tensor, Tensor]]:
     [
         ((), iterate_batches, {}, "the network has no analytic layer"),
         (("G100%",), iterate_no_batches, {}, "the data set is empty"),
-        (("G100%",), iterate_batches, {"replace": "noise"}, "unknown replace 'noise'; known: zero, mean"),
+        (("G100%",), iterate_batches, {"replace": "noise"}, "unknown replace 'noise'; known: zero, mean, constant"),
     ],
     ids=["no analytic layer", "no data", "unknown replace"],
 )
@@ -180,11 +224,13 @@ def test_attribute_rejects_invalid_arguments(
         attribute(make_network(*arrangements), batches, progress=False, **options)
 
 
-def test_leave_one_out_rejects_plain_network_and_missing_data() -> None:
+def test_leave_one_out_rejects_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="the network has no analytic layer"):
         leave_one_out(make_network(), iterate_batches, progress=False)
     with pytest.raises(ValueError, match="the data set is empty"):
         leave_one_out(make_network("G100%"), iterate_no_batches, progress=False)
+    with pytest.raises(ValueError, match="unknown replace 'mean'; known: zero, constant"):
+        leave_one_out(make_network("G100%"), iterate_batches, "mean", progress=False)
 
 
 def test_require_analytic_layers_returns_them_or_raises() -> None:
@@ -195,7 +241,7 @@ def test_require_analytic_layers_returns_them_or_raises() -> None:
 
 
 @pytest.mark.parametrize("num_passes", [0, 1])  # the first pass only finds the first analytic layer
-@pytest.mark.parametrize("replace", ["zero", "mean"])
+@pytest.mark.parametrize("replace", REPLACEMENTS)
 def test_attribute_leaves_no_hooks_if_network_fails(replace: str, num_passes: int) -> None:
     layer = acl.AnalyticConv2d(1, 2, 3, arrangement="G100%")
     inputs = iter([torch.zeros(1, 1, 8, 8)] * num_passes + [torch.zeros(1, 3, 8, 8)])

@@ -150,6 +150,18 @@ def test_quarter_turn_of_theta_rotates_kernel(kind: Kind, profile: str, k: int) 
     assert (turned - kernel.rot90(-1, (-2, -1))).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "profile"), EVERY_VARIANT)
+def test_every_angle_has_its_smallest_period(kind: Kind, profile: str, family: str) -> None:
+    akps = sample_initial_akps(kind, 50, family)
+    kernel = kind.synthesize(akps, (5, 6), profile)
+    for akp in kind.akps(family):
+        assert (akp.period is not None) == (akp.unit == "rad")
+        for change in (1, -2, 1 / 2, 1 / 3) if akp.period is not None else ():
+            moved = kind.synthesize({**akps, akp.name: akps[akp.name] + change * akp.period}, (5, 6), profile)
+            assert ((moved - kernel).abs().max() < 1e-12) == isinstance(change, int)
+
+
 @pytest.mark.parametrize(("kind", "profile"), VARIANTS_WITH_OFFSETS)
 def test_offset_by_whole_pixels_shifts_kernel(kind: Kind, profile: str) -> None:
     """If the kernel vanishes well inside the window, an offset of whole pixels shifts it."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acl
+import models
 from evaluation.finished_run import (
     FinishedRun,
     find_finished_runs,
@@ -19,7 +20,9 @@ from evaluation.finished_run import (
     load_finished_run,
     resolve_run_path,
 )
+from models.controls import ZeroSumConv2d
 from tests.training.configurations import compose_run
+from tests.training.trees import write_imagefolder
 from training.errors import UsageError
 from training.evaluate import evaluate
 from training.loop import run
@@ -65,6 +68,21 @@ def test_finished_run_has_settings_record_and_weights(finished_path: Path) -> No
     assert finished.settings.directory.path == finished_path
     assert finished.input_format == load_run_data(finished.settings).input_format
     assert has_weights(finished, load_file(finished_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("control", ["random", "permuted", "zero_sum"])
+def test_finished_run_of_a_control_needs_no_pretrained_weights(tmp_path: Path, control: str) -> None:
+    pretrained = tmp_path / "squeezenet.safetensors"
+    save_file(models.create_model("squeezenet1_0", 3, 3, {}).state_dict(), pretrained)
+    images = write_imagefolder(tmp_path / "images", train=2, val=1, test=1)
+    options = ["data=imagefolder", "data.title=toy", f"data.root={images}", f"data.cache={tmp_path}/cache"]
+    options += ["data.size=36", "data.crop=32", "model=squeezenet1_0", "arrangement=plain", "trainer.batch_size=4"]
+    options += [f"model.pretrained={pretrained}", f"model.control={control}"]
+    path = train_run(tmp_path, *options)
+    pretrained.unlink()
+    finished = load_finished_run(path)
+    assert has_weights(finished, load_file(path / "model.safetensors"))
+    assert isinstance(finished.model.get_submodule("features.0"), ZeroSumConv2d) == (control == "zero_sum")
 
 
 def test_finished_run_with_auto_arrangement_needs_neither_data_nor_initial_weights(tmp_path: Path) -> None:

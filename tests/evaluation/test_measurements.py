@@ -1,4 +1,3 @@
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,10 +24,10 @@ from evaluation.measurements import (
     Shapley,
     Transforms,
     is_current,
-    iterate_pairs,
     read_measurements,
     write_measurement,
 )
+from evaluation.removal import iterate_pairs
 from evaluation.transforms import ROTATIONS, SCALES
 from training.config import compose
 from training.data import Data
@@ -72,7 +71,7 @@ def double_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return load_trained(tmp_path_factory.mktemp("runs"), *options)
 
 
-def test_transforms_compare_three_ways(run: FinishedRun) -> None:
+def test_transforms_compare_four_ways(run: FinishedRun) -> None:
     data = load_run_data(run.settings)
     values = Transforms.measure(run, replace(data, test=data.test[:20]))
     assert [*values["rotation"], *values["scale"]] == [f"{value:g}" for value in (*ROTATIONS, *SCALES)]
@@ -81,25 +80,42 @@ def test_transforms_compare_three_ways(run: FinishedRun) -> None:
     assert right_angle["closed form"]["error"] < 1e-3 < right_angle["unchanged"]["error"]
     for degrees, ways in values["rotation"].items():
         assert ways["closed form"]["error"] < ways["unchanged"]["error"]
-        assert (degrees == "90") == (
-            ways["closed form"]["error"] == pytest.approx(ways["resampled"]["error"], abs=1e-3)
-        )
+        for way in ("resampled", "splines"):
+            assert (degrees == "90") == (ways["closed form"]["error"] == pytest.approx(ways[way]["error"], abs=1e-3))
     for factor, ways in values["scale"].items():
         assert ways["resampled"]["error"] < ways["unchanged"]["error"]
         if float(factor) < 1:
             assert list(ways) == ["resampled", "unchanged"]  # the network's formulas are too fine for smaller images
         else:
             assert ways["closed form"]["error"] < ways["unchanged"]["error"]
+            assert ways["splines"]["error"] < ways["unchanged"]["error"]
 
 
-def test_akp_travel_is_mean_distance_from_initial_value_to_best_epoch(tmp_path: Path, run: FinishedRun) -> None:
-    assert run.record is not None
-    made_up = replace(run, path=tmp_path, record=run.record.model_copy(update={"best_epoch": 1}))
-    trained = snapshot_akps(run.model)
-    history = {name: torch.stack([values - 0.5, values, values + 9]) for name, values in trained.items()}
-    save_file(history, tmp_path / "akps.safetensors")
-    expected = {"G/psi": math.degrees(0.5), "G/sigma": 0.5, "G/theta": math.degrees(0.5), "G/wavelength": 0.5}
-    assert AkpTravel.measure(made_up, load_run_data(run.settings)) == pytest.approx(expected, rel=1e-4)
+def test_transforms_are_compared_with_each_way_that_a_line_has() -> None:
+    """Lines of earlier versions have no splines."""
+    old = {"closed form": {"top1": 60.0, "error": 3.0}, "resampled": {"top1": 50.0, "error": 5.0}}
+    old |= {"unchanged": {"top1": 40.0, "error": 9.0}}
+    new = old | {"splines": {"top1": 55.0, "error": 2.0}}
+    make_line = Transforms.make_line_type()
+
+    def summarize(*ways: dict[str, Any]) -> dict[str, dict[int, float]]:
+        values = [{"rotation": {"15": way}, "scale": {"2": way}} for way in ways]
+        lines = [make_line(row="a", id="0" * 12, seed=seed, values=value) for seed, value in enumerate(values)]
+        prefix = "a, images scaled by 2: "
+        summaries = {summary.what: summary.values.to_dict() for summary in Transforms.summarize(lines)}
+        return {what.removeprefix(prefix): value for what, value in summaries.items() if what.startswith(prefix)}
+
+    expected = {
+        "formulas moved, against kernels resampled": {0: 10.0, 1: 10.0},
+        "formulas moved, against kernels unchanged": {0: 20.0, 1: 20.0},
+        "error of outputs, kernels resampled, against formulas moved": {0: 2.0, 1: 2.0},
+    }
+    assert summarize(old, old) == expected
+    splines = {
+        "formulas moved, against kernels resampled by splines": {1: 5.0},
+        "error of outputs, kernels resampled by splines, against formulas moved": {1: -1.0},
+    }
+    assert summarize(old, new) == expected | splines
 
 
 @pytest.mark.parametrize("measurement", [AkpTravel, ReplacedAkps])
@@ -235,5 +251,8 @@ def test_larger_attack_is_at_least_as_harmful(gabor_run: FinishedRun) -> None:
 
 
 @pytest.mark.parametrize("measurement", MEASUREMENTS.values(), ids=MEASUREMENTS)
-def test_run_in_double_precision_is_measured(double_run: FinishedRun, measurement: type[Measurement]) -> None:
+def test_run_in_double_precision_is_measured(
+    double_run: FinishedRun, measurement: type[Measurement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.removal.MAX_KERNELS", 2)
     assert measurement.measure(double_run, load_run_data(double_run.settings))

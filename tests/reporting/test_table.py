@@ -13,6 +13,8 @@ import torch
 import torchvision
 
 import reporting.table
+from acl import Arrangement
+from acl.kernels import analytic_kinds
 from reporting.rows import read_results
 from reporting.table import Table
 from tests.reporting.helpers import create_table, forbid_calls, load_settings, make_record
@@ -507,13 +509,32 @@ def test_table_of_large_images_is_reproduced(
 def test_every_table_composes(name: str) -> None:
     settings = load_settings(name)
     assert len(settings.rows) >= 2
-    assert compose([*settings.overrides, *settings.rows[0]["overrides"]]).model.layer is None
+    if not name.endswith("_kinds"):
+        assert compose([*settings.overrides, *settings.rows[0]["overrides"]]).model.layer is None
     (data,) = [word for word in settings.overrides if word.startswith("data=")]
     data_name = compose([data]).data.name
     candidate = settings.search["candidates"][0] if settings.search else []
     for row in settings.rows[1::3]:
         run = parse_run(compose([*settings.overrides, *row["overrides"], *candidate]))
         assert run.data["name"] == data_name
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_kinds", "flowers17_kinds"])
+def test_slots_of_the_missing_kind_go_to_the_others_in_proportion(name: str) -> None:
+    mosaic, *without = load_settings(name).rows
+    full, *arrangements = (
+        compose([*load_settings(name).overrides, *row["overrides"]]).arrangement for row in (mosaic, *without)
+    )
+    assert [row["name"] for row in without] == [f"without {kind.name}" for kind in analytic_kinds().values()]
+    for symbol, arrangement in zip(analytic_kinds(), arrangements, strict=True):
+        assert list(arrangement) == list(full)
+        for layer, text in full.items():
+            before, after = (Arrangement.parse(words).counts for words in (text, arrangement[layer]))
+            total = sum(before.values())
+            assert list(after) == [kind for kind in before if kind != symbol]
+            assert sum(after.values()) == total
+            for kind, count in after.items():
+                assert abs(count - before[kind] * total / (total - before[symbol])) < 1
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with one kernel of each kind; drawing more takes seconds."""
     arrangement = " ".join(f"{symbol}1" for symbol in KINDS)
     run_path = train_run(tmp_path_factory.mktemp("runs"), f"arrangement.conv1={arrangement}")
-    command = [sys.executable, ROOT / "scripts/explain.py", f"run={run_path}", "images=12"]
+    command = [
+        sys.executable,
+        ROOT / "scripts/explain.py",
+        f"run={run_path}",
+        "images=12",
+        "replace=[zero,mean,constant]",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(run_path / "report.html")
@@ -52,11 +58,17 @@ def test_page_is_self_contained_and_shows_every_kernel(page: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", text) and "http" not in text and "@import" not in text
     assert text.count("data-panel=") == 6
     kinds = json.loads(page.with_suffix(".json").read_text())["kinds"]
-    assert list(kinds) == ["zero", "mean"]
+    assert list(kinds) == ["zero", "mean", "constant"]
     for numbers in kinds.values():
         assert sum(numbers["shapley"].values()) == pytest.approx(numbers["drop"], abs=1e-12)
         assert len(numbers["top1_with"]) == 64 and numbers["images"] == 12
-    for words in ("before training", "after training", "Parameters during training", "Removed kernels output their"):
+    for words in (
+        "before training",
+        "after training",
+        "Parameters during training",
+        "Removed kernels output their",
+        "Constant kernels",
+    ):
         assert words in text
     number = r"-?[0-9.e+-]+"
     gabor = (
@@ -98,7 +110,7 @@ def test_page_in_browser_shows_formula_of_tapped_kernel_and_opens_it(page: Path,
         (["run=nowhere"], "error: nowhere is not the folder of a run: it has no config.yaml"),
         (["run=123456789012"], "error: 123456789012 is not the folder of a run: it has no config.yaml"),
         (["run=2280193e9171"], "error: 2280193e9171 is not the folder of a run: it has no config.yaml"),
-        (["replace=[noise]"], "error: replace.0=noise is invalid: it should be 'zero' or 'mean'"),
+        (["replace=[noise]"], "error: replace.0=noise is invalid: it should be 'zero', 'mean' or 'constant'"),
         (["split=validation"], "error: split=validation is invalid: it should be 'train', 'val' or 'test'"),
         (["images=0"], "error: images=0 is invalid: it should be greater than or equal to 1"),
     ],

@@ -20,7 +20,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 def write_images(root: Path, table: str) -> None:
     """Writes a small data set in the layout that a table reads."""
-    suffixes = ("", "_alexnet", "_resnet18", "_few", "_shares")
+    suffixes = ("", "_alexnet", "_resnet18", "_few", "_shares", "_kinds", "_robust")
     name = next((name for name in WRITERS if table.removeprefix(name) in suffixes), None)
     if name is None:
         trees.write_imagefolder(root, train=10, test=4)
