@@ -5,9 +5,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK_VENV := .venv-lock
+WHEEL_VENV := .venv-wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-table verify status claims sweep benchmark check-gpu test lint lock clean
+.PHONY: help setup train reproduce-table verify status claims sweep benchmark check-gpu docs wheel test lint lock clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -48,6 +49,19 @@ benchmark: setup ## measures the cost of analytic layers relative to plain ones:
 check-gpu: setup ## tests a CUDA device and measures costs on it: results/benchmarks/<device>.md; ARGS='data=/data' to find MNIST
 	$(BIN)/python benchmarks/check_gpu.py $(ARGS)
 
+docs: setup ## builds the documentation as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: setup ## builds and checks the package acl: dist/; installs it into an empty environment and runs an example there
+	rm -rf dist $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check build twine
+	$(WHEEL_VENV)/bin/python -m build --quiet --outdir dist .
+	$(WHEEL_VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check dist/*.whl scikit-learn
+	cd $(WHEEL_VENV) && bin/python ../examples/minimal.py
+
 test: setup ## runs all tests; ARGS='-m slow' for the slow ones, ARGS='-m slurm' on a machine with Slurm
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
@@ -62,6 +76,6 @@ lock: ## resolves requirements.lock for Linux, macOS and Windows; ARGS=--upgrade
 	$(LOCK_VENV)/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml $(ARGS)
 
-clean: ## removes .venv and caches; keeps runs/, data/ and results/
-	rm -rf $(VENV) $(LOCK_VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+clean: ## removes .venv, caches and what was built; keeps runs/, data/ and results/
+	rm -rf $(VENV) $(LOCK_VENV) $(WHEEL_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

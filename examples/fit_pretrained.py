@@ -33,4 +33,5 @@ report("as trained", net)
 for metric in ("pixels", "images"):
     fitted = acl.convert(copy.deepcopy(net), "all", "G100%", init="fit", amplitude=True, metric=metric)
     report(f"a Gabor per kernel, fitted to {metric}", fitted)
-report("a Gabor per filter, fitted to images", acl.convert(copy.deepcopy(net), "all", "G100%", init="fit", per="filter"))
+fitted = acl.convert(copy.deepcopy(net), "all", "G100%", init="fit", per="filter", metric="images")
+report("a Gabor per filter, fitted to images", fitted)

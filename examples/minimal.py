@@ -25,7 +25,7 @@ net = nn.Sequential(
 )
 print(acl.summary(net, images[:1]))
 optimizer = torch.optim.AdamW(acl.param_groups(net, lr=3e-3, akp_lr_scale=5.0, weight_decay=0.01))
-for epoch in range(15):
+for _ in range(15):
     for batch in train[torch.randperm(len(train))].split(50):
         loss = F.cross_entropy(net(images[batch]), labels[batch])
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Our kernels against those of the TGD authors' own package.
 
-tgd_reference.npz holds numbers computed by THU-CVlab/TGD 0.9.1 (MIT license) with the kernel functions Gaussian (delta = 2,
-which is our s) and Exp (k = 1, delta = 0.56, which is our 1 / s).
+tgd_reference.npz holds numbers computed by THU-CVlab/TGD 0.9.1 (MIT license) with the kernel functions Gaussian
+(delta = 2, which is our s) and Exp (k = 1, delta = 0.56, which is our 1 / s).
 """
 
 from pathlib import Path
