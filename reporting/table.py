@@ -19,7 +19,7 @@ from reporting.settings import Search, TableSettings, is_seed
 from training.config import compose, is_in_identity, resolve
 from training.errors import BusyError, UsageError
 from training.files import to_json_lines, write_atomic, write_together
-from training.loggers import check_logger
+from training.loggers import check_logger, log_table
 from training.loop import load_valid_record, run
 from training.record import Record
 from training.run_directory import RunDirectory
@@ -217,7 +217,9 @@ class Table:
                 f"retries the failed runs: {'; '.join(status['failed'])}"
             )
         self._write_trials()
-        return self.write()
+        frame, settings = self.write(), parse_run(self._compose(self.rows[0]))
+        log_table(settings.logger, self.name, frame, self.path.with_suffix(".png"), settings.paths.runs)
+        return frame
 
     def _perform_runs(self, progress: tqdm) -> None:
         """Performs or awaits every run, until each is recorded or has failed."""

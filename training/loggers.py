@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 from torch import nn
@@ -16,6 +17,9 @@ from training.errors import UsageError
 from training.record import Record
 from training.run_directory import RunDirectory
 from training.validation import strict_dataclass
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @strict_dataclass
@@ -187,3 +191,29 @@ def log_recorded_run(settings: LoggerSettings, directory: RunDirectory, config: 
         for metrics in history:
             logger.log(metrics)
         logger.finish(record)
+
+
+def log_table(settings: LoggerSettings, name: str, table: "pd.DataFrame", figure: Path, folder: Path) -> None:
+    """Logs a finished table and its figure (a PNG file), as a run in the group of the table's runs."""
+    if settings.name != "wandb":
+        return
+    import PIL.Image
+    import wandb
+
+    with (
+        report_refusals(),
+        wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            id=f"table-{name}",
+            group=name,
+            name=f"{name}: table",
+            job_type="table",
+            tags=settings.tags,
+            dir=str(folder),
+            resume="allow",
+            mode=_choose_mode(),
+            reinit="create_new",
+        ) as run,
+    ):
+        run.log({"table": wandb.Table(dataframe=table), "figure": wandb.Image(PIL.Image.open(figure))})

@@ -143,6 +143,9 @@ def test_each_table_run_is_one_wandb_run(tmp_path: Path) -> None:
                 assert min(sigmas["bins"]) > 0.3  # pixels, not raw values
             assert "conv1/mosaic" not in steps[1]
             assert len(list(folder.glob("wandb/offline-run-*/files/media/images/conv1/mosaic_*.png"))) == 2
+    (log,) = [read_log(path) for path in (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb")]
+    assert (log["run"].run_id, log["run"].run_group) == ("table-digits", "digits")
+    assert log["summary"]["table"]["nrows"] == 2 and log["summary"]["figure"]["_type"] == "image-file"
 
 
 def test_resumed_run_keeps_wandb_id_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
