@@ -62,6 +62,8 @@ class Summary:
     threshold: float | None
     """None: a description, without a verdict."""
     unit: str = "points"
+    reference_top1: float | None = None
+    """The accuracy in percent that a difference in accuracy is relative to, if it is known."""
 
 
 class Measurement:
@@ -155,7 +157,10 @@ class ReplacedAkps(Measurement):
         for row in dict.fromkeys(row for row, _ in accuracies):
             for akps, threshold in (("initial", 0.0), ("redrawn", None)):
                 difference = accuracies[row, "trained"] - accuracies[row, akps]
-                yield Summary(row, f"{row}: AKPs trained, against {akps} ones", difference, threshold)
+                top1 = accuracies[row, "trained"].mean()
+                yield Summary(
+                    row, f"{row}: AKPs trained, against {akps} ones", difference, threshold, reference_top1=top1
+                )
 
 
 class Shapley(Measurement):
@@ -268,8 +273,12 @@ class Transforms(Measurement):
                 means = of_row[is_member].groupby(["seed", "way"])[["top1", "error"]].mean().unstack()
                 prefix = f"{row}, images {title}:"
                 for way in ("resampled", "unchanged"):
-                    difference = means["top1", "closed form"] - means["top1", way]
-                    yield Summary(row, f"{prefix} formulas moved, against kernels {way}", difference, 0.0)
+                    top1 = means["top1", way]
+                    what, difference = (
+                        f"{prefix} formulas moved, against kernels {way}",
+                        means["top1", "closed form"] - top1,
+                    )
+                    yield Summary(row, what, difference, 0.0, reference_top1=top1.mean())
                 difference = means["error", "resampled"] - means["error", "closed form"]
                 what = f"{prefix} error of outputs, kernels resampled, against formulas moved"
                 yield Summary(row, what, difference, 0.0, "%")

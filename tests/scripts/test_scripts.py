@@ -321,9 +321,10 @@ def test_claims_writes_page_and_figures(tmp_path: Path, call_script: RunScript) 
         shutil.copytree(ROOT / "results" / name, tmp_path / name)
     done = call_script("claims.py", f"results={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "CLAIMS.md").read_text("utf-8") == (ROOT / "results/CLAIMS.md").read_text("utf-8")
-    figures = {path.name for path in (tmp_path / "claims").iterdir()}
-    assert figures == {path.name for path in (ROOT / "results/claims").iterdir()} != set()
+    names = {path.name for path in (tmp_path / "claims").iterdir()}
+    assert names == {path.name for path in (ROOT / "results/claims").iterdir()} != set()
+    for page in ("CLAIMS.md", *(f"claims/{name}" for name in names if name.endswith(".md"))):
+        assert (tmp_path / page).read_text("utf-8") == (ROOT / "results" / page).read_text("utf-8")
 
 
 def test_verify_exits_with_status_of_comparison(tmp_path: Path, call_script: RunScript) -> None:
