@@ -27,18 +27,17 @@ OVERVIEW = """\
 Written by `make claims` from the records in this folder. Each claim lists its decisive comparisons, which were chosen
 by what it says and not by their outcome; its page has all of them. An accuracy is *equivalent* to another if they
 differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%); otherwise it is
-*better* or *worse* if the 95% interval excludes 0, and *undecided* if not. Intervals cover seeds alone, for these test
-images, unless they name images. Epochs and learning rates were chosen by validation accuracy, which is therefore
-optimistic."""
+*better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 and C3 ask for *equivalent* or *better*
+(against random AKPs: *better*), the others for *better*. Intervals cover seeds alone, for these images, unless they
+name images. Epochs and learning rates were chosen by validation accuracy, which is therefore optimistic."""
 
 LEGEND = f"""\
 [CLAIMS.md](../CLAIMS.md) defines the verdicts. *n* says what a 95% interval covers: seeds or images alone (t-interval
 of paired differences), both (crossed random effects), or filters (bootstrap). A *shared variance* over seeds is the
-residual mean square of rows x seeds, over the rows of the table that have the same reference and
-1/{SIMILAR_ERRORS:g} to {SIMILAR_ERRORS:g} times its errors, unless Bartlett's test finds their variances to differ
-(p < {SIMILAR_P_VALUE:g}). Intervals are not adjusted for the number of comparisons. **Bold** verdicts survive Holm's
-correction: *better* and *worse* for all tests of a difference on this page, *equivalent* for all tests of equivalence
-on it."""
+residual mean square of rows x seeds, over a table's rows with the same reference and 1/{SIMILAR_ERRORS:g} to
+{SIMILAR_ERRORS:g} times its errors, unless Bartlett's test finds their variances to differ (p < {SIMILAR_P_VALUE:g}).
+Intervals are not adjusted for the number of comparisons. **Bold** verdicts survive Holm's correction: *better* and
+*worse* for all tests of a difference on this page, *equivalent* for all tests of equivalence on it."""
 
 
 def render_overview(evidence: Sequence[tuple[Claim, Sequence[Effect]]], untested: Mapping[str, str]) -> str:
@@ -59,7 +58,14 @@ def render_overview(evidence: Sequence[tuple[Claim, Sequence[Effect]]], untested
         counts = Counter(effect.verdict for effect in effects)
         total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict])
         lines.append(f"- *{claim.caveat}* [All comparisons](claims/{claim.name}.md): {total or 'not run'}.")
-    lines += ["", "## Not tested", "", *(f"- {what}: `{command}`" for what, command in untested.items())]
+    lines += [
+        "",
+        "## Not tested",
+        "",
+        "Each needs a GPU:",
+        "",
+        *(f"- {what}: `{command}`" for what, command in untested.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 

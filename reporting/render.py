@@ -129,9 +129,9 @@ def _describe_intervals(rows: Sequence[Row]) -> str:
     if has_images.any() and not has_images.all():
         sources += f" (seeds alone for {_list_names(compared['row'][~has_images])})"
     if is_shared.any():
-        sources += ", whose variance is the residual mean square of rows x seeds of all rows with the same reference"
+        sources += ". The variance over seeds is the residual mean square of all similar rows with the same reference"
         if not is_shared.all():
-            sources += f" (for {_list_names(compared['row'][~is_shared])}, of the two rows alone)"
+            sources += f" (for {_list_names(compared['row'][~is_shared])}: of the two rows alone)"
     return f"with 95% t-intervals over {sources}"
 
 

@@ -98,9 +98,9 @@ def compare(
         references: the row that the table compares each row with. Rows compared with the same row may share a variance.
         split: ``test`` or ``val``.
     """
-    shared = reference if reference in references.values() else references.get(reference, reference)
-    group = {name for name in records if references.get(name) == shared or name == shared}
-    names = [name for name in records if name in group] if {row, reference} <= group else [row, reference]
+    first = reference if reference in references.values() else references.get(reference, reference)
+    group = [first, *(name for name, other in references.items() if other == first != name)]
+    names = [name for name in group if name in records] if {row, reference} <= {*group} else [reference, row]
     accuracies = pd.DataFrame({name: top1_by_seed(records[name], split) for name in names}).T
     by_seed = [{record.seed: record for record in records[name]} for name in (row, reference)]
     seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
@@ -120,7 +120,10 @@ def _unpack_correct(record: Record, split: str) -> NDArray[np.uint8] | None:
     packed, size = (record.correct or {}).get(split), (record.data or {}).get(split)
     if packed is None or not isinstance(size, int):
         return None
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
+    try:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
+    except ValueError:  # not base64
+        bits = np.array([], np.uint8)
     top1 = record.results[split].top1
     if not size <= len(bits) < size + 8 or abs(100 * bits[:size].mean() - top1) > 1e-3:
         raise UsageError(f"row '{record.row}', seed {record.seed}: correct.{split} contradicts its top1={top1}")

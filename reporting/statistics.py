@@ -117,15 +117,15 @@ def interval_of_difference(
     known which test images were correct, the interval also covers the choice of the images.
 
     Args:
-        accuracies: in percent, a line per row and a column per seed; NaN where a run is missing. Its rows are those
-            that the table compares with ``reference``, and that one.
+        accuracies: in percent, a line per row and a column per seed; NaN where a run is missing. The first line is that
+            of the row which the table compares the others with.
         row, reference: the rows to compare.
         correct: 0 or 1 for each seed that both have, and each image, (seeds, images), of the row and of the reference.
     """
     differences = (accuracies.loc[row] - accuracies.loc[reference]).dropna()
     if row == reference or len(differences) < 2:
         return interval_of_mean(differences)
-    similar = select_similar(accuracies, reference)
+    similar = select_similar(accuracies)
     is_shared = {row, reference} <= {*similar}
     values = accuracies.loc[similar if is_shared else [row, reference], differences.index]
     sampled = "seeds (shared variance)" if is_shared else "seeds"
@@ -138,25 +138,25 @@ def interval_of_difference(
 
 
 SIMILAR_ERRORS = 2.0
-"""Rows that share a variance have at most this many times more or fewer errors than the reference."""
+"""Rows that share a variance have at most this many times more or fewer errors than the row they are compared with."""
 SIMILAR_P_VALUE = 0.2
 """Rows do not share a variance if Bartlett's test finds theirs to differ at this level."""
 
 
-def select_similar(accuracies: pd.DataFrame, reference: str) -> list[str]:
+def select_similar(accuracies: pd.DataFrame) -> list[str]:
     """Selects the rows that share one variance over seeds; none if fewer than three do.
 
     A pair of 3 to 5 seeds leaves 2 to 4 degrees of freedom, so intervals of equal rows differ several times in width.
-    Rows with every seed and about as many errors as the reference share a variance unless Bartlett's test rejects: the
+    Rows with every seed and about as many errors as the first one share a variance unless Bartlett's test rejects: the
     spread of an accuracy follows its errors, and the level of the test is high because its power is low (Bancroft, On
     biases in estimation due to the use of preliminary tests of significance, 1944). Means do not depend on variances,
     so selecting by errors favors no narrow interval. Arguments as for ``interval_of_difference``.
     """
     complete = accuracies.dropna()
-    if accuracies.shape[1] < 2 or reference not in complete.index:
+    if accuracies.shape[1] < 2 or accuracies.index[0] not in complete.index:
         return []
     errors = 100 - complete.mean(axis="columns")
-    ratios = errors / errors[reference]
+    ratios = errors / errors.iloc[0]
     similar = complete[ratios.between(1 / SIMILAR_ERRORS, SIMILAR_ERRORS)]
     if len(similar) < 3 or (similar.var(axis="columns") < 1e-12).any():
         return []

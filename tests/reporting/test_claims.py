@@ -382,7 +382,7 @@ def test_decisive_effects_come_first_on_page_and_figure() -> None:
     overview = render_overview([(claim, effects)], {"a network": "a command"})
     assert "- the point: **undecided**, +0.50 [" in overview and "- another: not run\n" in overview
     assert "[All comparisons](claims/C0.md): 10 equivalent, 1 undecided." in overview
-    assert overview.endswith("## Not tested\n\n- a network: `a command`\n")
+    assert overview.endswith("## Not tested\n\nEach needs a GPU:\n\n- a network: `a command`\n")
 
 
 def test_committed_overview_fits_on_one_screen() -> None:

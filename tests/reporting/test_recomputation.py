@@ -55,7 +55,7 @@ def expect_difference(name: str, row: str, reference: str, split: str) -> Expect
     n, mean = len(seeds), differences.mean()
     variance, degrees = differences.var(ddof=1) / n, float(n - 1)
     leader = reference if reference in references.values() else references[reference]
-    errors = 100 - top1[reference].mean()
+    errors = 100 - top1[leader].mean()
     group = [name for name, other in references.items() if leader in (name, other)]
     group = [name for name in group if errors / 2 <= 100 - top1[name].mean() <= 2 * errors]
     if {row, reference} <= {*group} and len(group) > 2 and stats.bartlett(*(top1[name] for name in group))[1] >= 0.2:

@@ -34,8 +34,8 @@ def test_markdown_says_what_intervals_cover() -> None:
     ]
     text = render_markdown("Title", rows, None, None, {row.name: [] for row in rows})
     assert (
-        "95% t-intervals over seeds alone, whose variance is the residual mean square of rows x seeds of all rows with "
-        "the same reference (for *d*, of the two rows alone)." in text
+        "95% t-intervals over seeds alone. The variance over seeds is the residual mean square of all similar rows "
+        "with the same reference (for *d*: of the two rows alone)." in text
     )
     assert "95% t-intervals over seeds alone. " in render_markdown("Title", rows[:2], None, None, {"a": [], "b": []})
 

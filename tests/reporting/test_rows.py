@@ -97,9 +97,10 @@ def test_records_without_common_images_give_interval_over_seeds_alone(changes: d
     assert summarize(rows)["interval_over"].tolist() == ["", "3 seeds"]
 
 
-def test_bits_that_contradict_accuracy_are_refused() -> None:
+@pytest.mark.parametrize("bits", [base64.b64encode(b"abc").decode(), base64.b64encode(b"ab").decode(), "", "x"])
+def test_bits_that_contradict_accuracy_are_refused(bits: str) -> None:
     record = make_record_of_images(0, CORRECT["plain"][0], row="plain")
-    changed = record.model_copy(update={"correct": {"test": base64.b64encode(b"abc").decode()}})
+    changed = record.model_copy(update={"correct": {"test": bits}})
     with pytest.raises(UsageError, match=r"row 'plain', seed 0: correct\.test contradicts its top1=70\.0"):
         summarize([Row("plain", [], records=[changed])])
 

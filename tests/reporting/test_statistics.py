@@ -62,7 +62,7 @@ def test_margin_is_smaller_of_point_and_tenth_of_errors() -> None:
 
 def test_shared_variance_is_residual_mean_square_of_table() -> None:
     table = make_table([90.0, 91.0, 90.2], [89.0, 90.5, 89.9], [91.0, 91.2, 90.1])
-    assert select_similar(table, "a") == ["a", "b", "c"]
+    assert select_similar(table) == ["a", "b", "c"]
     interval = interval_of_difference(table, "b", "a")
     residuals = table.sub(table.mean(axis=1), axis=0) - table.mean() + table.to_numpy().mean()
     mean_square = (residuals**2).to_numpy().sum() / (2 * 2)
@@ -73,7 +73,7 @@ def test_shared_variance_is_residual_mean_square_of_table() -> None:
 
 def test_row_with_more_than_twice_the_errors_keeps_its_own_variance() -> None:
     table = make_table([90.0, 91.0, 90.2], [89.0, 90.5, 89.9], [91.0, 91.2, 90.1], [70.0, 75.0, 71.0])
-    assert select_similar(table, "a") == ["a", "b", "c"]
+    assert select_similar(table) == ["a", "b", "c"]
     assert interval_of_difference(table, "d", "a").sampled == "seeds"
     low, high = stats.ttest_rel(table.loc["d"], table.loc["a"]).confidence_interval(0.95)
     interval = interval_of_difference(table, "d", "a")
@@ -82,10 +82,10 @@ def test_row_with_more_than_twice_the_errors_keeps_its_own_variance() -> None:
 
 def test_rows_whose_variances_differ_share_none() -> None:
     table = make_table([90.0, 90.1, 90.2, 90.1], [89.0, 89.1, 88.9, 89.0], [91.0, 85.0, 93.0, 88.0])
-    assert select_similar(table, "a") == []
-    assert select_similar(table.iloc[:2], "a") == []  # a pair
-    assert select_similar(table.iloc[:, :1], "a") == []  # a single seed
-    assert select_similar(make_table([90.0, 90.0], [91.0, 91.0], [89.0, 88.0]), "a") == []  # no variance
+    assert select_similar(table) == []
+    assert select_similar(table.iloc[:2]) == []  # a pair
+    assert select_similar(table.iloc[:, :1]) == []  # a single seed
+    assert select_similar(make_table([90.0, 90.0], [91.0, 91.0], [89.0, 88.0])) == []  # no variance
 
 
 def draw_correct(
