@@ -88,6 +88,22 @@ def test_rows_whose_variances_differ_share_none() -> None:
     assert select_similar(make_table([90.0, 90.0], [91.0, 91.0], [89.0, 88.0])) == []  # no variance
 
 
+@pytest.mark.parametrize("deviations", [(1, 1, 1, 1, 1, 1), (1, 0.5, 2, 1.5, 0.7, 1)])
+def test_shared_variance_covers_truth_with_narrower_intervals(deviations: tuple[float, ...]) -> None:
+    generator, trials = np.random.default_rng(0), 80
+    covered, widths, own_widths = 0, [], []
+    for _ in range(trials):
+        noise = generator.normal(size=(6, 3)) * np.array(deviations)[:, None] + generator.normal(size=3)
+        table = pd.DataFrame(90 + noise, index=[*"abcdef"])
+        for row in table.index[1:]:
+            shared, own = (interval_of_difference(rows, row, "a") for rows in (table, table.loc[["a", row]]))
+            covered += shared.low <= 0 <= shared.high
+            widths.append(shared.high - shared.low)
+            own_widths.append(own.high - own.low)
+    assert 0.92 < covered / trials / 5 < 0.98
+    assert np.mean(widths) < 0.75 * np.mean(own_widths)
+
+
 def draw_correct(
     generator: np.random.Generator, seeds: int, spread: float
 ) -> tuple[NDArray[np.bool], NDArray[np.bool]]:
