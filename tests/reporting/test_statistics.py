@@ -101,7 +101,7 @@ def test_shared_variance_covers_truth_with_narrower_intervals(deviations: tuple[
             widths.append(shared.high - shared.low)
             own_widths.append(own.high - own.low)
     assert 0.92 < covered / trials / 5 < 0.98
-    assert np.mean(widths) < 0.75 * np.mean(own_widths)
+    assert np.mean(widths) < 0.85 * np.mean(own_widths)
 
 
 def draw_correct(
