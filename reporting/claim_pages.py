@@ -90,7 +90,13 @@ def render_claim(claim: Claim, effects: Sequence[Effect], missing: Sequence[str]
             "",
         ]
     if _select_drawn(claim, effects):
-        lines += [f"![Effects with their 95% intervals]({claim.name}.png)", ""]
+        lines += [
+            f"The figure shows the decisive comparisons and, up to {MAX_DRAWN} in all, those with the narrowest "
+            "intervals in units of their margins of equivalence.",
+            "",
+            f"![Effects with their 95% intervals]({claim.name}.png)",
+            "",
+        ]
     lines += [f"- Not run: {item}." for item in missing]
     return "\n".join(lines).rstrip() + "\n"
 
