@@ -61,6 +61,8 @@ class Summary:
     threshold: float | None
     """None: a description, without a verdict."""
     unit: str = "points"
+    reference_top1: float | None = None
+    """The accuracy in percent that a difference in accuracy is relative to, if it is known."""
 
 
 class Measurement:
@@ -145,7 +147,10 @@ class ReplacedAkps(Measurement):
         for row in dict.fromkeys(row for row, _ in accuracies):
             for akps, threshold in (("initial", 0.0), ("redrawn", None)):
                 difference = accuracies[row, "trained"] - accuracies[row, akps]
-                yield Summary(row, f"{row}: AKPs trained, against {akps} ones", difference, threshold)
+                top1 = accuracies[row, "trained"].mean()
+                yield Summary(
+                    row, f"{row}: AKPs trained, against {akps} ones", difference, threshold, reference_top1=top1
+                )
 
 
 class Shapley(Measurement):
@@ -291,8 +296,10 @@ class Transforms(Measurement):
                 names = {"resampled": "resampled", "splines": "resampled by splines", "unchanged": "unchanged"}
                 names = {way: name for way, name in names.items() if way in means["top1"]}
                 for way, name in names.items():
-                    difference = means["top1", "closed form"] - means["top1", way]
-                    yield Summary(row, f"{prefix} formulas moved, against kernels {name}", difference.dropna(), 0.0)
+                    top1 = means["top1", way]
+                    difference = (means["top1", "closed form"] - top1).dropna()
+                    what = f"{prefix} formulas moved, against kernels {name}"
+                    yield Summary(row, what, difference, 0.0, reference_top1=top1.mean())
                 for way in [way for way in names if way != "unchanged"]:
                     difference = means["error", way] - means["error", "closed form"]
                     what = f"{prefix} error of outputs, kernels {names[way]}, against formulas moved"

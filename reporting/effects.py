@@ -1,8 +1,7 @@
-"""Effects with intervals, computed from the records of tables and measurements."""
+"""Effects with intervals and verdicts, computed from the records of tables and measurements."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,61 +9,82 @@ import pandas as pd
 from pydantic import Field
 
 from acl.fit_result import Fit
-from evaluation.measurements import Measurement, read_measurements
-from reporting.rows import compute_conv_ratio, top1_by_seed
+from evaluation.measurements import Measurement, Summary, read_measurements
+from reporting.rows import compare, compute_conv_ratio, top1_by_seed
 from reporting.settings import find_plain_row
-from reporting.statistics import Interval, interval_of_mean, interval_of_ratio
+from reporting.statistics import (
+    Interval,
+    Verdict,
+    compute_margin,
+    interval_of_mean,
+    interval_of_ratio,
+    judge,
+)
 from training.errors import UsageError
 from training.files import parse_json_lines, read_bytes
 from training.record import Record, Recorded
 
-COMPETITIVE = -1.0
-"""The largest loss of accuracy, in points, that counts as competitive."""
-
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean with its 95% interval, and the threshold that it must exceed if the claim holds."""
+    """A mean with its 95% interval, and what it must exceed to be better."""
 
     data: str
     what: str
     unit: str
     interval: Interval
-    threshold: float | None  # None: a description, without a verdict
     source: str  # the file of its records, relative to results/
+    threshold: float | None = 0.0  # None: a description, without a verdict
+    margin: float | None = None  # of equivalence, in points; None for effects that are no difference in accuracy
     ratio: float | None = None  # convolution parameters of the reference, divided by the row's
-    sampled: str = "seeds"  # what n counts
-    corrected_p_value: float | None = None  # for all effects of the claim that have a p-value
+    on_validation: Interval | None = None  # the same difference on the validation split
+    survives_correction: bool = False
 
     @property
-    def verdict(self) -> str:
-        if self.threshold is None:
-            return ""
-        if self.interval.low > self.threshold:
-            return "holds"
-        return "does not hold" if self.interval.high < self.threshold else "undecided"
+    def key(self) -> str:
+        """What ``decisive`` in configs/claims calls it."""
+        return f"{self.data}: {self.what}"
 
     @property
-    def p_value(self) -> float | None:
+    def verdict(self) -> Verdict | None:
+        return None if self.threshold is None else judge(self.interval, self.threshold, self.margin)
+
+    @property
+    def p_value_of_difference(self) -> float | None:
         return None if self.threshold is None else self.interval.p_value(self.threshold)
 
     @property
-    def survives_correction(self) -> bool:
-        return self.corrected_p_value is not None and self.corrected_p_value < 0.05
-
-    @property
-    def is_verdict_in_points(self) -> bool:
-        return self.unit == "points" and self.threshold is not None
+    def p_value_of_equivalence(self) -> float | None:
+        return None if self.margin is None else self.interval.equivalence_p_value(self.margin)
 
 
-def compare_rows(table: str, row: str, reference: str, threshold: float, records: Sequence[Record]) -> Effect | None:
-    """The difference of two rows in test accuracy, paired by seed; None if one is missing or has no test results."""
-    of_row, others = ([record for record in records if record.row == name] for name in (row, reference))
-    if not of_row or not others or of_row[0].test is None:
+def compare_rows(
+    table: str, row: str, reference: str, references: Mapping[str, str], records: Sequence[Record]
+) -> Effect | None:
+    """The difference of two rows in test accuracy, paired by seed; None if one is missing or has no test results.
+
+    Args:
+        table: the name of the table.
+        row, reference: the names of the two rows.
+        references: the row that the table compares each row with.
+        records: of all rows of the table.
+    """
+    by_row: dict[str, list[Record]] = {}
+    for record in records:
+        by_row.setdefault(record.row or "", []).append(record)
+    if not {row, reference} <= by_row.keys() or by_row[row][0].test is None:
         return None
-    difference = interval_of_mean(top1_by_seed(of_row) - top1_by_seed(others))
-    what, ratio = f"{row}, against {reference}", compute_conv_ratio(others, of_row)
-    return Effect(table, what, "points", difference, threshold, f"tables/{table}.md", ratio)
+    on_test, on_validation = (compare(by_row, row, reference, references, split) for split in ("test", "val"))
+    return Effect(
+        table,
+        f"{row}, against {reference}",
+        "points",
+        on_test,
+        f"tables/{table}.md",
+        margin=compute_margin(top1_by_seed(by_row[reference]).mean()),
+        ratio=compute_conv_ratio(by_row[reference], by_row[row]),
+        on_validation=on_validation,
+    )
 
 
 def summarize_measurements(measurement: type[Measurement], table: str, file: Path) -> list[Effect]:
@@ -73,24 +93,46 @@ def summarize_measurements(measurement: type[Measurement], table: str, file: Pat
     if measurement.is_against_plain:
         plain, nothing = find_plain_row(table), pd.Series(dtype=float)
         references = {summary.what: summary.values for summary in summaries if summary.row == plain}
-        summaries = [
-            replace(s, what=f"{s.row}, {s.what}, against {plain}", values=s.values - references.get(s.what, nothing))
-            for s in summaries
-            if s.row != plain
-        ]
-    source = f"evidence/{file.name}"
-    return [Effect(table, s.what, s.unit, interval_of_mean(s.values), s.threshold, source) for s in summaries]
+        summaries = [_subtract(s, plain, references.get(s.what, nothing)) for s in summaries if s.row != plain]
+    return [
+        Effect(
+            table,
+            s.what,
+            s.unit,
+            interval_of_mean(s.values),
+            f"evidence/{file.name}",
+            s.threshold,
+            margin=compute_margin(s.reference_top1) if s.unit == "points" and s.threshold is not None else None,
+        )
+        for s in summaries
+    ]
+
+
+def _subtract(summary: Summary, plain: str, values: "pd.Series[float]") -> Summary:
+    what = f"{summary.row}, {summary.what}, against {plain}"
+    return replace(summary, what=what, values=summary.values - values, reference_top1=float(values.mean()))
 
 
 def summarize_fit(file: Path) -> list[Effect]:
-    """The share of energy that the best fit explains, with a bootstrap interval over the kernels."""
+    """The share of energy that the best fit explains.
+
+    The interval is a bootstrap over filters, since the kernels of a filter resemble one another.
+    """
     fit = Fit.from_json(file.read_text("utf-8"))
-    pairs = [(100 * k.r2 * e, e) for k, e in zip(fit.kernels, fit.energies, strict=True) if k.r2 is not None]
-    explained, energy = (pd.Series(values) for values in zip(*pairs, strict=True))
+    kernels_per_filter = len(fit.kernels) // fit.shape[0]
+    pairs = [
+        (100 * kernel.r2 * energy, energy, slot // kernels_per_filter)
+        for slot, (kernel, energy) in enumerate(zip(fit.kernels, fit.energies, strict=True))
+        if kernel.r2 is not None
+    ]
+    explained, energies, filters = (pd.Series(values) for values in zip(*pairs, strict=True))
     numbers = fit.num_parameters / len(fit.kernels)
     what = f"energy of ResNet-18's conv1 explained, {fit.family} family, {numbers:.1f} numbers per kernel"
-    source = f"approximation/{file.name}"
-    return [Effect("ImageNet", what, "%", interval_of_ratio(explained, energy), 90.0, source, sampled="kernels")]
+    interval = interval_of_ratio(explained, energies, filters, "filters")
+    return [Effect("ImageNet", what, "%", interval, f"approximation/{file.name}", threshold=90.0)]
+
+
+Correct = list[Annotated[int, Field(ge=0, le=1)]]
 
 
 class Approximation(Recorded):
@@ -102,13 +144,31 @@ class Approximation(Recorded):
     overrides: list[str]
     layer: str
     output_error_percent: list[Annotated[float, Field(ge=0)]]
-    probe_correct: list[bool]
-    refitted_probe_correct: list[bool]
+    probe_correct: list[bool] | None = None
+    refitted_probe_correct: list[bool] | None = None
+    correct: Correct | None = None
+
+    @property
+    def metric(self) -> str:
+        return self.method.partition(", ")[2]
+
+    @property
+    def is_fit(self) -> bool:
+        return self.method.startswith("Gabor fit")
+
+
+CORRECT = {
+    "probe_correct": "linear probe",
+    "refitted_probe_correct": "refitted linear probe",
+    "correct": "top-1 of 1,000 classes",
+}
+"""Lists of which images were classified correctly -> by what."""
 
 
 def summarize_approximations(file: Path) -> list[Effect]:
     """The effects of replacing a layer's kernels, from a file of ``scripts/compare_approximations.py``.
 
+    Fits are compared with the original, and with other approximations by as many numbers that minimize the same error.
     Intervals are over test images.
     """
     lines = parse_json_lines(
@@ -118,25 +178,25 @@ def summarize_approximations(file: Path) -> list[Effect]:
         "an approximation",
         lambda line: f"{line.method}, {line.numbers} numbers per kernel",
     )
-    lists = [(line.output_error_percent, line.probe_correct, line.refitted_probe_correct) for line in lines]
-    if len({len(values) for of_line in lists for values in of_line}) > 1:
+    lists = [getattr(line, key) for line in lines for key in ("output_error_percent", *CORRECT)]
+    if len({len(values) for values in lists if values is not None}) > 1:
         raise UsageError(f"{file} is corrupt: its lists differ in length")
     original, *approximations = lines
     data = next((word.removeprefix("data=") for word in original.overrides if word.startswith("data=")), "digits")
-    make_effect = partial(Effect, data, source=f"evidence/{file.name}", sampled="images")
+    source = f"evidence/{file.name}"
     effects = []
     for line in approximations:
         what = f"error of {line.layer}'s outputs, {line.method}, {line.numbers_per_kernel:.1f} numbers per kernel"
-        effects.append(make_effect(what, "%", interval_of_mean(pd.Series(line.output_error_percent)), None))
-    for key, title in (("probe_correct", "linear probe"), ("refitted_probe_correct", "refitted linear probe")):
-        correct = [(line, 100 * pd.Series(getattr(line, key)).astype(float)) for line in lines]
-        for fit, values in correct:
-            if fit.method != "Gabor fit":
-                continue
-            for peer, peer_values in correct:
-                if peer is not original and (peer is fit or peer.numbers != fit.numbers):
-                    continue
-                name, threshold = ("the original", COMPETITIVE) if peer is original else (peer.method, 0.0)
-                what = f"{title}, Gabor fit with {fit.numbers} numbers per kernel, against {name}"
-                effects.append(make_effect(what, "points", interval_of_mean(values - peer_values), threshold))
+        interval = interval_of_mean(pd.Series(line.output_error_percent), sampled="images")
+        effects.append(Effect(data, what, "%", interval, source, threshold=None))
+    for key, title in CORRECT.items():
+        correct = {id(line): 100 * pd.Series(values).astype(float) for line in lines if (values := getattr(line, key))}
+        for fit in (line for line in approximations if line.is_fit and id(line) in correct):
+            peers = [line for line in approximations if not line.is_fit and line.numbers == fit.numbers_per_kernel]
+            for peer in (original, *(peer for peer in peers if peer.metric == fit.metric and id(peer) in correct)):
+                against = "the original" if peer is original else peer.method
+                what = f"{title}, {fit.method} with {fit.numbers_per_kernel:.3g} numbers per kernel, against {against}"
+                interval = interval_of_mean(correct[id(fit)] - correct[id(peer)], sampled="images")
+                margin = compute_margin(correct[id(peer)].mean())
+                effects.append(Effect(data, what, "points", interval, source, margin=margin))
     return effects

@@ -3,15 +3,17 @@
 import math
 import re
 import shlex
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from reporting.rows import DIFFERENCE, Row, summarize
-from reporting.statistics import Interval
+from reporting.rows import DIFFERENCE, Row, list_references, summarize
 from training.record import Machine, Record
 
 NUM_FIRST_COLUMNS = 5
@@ -21,11 +23,8 @@ SPLIT_NAMES = {"test": "test", "val": "validation"}
 
 def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
     """Formats what a table shows: a line per row and a named column of text per column; arguments as below."""
-    references = [
-        [row.against or rows[0].name for row in rows],
-        *([[also_against] * len(rows)] if also_against else []),
-    ]
     comparisons = [summarize(rows), *([summarize(rows, also_against)] if also_against else [])]
+    references = [frame["reference"].tolist() for frame in comparisons]
     lines = []
     for i, line in enumerate(comparisons[0].itertuples()):
         top1 = f"{line.top1_mean:.2f}" + ("" if math.isnan(line.top1_std) else f" ± {line.top1_std:.2f}")
@@ -115,10 +114,29 @@ def describe_statistics(rows: Sequence[Row]) -> str:
         "val": "the accuracy is of that epoch, on the same split; the test set is not used",
     }
     return (
-        f"Mean ± standard deviation over {_count_seeds(len(rows[0].records))}; differences are paired by seed, with "
-        f"their 95% {Interval.method}. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
+        f"Mean ± standard deviation over {_count_seeds(len(rows[0].records))}; differences are paired by seed, "
+        f"{_describe_intervals(rows)}. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
         f"Convolution parameters include biases and frozen AKPs.{_describe_references(rows)}"
     )
+
+
+def _describe_intervals(rows: Sequence[Row]) -> str:
+    """Says what the intervals of the differences cover, and which share the variance over seeds."""
+    frame = summarize(rows)
+    compared = frame[frame["interval_over"] != ""]
+    has_images, is_shared = (compared["interval_over"].str.contains(word) for word in ("images", "shared"))
+    sources = "seeds and images" if has_images.any() else "seeds alone"
+    if has_images.any() and not has_images.all():
+        sources += f" (seeds alone for {_list_names(compared['row'][~has_images])})"
+    if is_shared.any():
+        sources += ". The variance over seeds is the residual mean square of all similar rows with the same reference"
+        if not is_shared.all():
+            sources += f" (for {_list_names(compared['row'][~is_shared])}: of the two rows alone)"
+    return f"with 95% t-intervals over {sources}"
+
+
+def _list_names(names: Iterable[str]) -> str:
+    return ", ".join(f"*{name}*" for name in names)
 
 
 def _count_seeds(n: int) -> str:
@@ -128,13 +146,12 @@ def _count_seeds(n: int) -> str:
 def _describe_references(rows: Sequence[Row]) -> str:
     """Says which rows are compared with which, if not all with the same."""
     names_by_reference: dict[str, list[str]] = {}
-    for row in rows:
-        reference = row.against or rows[0].name
-        if row.name != reference:
-            names_by_reference.setdefault(reference, []).append(f"*{row.name}*")
+    for name, reference in list_references(rows).items():
+        if name != reference:
+            names_by_reference.setdefault(reference, []).append(name)
     if len(names_by_reference) < 2:
         return ""
-    parts = [f"*{reference}* for {', '.join(names)}" for reference, names in names_by_reference.items()]
+    parts = [f"*{reference}* for {_list_names(names)}" for reference, names in names_by_reference.items()]
     return f" References: {'; '.join(parts)}."
 
 
@@ -157,37 +174,48 @@ def describe_machine(machine: Machine) -> str:
 
 
 def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
-    """Draws a table: differences from references, and accuracy against convolution parameters, one marker per row.
+    """Draws the differences of a table's rows from their references.
+
+    If rows differ from them in convolution parameters, it also draws accuracy against parameters.
 
     Args:
         frame: the result of ``summarize``.
         title: the table's title.
         split: the split that the accuracy is of, ``test`` or ``val``.
     """
-    figure = Figure(figsize=(10, max(3.2, 0.3 * len(frame) + 1.6)), layout="constrained")
-    differences, accuracies = figure.subplots(1, 2, width_ratios=(6, 5))
+    has_sizes = bool(((frame["conv_ratio"] - 1).abs() > 0.05).any())
+    figure = Figure(figsize=(10 if has_sizes else 6, max(3.2, 0.3 * len(frame) + 1.6)), layout="constrained")
+    panels = figure.subplots(1, 2, width_ratios=(6, 5)) if has_sizes else [figure.subplots()]
     means = frame["diff_mean"]  # an interval is NaN for a single seed
     errors = [(means - frame["diff_ci95_low"]).fillna(0.0), (frame["diff_ci95_high"] - means).fillna(0.0)]
     deviations = frame["top1_std"].fillna(0.0)
     for i, line in enumerate(frame.itertuples()):
-        style = {"marker": "osD^vP*X"[i % 8], "color": f"C{i}", "markersize": 5, "capsize": 3}
-        differences.errorbar(line.diff_mean, -i, xerr=[[error[i]] for error in errors], **style)
-        accuracies.errorbar(line.conv_params, line.top1_mean, yerr=deviations[i], **style)
-    differences.set_yticks([-i for i in range(len(frame))], frame["row"], fontsize=8)
-    differences.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
-    differences.axvline(0.0, color="black", linewidth=0.8)
-    differences.set_xlabel("points against the reference of the row (95% interval)")
-    accuracies.set_xscale("log")
-    accuracies.set_xlim(max(frame["conv_params"].min(), 1) / 1.5, max(frame["conv_params"].max(), 1) * 1.5)
-    accuracies.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    accuracies.xaxis.set_major_formatter(EngFormatter())
-    accuracies.xaxis.set_minor_formatter(NullFormatter())
-    accuracies.set_xlabel("convolution parameters")
-    accuracies.set_ylabel(f"top-1 {SPLIT_NAMES[split]} % (mean ± std)", fontsize=9)
-    for axes in (differences, accuracies):
+        style: dict[str, Any] = {"marker": "osD^vP*X"[i % 8], "color": f"C{i}", "markersize": 5, "capsize": 3}
+        panels[0].errorbar(line.diff_mean, -i, xerr=[[error[i]] for error in errors], **style)
+        if has_sizes:
+            panels[1].errorbar(line.conv_params, line.top1_mean, yerr=deviations[i], **style)
+    panels[0].set_yticks([-i for i in range(len(frame))], [textwrap.fill(row, 32) for row in frame["row"]], fontsize=8)
+    panels[0].xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
+    panels[0].axvline(0.0, color="black", linewidth=0.8)
+    panels[0].set_xlabel("points against the reference of the row (95% interval)", fontsize=9)
+    if has_sizes:
+        _label_sizes(panels[1], frame, f"top-1 {SPLIT_NAMES[split]} % (mean ± std)")
+    for axes in panels:
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{title}, {_count_seeds(frame['seeds'].max())}", fontsize=11)
+    figure.suptitle(
+        textwrap.fill(f"{title}, {_count_seeds(frame['seeds'].max())}", 100 if has_sizes else 60), fontsize=11
+    )
     return figure
+
+
+def _label_sizes(axes: Axes, frame: pd.DataFrame, accuracy: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(max(frame["conv_params"].min(), 1) / 1.5, max(frame["conv_params"].max(), 1) * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("convolution parameters")
+    axes.set_ylabel(accuracy, fontsize=9)
 
 
 def draw_confusions(frame: pd.DataFrame, title: str) -> Figure:

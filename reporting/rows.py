@@ -1,15 +1,18 @@
 """The rows of a table: their records, as read from its file, and their summary."""
 
+import base64
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from reporting.statistics import interval_of_mean
+from reporting.statistics import Interval, interval_of_difference
 from training.config import flatten
 from training.errors import UsageError
 from training.files import parse_json_lines, read_bytes
@@ -37,10 +40,15 @@ class Row:
         return "test" if self.records[0].test else "val"
 
 
+def list_references(rows: Sequence[Row]) -> dict[str, str]:
+    """The row that each row of a table is compared with, by name."""
+    return {row.name: row.against or rows[0].name for row in rows}
+
+
 def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
     """Computes one line per row; numbers of parameters are means over its runs.
 
-    Accuracies are in percent. Differences are in points, paired by seed, with a 95% interval.
+    Accuracies are in percent. Differences are in points, paired by seed, with a 95% interval of ``compare``.
 
     Args:
         rows: the rows, with their records.
@@ -49,16 +57,16 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
     Raises:
         UsageError: for a row without records, or without a seed that its reference has.
     """
-    by_name = {row.name: row for row in rows}
+    if empty := next((row for row in rows if not row.records), None):
+        raise UsageError(f"row '{empty.name}' has no finished run")
+    records, references = {row.name: row.records for row in rows}, list_references(rows)
     lines: list[dict[str, Any]] = []
     for row in rows:
-        if not row.records:
-            raise UsageError(f"row '{row.name}' has no finished run")
-        reference = by_name[against or row.against or rows[0].name]
+        reference = against or references[row.name]
         top1 = top1_by_seed(row.records, row.split)
-        difference = interval_of_mean(top1 - top1_by_seed(reference.records, row.split))
+        difference = compare(records, row.name, reference, references, row.split)
         if not difference.n:
-            raise UsageError(f"rows '{row.name}' and '{reference.name}' have no seed in common")
+            raise UsageError(f"rows '{row.name}' and '{reference}' have no seed in common")
         arrangement = row.records[0].config["arrangement"]
         lines.append(
             {
@@ -66,15 +74,60 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
                 "arrangement": "; ".join(f"{k}: {v}" for k, v in arrangement.items() if v) or "plain",
                 "conv_params": round(mean_num_parameters(row.records)),
                 "params": round(mean_num_parameters(row.records, "total")),
-                "conv_ratio": compute_conv_ratio(reference.records, row.records),
+                "conv_ratio": compute_conv_ratio(records[reference], row.records),
                 "seeds": len(top1),
                 "top1_mean": top1.mean(),
                 "top1_std": top1.std(),
                 **dict(zip(DIFFERENCE, (difference.mean, difference.low, difference.high), strict=True)),
                 "epochs": row.records[0].epochs,
+                "reference": reference,
+                "interval_over": "" if row.name == reference else f"{difference.n} {difference.sampled}",
             }
         )
     return pd.DataFrame(lines)
+
+
+def compare(
+    records: Mapping[str, Sequence[Record]], row: str, reference: str, references: Mapping[str, str], split: str
+) -> Interval:
+    """The difference of two rows of a table in accuracy, as ``interval_of_difference`` defines it.
+
+    Args:
+        records: the records of each row.
+        row, reference: the names of the two rows.
+        references: the row that the table compares each row with. Rows compared with the same row may share a variance.
+        split: ``test`` or ``val``.
+    """
+    first = reference if reference in references.values() else references.get(reference, reference)
+    group = [first, *(name for name, other in references.items() if other == first != name)]
+    names = [name for name in group if name in records] if {row, reference} <= {*group} else [reference, row]
+    accuracies = pd.DataFrame({name: top1_by_seed(records[name], split) for name in names}).T
+    by_seed = [{record.seed: record for record in records[name]} for name in (row, reference)]
+    seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    bits = [[_unpack_correct(records_of[seed], split) for seed in seeds] for records_of in by_seed]
+    digests = {(records_of[seed].data or {}).get("digest") for records_of in by_seed for seed in seeds}
+    if len(digests) != 1 or any(of_run is None for of_row in bits for of_run in of_row):
+        return interval_of_difference(accuracies, row, reference)
+    return interval_of_difference(accuracies, row, reference, (np.array(bits[0]), np.array(bits[1])))
+
+
+def _unpack_correct(record: Record, split: str) -> NDArray[np.uint8] | None:
+    """Which images of a split were classified correctly, 0 or 1; None if the record does not say.
+
+    Raises:
+        UsageError: if they contradict the accuracy.
+    """
+    packed, size = (record.correct or {}).get(split), (record.data or {}).get(split)
+    if packed is None or not isinstance(size, int):
+        return None
+    try:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))
+    except ValueError:  # not base64
+        bits = np.array([], np.uint8)
+    top1 = record.results[split].top1
+    if not size <= len(bits) < size + 8 or abs(100 * bits[:size].mean() - top1) > 1e-3:
+        raise UsageError(f"row '{record.row}', seed {record.seed}: correct.{split} contradicts its top1={top1}")
+    return bits[:size]
 
 
 def top1_by_seed(records: Sequence[Record], split: str = "test") -> "pd.Series[Any]":

@@ -57,6 +57,11 @@ class TableSettings:
     def kept_rows(self) -> list[RowSettings]:
         return [row for row in self.rows if row["name"] not in self.without]
 
+    @property
+    def references(self) -> dict[str, str]:
+        """The row that each row is compared with."""
+        return {row["name"]: row.get("against") or self.kept_rows[0]["name"] for row in self.kept_rows}
+
     def __post_init__(self) -> None:
         _check_values("rows", [row["name"] for row in self.rows])
         _check_values("seeds", self.seeds)
@@ -70,7 +75,7 @@ class TableSettings:
         if not kept_names:
             raise UsageError(f"table.without={self.without} leaves no row")
         for row in self.kept_rows:
-            if row.get("against") not in (None, *kept_names):
+            if self.references[row["name"]] not in kept_names:
                 raise UsageError(
                     f"row '{row['name']}' is compared with '{row.get('against')}', which is not a row of this table"
                 )
@@ -82,14 +87,19 @@ class TableSettings:
 
 
 @functools.cache
+def load_table_settings(table: str) -> TableSettings:
+    """Loads the settings of a table of configs/table."""
+    return construct(TableSettings, resolve(compose([f"table={table}"], "reproduce_table"))["table"], "table")
+
+
 def find_plain_row(table: str) -> str:
     """The plain row of a table of configs/table. Raises UsageError if it names none."""
-    settings = construct(TableSettings, resolve(compose([f"table={table}"], "reproduce_table"))["table"], "table")
-    if settings.plain is None:
+    plain = load_table_settings(table).plain
+    if plain is None:
         raise UsageError(
             f"table {table} has no plain row to compare with; name it as plain in configs/table/{table}.yaml"
         )
-    return settings.plain
+    return plain
 
 
 def is_seed(override: str) -> bool:

@@ -1,7 +1,10 @@
-"""Writes results/CLAIMS.md and the figures in results/claims/ from the committed records: python scripts/claims.py"""
+"""Writes results/CLAIMS.md, and the pages and figures in results/claims/, from the committed records:
+python scripts/claims.py
+"""
 
 from acl.plot import to_png
-from reporting.claims import collect_effects, draw_effects, load_claims, render_claims
+from reporting.claim_pages import draw_effects, render_claim, render_overview
+from reporting.claims import collect_effects, load_claims
 from training.cli import run_script
 from training.errors import UsageError
 from training.files import write_atomic
@@ -11,17 +14,26 @@ from training.validation import FilePath, strict_dataclass
 @strict_dataclass
 class ClaimsSettings:
     results: FilePath
+    untested: dict[str, str]
 
 
 def main(settings: ClaimsSettings) -> None:
-    effects_of = {claim.name: collect_effects(claim, settings.results) for claim in load_claims()}
-    if not any(effects for effects, _ in effects_of.values()):
+    claims = [(claim, *collect_effects(claim, settings.results)) for claim in load_claims()]
+    if not any(effects for _, effects, _ in claims):
         raise UsageError(f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/")
-    for claim in load_claims():
-        figure = draw_effects(claim, effects_of[claim.name][0])
+    for claim, effects, missing in claims:
+        path = settings.results / "claims" / claim.name
+        write_atomic(path.with_suffix(".md"), render_claim(claim, effects, missing))
+        figure = draw_effects(claim, effects)
         if figure is not None:
-            write_atomic(settings.results / "claims" / f"{claim.name}.png", to_png(figure))
-    write_atomic(settings.results / "CLAIMS.md", render_claims(effects_of))
+            write_atomic(path.with_suffix(".png"), to_png(figure))
+    untested = {
+        what: f"make reproduce-table TABLE={table}"
+        for what, table in settings.untested.items()
+        if not (settings.results / "tables" / f"{table}.jsonl").exists()
+    }
+    evidence = [(claim, effects) for claim, effects, _ in claims]
+    write_atomic(settings.results / "CLAIMS.md", render_overview(evidence, untested))
     print(settings.results / "CLAIMS.md")
 
 

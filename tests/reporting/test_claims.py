@@ -14,9 +14,10 @@ from evaluation.measurements import (
     Summary,
     read_measurements,
 )
-from reporting.claims import Claim, collect_effects, draw_effects, load_claims, render_claims
+from reporting.claim_pages import MAX_DRAWN, draw_effects, render_claim, render_overview
+from reporting.claims import Claim, collect_effects, load_claims
 from reporting.effects import Effect
-from reporting.statistics import Interval
+from reporting.statistics import interval_of_mean
 from tests.reporting.helpers import load_settings, make_record
 from training.errors import UsageError
 from training.files import to_json_lines
@@ -24,23 +25,24 @@ from training.files import to_json_lines
 ROOT = Path(__file__).parents[2]
 
 
-def make_effect(low: float, high: float, threshold: float | None = -1.0, n: int = 5) -> Effect:
-    interval = Interval((low + high) / 2, low, high, n)
-    return Effect("mnist", "a row", "points", interval, threshold, "tables/mnist.md")
+def make_effect(what: str = "a row", mean: float = 0.5, half: float = 0.1, **changes: Any) -> Effect:
+    """An effect with the values ``mean`` - ``half``, ``mean`` and ``mean`` + ``half``."""
+    interval = interval_of_mean(pd.Series([mean - half, mean, mean + half]))
+    return Effect("mnist", what, "points", interval, "tables/mnist.md", **{"margin": 1.0, **changes})
 
 
 def write_table(folder: Path, **accuracies: list[float]) -> None:
-    """Writes records of a table ``toy``, whose row names and accuracies by seed are given."""
+    """Writes records of the table ``mnist`` with rows of its own, whose accuracies by seed are given."""
     records = [
         make_record(seed, top1, conv=len(row), row=row).to_dict()
         for row, values in accuracies.items()
         for seed, top1 in enumerate(values)
     ]
     (folder / "tables").mkdir(parents=True)
-    (folder / "tables/toy.jsonl").write_text(to_json_lines(records))
+    (folder / "tables/mnist.jsonl").write_text(to_json_lines(records))
 
 
-def write_measurements(folder: Path, name: str, values: dict[str, list[dict[str, Any]]], table: str = "toy") -> None:
+def write_measurements(folder: Path, name: str, values: dict[str, list[dict[str, Any]]], table: str = "mnist") -> None:
     lines = [
         {"row": row, "id": f"{row}{seed}", "seed": seed, "values": value}
         for row, by_seed in values.items()
@@ -51,75 +53,88 @@ def write_measurements(folder: Path, name: str, values: dict[str, list[dict[str,
 
 
 def make_claim(*comparisons: dict[str, str], **options: Any) -> Claim:
-    """A claim on rows, row -> the row that it is compared with, of the table ``toy``."""
-    compared = [{"tables": ["toy"], "rows": rows} for rows in comparisons]
-    return Claim(name="C0", text="A claim.", source="a test", rule="A rule.", comparisons=compared, **options)
+    """A claim on rows, row -> the row that it is compared with, of the table ``mnist``."""
+    compared = [{"tables": ["mnist"], "rows": rows} for rows in comparisons]
+    texts = {"text": "A claim.", "source": "a test", "rule": "A rule.", "caveat": "A caveat."}
+    return Claim(name="C0", **texts, comparisons=compared, **{"decisive": {}, **options})
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [(-0.9, 2.0, "holds"), (-3.0, -1.1, "does not hold"), (-1.5, 0.0, "undecided"), (-1.0, 0.0, "undecided")],
+    ("changes", "verdict"),
+    [
+        ({}, "equivalent"),  # although the interval is above 0
+        ({"mean": -0.5}, "equivalent"),
+        ({"mean": 1.5}, "better"),
+        ({"mean": -1.5}, "worse"),
+        ({"half": 1.0}, "undecided"),
+        ({"margin": 0.4}, "better"),
+        ({"margin": None}, "better"),
+        ({"margin": None, "threshold": 1.0}, "worse"),
+        ({"threshold": None}, None),
+    ],
 )
-def test_verdict_holds_only_if_whole_interval_is_beyond_threshold(low: float, high: float, verdict: str) -> None:
-    assert make_effect(low, high).verdict == verdict
+def test_verdict_is_equivalent_first(changes: dict[str, Any], verdict: str | None) -> None:
+    assert make_effect(**changes).verdict == verdict
+
+
+def test_margin_is_share_of_errors_of_accurate_reference(tmp_path: Path) -> None:
+    write_table(tmp_path, plain=[99.4, 99.2, 99.3], analytic=[99.0, 98.9, 99.1], weak=[50.0, 51.0, 52.0])
+    claim = make_claim({"analytic": "plain"}, {"analytic": "weak"})
+    effects, _ = collect_effects(claim, tmp_path)
+    assert [effect.margin for effect in effects] == pytest.approx([0.07, 1.0])
+    assert effects[0].verdict == "worse"  # by less than a point
 
 
 def test_verdicts_are_corrected_for_all_effects_of_a_claim(tmp_path: Path) -> None:
-    write_table(tmp_path, plain=[90.0, 80.0, 70.0], clear=[91.0, 81.1, 70.9], vague=[91.0, 83.0, 71.0])
+    write_table(tmp_path, plain=[50.0, 40.0, 30.0], clear=[53.0, 43.3, 32.8], vague=[53.0, 46.0, 33.2])
     pairs = [{row: "plain"} for row in ("clear", "vague")]
-    alone = [collect_effects(make_claim(pair, threshold=0.0), tmp_path)[0][0] for pair in pairs]
-    together, _ = collect_effects(make_claim(*pairs, threshold=0.0), tmp_path)
-    assert [effect.p_value for effect in together] == [effect.p_value for effect in alone]
-    assert together[0].corrected_p_value == pytest.approx(2 * alone[0].p_value)
+    together, _ = collect_effects(make_claim(*pairs), tmp_path)
+    assert [effect.verdict for effect in together] == ["better", "undecided"]
     assert [effect.survives_correction for effect in together] == [True, False]
-
-
-def test_effects_of_small_savings_are_counted_separately() -> None:
-    effects = [replace(make_effect(0.0, 1.0), ratio=ratio, corrected_p_value=0.01) for ratio in (1.5, 6.0, 8.0)]
-    page = render_claims({claim.name: (effects if claim.name == "C1" else [], []) for claim in load_claims()})
-    assert "far fewer parameters. | 2 (**2**) | 0 (**0**) | 0 |" in page
-    assert "| C1, ratios of parameters below 2 | 1 (**1**) | 0 (**0**) | 0 |" in page
+    alone, _ = collect_effects(make_claim(pairs[0]), tmp_path)
+    many, _ = collect_effects(make_claim(pairs[0], *30 * [pairs[1]]), tmp_path)
+    assert alone[0].survives_correction and many[0].verdict == "better" and not many[0].survives_correction
 
 
 def test_single_seed_is_undecided(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0], analytic=[95.0])
     (effect,), _ = collect_effects(make_claim({"analytic": "plain"}), tmp_path)
-    assert (effect.interval.mean, effect.verdict, effect.p_value) == (5.0, "undecided", None)
+    assert (effect.interval.mean, effect.verdict, effect.p_value_of_difference) == (5.0, "undecided", None)
 
 
 def test_comparison_is_paired_by_seed(tmp_path: Path) -> None:
-    write_table(tmp_path, plain=[90.0, 80.0, 70.0], analytic=[91.0, 81.0, 71.5])
+    write_table(tmp_path, plain=[50.0, 40.0, 30.0], analytic=[53.0, 43.0, 33.5])
     (effect,), missing = collect_effects(make_claim({"analytic": "plain"}), tmp_path)
-    assert effect.interval.mean == pytest.approx(3.5 / 3)
+    assert effect.interval.mean == pytest.approx(9.5 / 3)
     assert effect.interval.high - effect.interval.low < 2  # far less than the spread of a row
-    assert (effect.interval.n, effect.ratio, effect.verdict, missing) == (3, 5 / 8, "holds", [])
+    assert (effect.interval.n, effect.ratio, effect.verdict, missing) == (3, 5 / 8, "better", [])
 
 
 def test_table_without_test_results_gives_no_effect(tmp_path: Path) -> None:
     records = [make_record(0, 90.0, row=row, test=None).to_dict() for row in ("plain", "analytic")]
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(records))
+    (tmp_path / "tables/mnist.jsonl").write_text(to_json_lines(records))
     effects, missing = collect_effects(make_claim({"analytic": "plain"}), tmp_path)
-    assert effects == [] and missing == ["'analytic' against 'plain' in table toy"]
+    assert effects == [] and missing == ["'analytic' against 'plain' in table mnist"]
 
 
 def test_missing_records_are_listed_with_their_command(tmp_path: Path) -> None:
     write_table(tmp_path, plain=[90.0, 80.0])
-    comparisons = [{"tables": ["toy", "other"], "rows": {"analytic": "plain"}}]
-    claim = replace(make_claim(measurements={"shapley": ["toy"]}), comparisons=comparisons)
+    comparisons = [{"tables": ["mnist", "other"], "rows": {"analytic": "plain"}}]
+    claim = replace(make_claim(measurements={"shapley": ["mnist"]}), comparisons=comparisons)
     effects, missing = collect_effects(claim, tmp_path)
     assert effects == []
     assert missing == [
-        "'analytic' against 'plain' in table toy",
+        "'analytic' against 'plain' in table mnist",
         "`make reproduce-table TABLE=other`",
-        "`scripts/measure.py table=toy measurement=shapley`",
+        "`scripts/measure.py table=mnist measurement=shapley`",
     ]
 
 
 def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     write_measurements(tmp_path, "shapley", {"mosaic": [{"G": 1.0, "P": 4.0}, {"G": 3.0, "P": 4.0}], "plain": [{}]})
     write_measurements(tmp_path, "akp_travel", {"mosaic": [{"G/theta": 10.0, "G/sigma": 0.1}]})
-    claim = make_claim(measurements={"shapley": ["toy"], "akp_travel": ["toy"]})
+    claim = make_claim(measurements={"shapley": ["mnist"], "akp_travel": ["mnist"]})
     effects, _ = collect_effects(claim, tmp_path)
     assert [(e.what, e.interval.mean, e.unit, e.interval.n) for e in effects] == [
         ("Gabor in mosaic", 2.0, "points", 2),
@@ -127,13 +142,13 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
         ("distance traveled by theta of Gabor in mosaic", 10.0, "degrees", 1),
         ("distance traveled by sigma of Gabor in mosaic", 0.1, "px", 1),
     ]
-    assert effects[2].verdict == "" and effects[1].interval.low == effects[1].interval.high == 4.0
+    assert effects[2].verdict is None and effects[1].interval.low == effects[1].interval.high == 4.0
 
 
 def test_replaced_akps_are_compared_with_trained_ones_by_seed(tmp_path: Path) -> None:
     trained = [{"trained": 90.0, "initial": 80.0, "redrawn": 10.0}, {"trained": 92.0, "initial": 92.0, "redrawn": 14.0}]
     write_measurements(tmp_path, "replaced_akps", {"plain": [{}], "mosaic": trained})
-    effects, _ = collect_effects(make_claim(measurements={"replaced_akps": ["toy"]}), tmp_path)
+    effects, _ = collect_effects(make_claim(measurements={"replaced_akps": ["mnist"]}), tmp_path)
     assert [(e.what, e.interval.mean, e.interval.n, e.threshold) for e in effects] == [
         ("mosaic: AKPs trained, against initial ones", 5.0, 2, 0.0),
         ("mosaic: AKPs trained, against redrawn ones", 79.0, 2, None),
@@ -154,10 +169,10 @@ def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -
     write_measurements(tmp_path, "attacks", attacked, "mnist")
     effects, _ = collect_effects(make_claim(measurements={"corruptions": ["mnist"], "attacks": ["mnist"]}), tmp_path)
     assert [(e.what, e.interval.mean, e.verdict) for e in effects] == [
-        ("all Gabor, under corruptions, against LeNet-5 plain", 3.0, "holds"),
-        ("all Gabor, under noise, against LeNet-5 plain", 1.5, ""),
-        ("all Gabor, under blur, against LeNet-5 plain", 4.5, ""),
-        ("all Gabor, under attacks, against LeNet-5 plain", 3.0, "holds"),
+        ("all Gabor, under corruptions, against LeNet-5 plain", 3.0, "better"),
+        ("all Gabor, under noise, against LeNet-5 plain", 1.5, None),
+        ("all Gabor, under blur, against LeNet-5 plain", 4.5, None),
+        ("all Gabor, under attacks, against LeNet-5 plain", 3.0, "better"),
     ]
 
 
@@ -178,14 +193,14 @@ def test_transforms_compare_closed_form_with_other_ways(tmp_path: Path) -> None:
         for seed in range(3)
     ]
     write_measurements(tmp_path, "transforms", {"plain": [{}], "all Gabor": values})
-    effects, _ = collect_effects(make_claim(measurements={"transforms": ["toy"]}), tmp_path)
+    effects, _ = collect_effects(make_claim(measurements={"transforms": ["mnist"]}), tmp_path)
     assert [(e.interval.mean, e.unit, e.verdict) for e in effects] == [
-        (10.0, "points", "holds"),
-        (31.0, "points", "holds"),
-        (10.0, "%", "holds"),
-        (-10.0, "points", "does not hold"),
-        (40.0, "points", "holds"),
-        (-10.0, "%", "does not hold"),
+        (10.0, "points", "better"),
+        (31.0, "points", "better"),
+        (10.0, "%", "better"),
+        (-10.0, "points", "worse"),
+        (40.0, "points", "better"),
+        (-10.0, "%", "worse"),
     ]
 
 
@@ -197,7 +212,7 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
             "method": method,
             "numbers": 5,
             "numbers_per_kernel": 5.0,
-            "overrides": ["data=toy"],
+            "overrides": ["data=mnist"],
             "layer": "conv1",
         }
         return {**setting, **probes, **errors}
@@ -210,7 +225,7 @@ def test_approximations_are_compared_over_images(tmp_path: Path) -> None:
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence/flowers17_approximations.jsonl").write_text(to_json_lines(lines))
     claim = next(claim for claim in load_claims() if claim.name == "C3")
-    effects = [effect for effect in collect_effects(claim, tmp_path)[0] if effect.sampled == "images"]
+    effects = [effect for effect in collect_effects(claim, tmp_path)[0] if effect.interval.sampled == "images"]
     assert [(e.what, e.interval.mean, e.interval.n) for e in effects[:4]] == [
         ("error of conv1's outputs, Gabor fit, 5.0 numbers per kernel", 2.5, 4),
         ("error of conv1's outputs, codebook, 5.0 numbers per kernel", 2.5, 4),
@@ -246,12 +261,12 @@ def test_invalid_values_raise_one_line_error(tmp_path: Path, name: str, values: 
 
 def test_repeated_measurement_raises_one_line_error(tmp_path: Path) -> None:
     write_measurements(tmp_path, "shapley", {"mosaic": [{"G": 1.0}, {"G": 2.0}]})
-    file = tmp_path / "evidence/toy_shapley.jsonl"
+    file = tmp_path / "evidence/mnist_shapley.jsonl"
     file.write_text(2 * file.read_text())
     with pytest.raises(
-        UsageError, match=r"toy_shapley\.jsonl, line 3, repeats line 1: row 'mosaic', seed 0; delete one"
+        UsageError, match=r"mnist_shapley\.jsonl, line 3, repeats line 1: row 'mosaic', seed 0; delete one"
     ):
-        collect_effects(make_claim(measurements={"shapley": ["toy"]}), tmp_path)
+        collect_effects(make_claim(measurements={"shapley": ["mnist"]}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -270,15 +285,15 @@ def test_measurement_of_other_weights_than_those_of_table_is_refused(
 ) -> None:
     run = make_record(0, 90.0, row="mosaic", **record)
     for folder, name, values in (
-        ("tables", "toy", run.to_dict()),
-        ("evidence", "toy_shapley", {"row": "mosaic", "id": run.id, "seed": 0, "values": {"G": 1.0}, **line}),
+        ("tables", "mnist", run.to_dict()),
+        ("evidence", "mnist_shapley", {"row": "mosaic", "id": run.id, "seed": 0, "values": {"G": 1.0}, **line}),
     ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.jsonl").write_text(to_json_lines([values]))
-    claim = make_claim(measurements={"shapley": ["toy"]})
+    claim = make_claim(measurements={"shapley": ["mnist"]})
     if is_refused:
         with pytest.raises(
-            UsageError, match=r"toy_shapley\.jsonl, line 1, was not measured on the run in .*measure\.py"
+            UsageError, match=r"mnist_shapley\.jsonl, line 1, was not measured on the run in .*measure\.py"
         ):
             collect_effects(claim, tmp_path)
     else:
@@ -288,13 +303,13 @@ def test_measurement_of_other_weights_than_those_of_table_is_refused(
 def test_rows_without_common_seed_give_no_effect(tmp_path: Path) -> None:
     records = [make_record(seed, 90.0, row=row) for row, seed in (("plain", 0), ("plain", 1), ("analytic", 2))]
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
+    (tmp_path / "tables/mnist.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
     write_measurements(tmp_path, "attacks", {"all Gabor": [{"0": 99.0, "1": 50.0}]}, "mnist")
     claim = make_claim({"analytic": "plain"}, measurements={"attacks": ["mnist"]})
     assert collect_effects(claim, tmp_path) == (
         [],
         [
-            "analytic, against plain (toy): no seed in common",
+            "analytic, against plain (mnist): no seed in common",
             "all Gabor, under attacks, against LeNet-5 plain (mnist): no seed in common",
         ],
     )
@@ -303,17 +318,20 @@ def test_rows_without_common_seed_give_no_effect(tmp_path: Path) -> None:
 def test_page_of_single_seed_and_network_without_convolutions_has_no_nan(tmp_path: Path) -> None:
     records = [make_record(0, 90.0, conv=conv, row=row) for row, conv in (("plain", 9), ("none", 0))]
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
-    effects, _ = collect_effects(make_claim({"none": "plain"}), tmp_path)
-    page = render_claims({claim.name: (effects, []) for claim in load_claims()})
-    assert "| none, against plain |  | +0.00 points | 1 seeds | undecided |" in page and "nan" not in page
+    (tmp_path / "tables/mnist.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
+    claim = make_claim({"none": "plain"}, decisive={"mnist: none, against plain": "nothing"})
+    effects, missing = collect_effects(claim, tmp_path)
+    page, overview = render_claim(claim, effects, missing), render_overview([(claim, effects)], {})
+    assert "| none, against plain |  | +0.00 points | 1 seeds | undecided |" in page
+    assert "- nothing: **undecided**, +0.00 points, 1 seeds" in overview
+    assert "nan" not in page + overview
 
 
 def test_ratio_of_parameters_is_of_means_over_seeds(tmp_path: Path) -> None:
     rows = {"plain": (100, 100), "auto": (20, 30)}
     records = [make_record(s, 90.0, conv, row=row) for row, counts in rows.items() for s, conv in enumerate(counts)]
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables/toy.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
+    (tmp_path / "tables/mnist.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
     (effect,), _ = collect_effects(make_claim({"auto": "plain"}), tmp_path)
     assert effect.ratio == 4.0
 
@@ -329,7 +347,7 @@ def test_new_measurement_is_one_class(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(MEASUREMENTS, Sharpness.name, Sharpness)
     write_measurements(tmp_path, "sharpness", {"mosaic": [{"x": 1.0}, {"x": 2.0}]})
-    (effect,), missing = collect_effects(make_claim(measurements={"sharpness": ["toy", "other"]}), tmp_path)
+    (effect,), missing = collect_effects(make_claim(measurements={"sharpness": ["mnist", "other"]}), tmp_path)
     assert (effect.what, effect.interval.mean, effect.interval.n) == ("sharpness", 1.5, 2)
     assert missing == ["`scripts/measure.py table=other measurement=sharpness`"]
 
@@ -337,9 +355,9 @@ def test_new_measurement_is_one_class(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("line", ["{", "[]", '{"row": "plain"}'])
 def test_corrupt_measurement_raises_one_line_error(tmp_path: Path, line: str) -> None:
     write_measurements(tmp_path, "shapley", {})
-    (tmp_path / "evidence/toy_shapley.jsonl").write_text(line)
-    with pytest.raises(UsageError, match=r"toy_shapley.jsonl, line 1, is not [^\n]*$"):
-        collect_effects(make_claim(measurements={"shapley": ["toy"]}), tmp_path)
+    (tmp_path / "evidence/mnist_shapley.jsonl").write_text(line)
+    with pytest.raises(UsageError, match=r"mnist_shapley.jsonl, line 1, is not [^\n]*$"):
+        collect_effects(make_claim(measurements={"shapley": ["mnist"]}), tmp_path)
 
 
 def test_committed_measurements_are_rewritten_byte_by_byte() -> None:
@@ -349,17 +367,34 @@ def test_committed_measurements_are_rewritten_byte_by_byte() -> None:
             assert to_json_lines(line.to_dict() for line in lines) == file.read_text()
 
 
-def test_figure_shows_effects_in_points_that_have_a_verdict() -> None:
-    effects = [make_effect(0.0, 1.0), make_effect(0.0, 1.0, threshold=None), make_effect(-3.0, -2.0)]
-    figure = draw_effects(make_claim(), effects)
-    assert figure is not None and len(figure.axes[0].get_yticks()) == 2
-    assert draw_effects(make_claim(), effects[1:2]) is None
+def test_decisive_effects_come_first_on_page_and_figure() -> None:
+    narrow = [make_effect(f"narrow {i}", half=0.01 * (i + 1)) for i in range(MAX_DRAWN)]
+    wide, text = make_effect("wide", half=9.0), make_effect("description", threshold=None, margin=None)
+    claim = make_claim(decisive={"mnist: wide": "the point", "mnist: absent": "another"})
+    effects = [*narrow, text, wide]
+    figure = draw_effects(claim, effects)
+    assert figure is not None
+    labels = [label.get_text() for label in figure.axes[0].texts]
+    assert labels == ["the point", *(f"mnist: narrow {i}" for i in range(MAX_DRAWN - 1))]
+    assert draw_effects(claim, [text]) is None
+    page = render_claim(claim, effects, ["a table"])
+    assert page.index("| wide |") < page.index("| narrow 0 |") and page.endswith("- Not run: a table.\n")
+    overview = render_overview([(claim, effects)], {"a network": "a command"})
+    assert "- the point: **undecided**, +0.50 [" in overview and "- another: not run\n" in overview
+    assert "[All comparisons](claims/C0.md): 10 equivalent, 1 undecided." in overview
+    assert overview.endswith("## Not tested\n\nEach needs a GPU:\n\n- a network: `a command`\n")
+
+
+def test_committed_overview_fits_on_one_screen() -> None:
+    page = (ROOT / "results/CLAIMS.md").read_text()
+    assert len(page.splitlines()) <= 60 and ": not run" not in page
+    assert all(1 <= len(claim.decisive) <= 3 for claim in load_claims())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"measurements": {"speed": ["toy"]}}, "claim C0 names the measurement 'speed'; known: akp_travel, "),
+        ({"measurements": {"speed": ["mnist"]}}, "claim C0 names the measurement 'speed'; known: akp_travel, "),
         ({"files": {"a.json": "train"}}, "claim C0 names the script 'train'; known: approximate, "),
     ],
 )

@@ -28,6 +28,18 @@ def test_markdown_shows_second_comparison() -> None:
     assert lines[5].endswith("| +1.50 [-4.85, +7.85] |  |")
 
 
+def test_markdown_says_what_intervals_cover() -> None:
+    rows = [
+        make_row(n, *v) for n, v in (("a", (90.0, 92.0)), ("b", (91.0, 94.0)), ("c", (90.0, 91.0)), ("d", (10, 60)))
+    ]
+    text = render_markdown("Title", rows, None, None, {row.name: [] for row in rows})
+    assert (
+        "95% t-intervals over seeds alone. The variance over seeds is the residual mean square of all similar rows "
+        "with the same reference (for *d*: of the two rows alone)." in text
+    )
+    assert "95% t-intervals over seeds alone. " in render_markdown("Title", rows[:2], None, None, {"a": [], "b": []})
+
+
 def test_markdown_lists_hyperparameters_chosen_by_search() -> None:
     row = make_row("plain", 90.0)
     row.chosen = ["optim.lr=2e-3", "optim.akp_lr_scale=15"]
@@ -122,7 +134,8 @@ def test_network_without_convolutions_has_no_ratio() -> None:
 
 
 def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
-    frame = summarize([make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)])
+    small = Row("Gabor", [], records=[make_record(seed, top1, conv=50) for seed, top1 in enumerate((91.0, 94.0))])
+    frame = summarize([make_row("plain", 90.0, 92.0), small])
     figure = draw_table(frame, "Title", "test")
     differences, accuracies = figure.axes
     assert [label.get_text() for label in differences.get_yticklabels()] == ["plain", "Gabor"]
@@ -132,6 +145,11 @@ def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
     assert (low, high) == pytest.approx(tuple(frame.loc[1, ["diff_ci95_low", "diff_ci95_high"]]))
     assert [float(point.get_ydata()[0]) for point, _, _ in accuracies.containers] == [91.0, 92.5]
     assert figure.get_suptitle() == "Title, 2 seeds"
+
+
+def test_figure_of_rows_of_equal_size_draws_differences_alone() -> None:
+    figure = draw_table(summarize([make_row("plain", 90.0, 92.0), make_row("Gabor", 91.0, 94.0)]), "Title", "test")
+    assert len(figure.axes) == 1
 
 
 def test_figure_of_single_seed_has_no_intervals() -> None:
