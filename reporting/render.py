@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from reporting.rows import DIFFERENCE, Row, list_references, summarize
 from training.record import Machine, Record
@@ -176,7 +176,7 @@ def describe_machine(machine: Machine) -> str:
 def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     """Draws the differences of a table's rows from their references.
 
-    If rows differ from them in convolution parameters, it also draws accuracy against parameters.
+    If rows differ from them in convolution parameters, it also draws errors against parameters.
 
     Args:
         frame: the result of ``summarize``.
@@ -193,13 +193,23 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
         style: dict[str, Any] = {"marker": "osD^vP*X"[i % 8], "color": f"C{i}", "markersize": 5, "capsize": 3}
         panels[0].errorbar(line.diff_mean, -i, xerr=[[error[i]] for error in errors], **style)
         if has_sizes:
-            panels[1].errorbar(line.conv_params, line.top1_mean, yerr=deviations[i], **style)
+            panels[1].errorbar(line.conv_params, 100 - line.top1_mean, yerr=deviations[i], **style)
     panels[0].set_yticks([-i for i in range(len(frame))], [textwrap.fill(row, 32) for row in frame["row"]], fontsize=8)
-    panels[0].xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
     panels[0].axvline(0.0, color="black", linewidth=0.8)
-    panels[0].set_xlabel("points against the reference of the row (95% interval)", fontsize=9)
+    label = "points against the reference of the row (95% interval)"
+    if means.abs().max() > 5 * max(means.abs().median(), 1.0):  # a row far off would leave no room for the others
+        low, high = (means - errors[0]).min(), (means + errors[1]).max()
+        ticks = [tick for tick in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if low <= tick <= max(high, 1.0)]
+        panels[0].set_xscale("symlog", linthresh=1.0)
+        panels[0].set_xlim(1.3 * low, max(1.3 * high, 1.0))
+        panels[0].set_xticks(ticks, map(str, ticks))
+        panels[0].tick_params(axis="x", which="minor", bottom=False)
+        label += ", linear up to 1"
+    else:
+        panels[0].xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
+    panels[0].set_xlabel(label, fontsize=9)
     if has_sizes:
-        _label_sizes(panels[1], frame, f"top-1 {SPLIT_NAMES[split]} % (mean ± std)")
+        _label_sizes(panels[1], frame, f"{SPLIT_NAMES[split]} error % (mean ± std)")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(
@@ -208,14 +218,18 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     return figure
 
 
-def _label_sizes(axes: Axes, frame: pd.DataFrame, accuracy: str) -> None:
+def _label_sizes(axes: Axes, frame: pd.DataFrame, error: str) -> None:
     axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(max(frame["conv_params"].min(), 1) / 1.5, max(frame["conv_params"].max(), 1) * 1.5)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("convolution parameters")
-    axes.set_ylabel(accuracy, fontsize=9)
+    axes.set_ylabel(error, fontsize=9)
 
 
 def draw_confusions(frame: pd.DataFrame, title: str) -> Figure:

@@ -1,10 +1,11 @@
-"""Writes results/CLAIMS.md, and the pages and figures in results/claims/, from the committed records:
-python scripts/claims.py
+"""Writes results/CLAIMS.md, the pages and figures in results/claims/, and README's first table, results/headline.md,
+from the committed records: python scripts/claims.py
 """
 
 from acl.plot import to_png
 from reporting.claim_pages import draw_effects, render_claim, render_overview
 from reporting.claims import collect_effects, load_claims
+from reporting.headline import HeadlineRow, render_headline
 from training.cli import run_script
 from training.errors import UsageError
 from training.files import write_atomic
@@ -15,6 +16,7 @@ from training.validation import FilePath, strict_dataclass
 class ClaimsSettings:
     results: FilePath
     untested: dict[str, str]
+    headline: list[HeadlineRow]
 
 
 def main(settings: ClaimsSettings) -> None:
@@ -34,6 +36,7 @@ def main(settings: ClaimsSettings) -> None:
     }
     evidence = [(claim, effects) for claim, effects, _ in claims]
     write_atomic(settings.results / "CLAIMS.md", render_overview(evidence, untested))
+    write_atomic(settings.results / "headline.md", render_headline(settings.headline, settings.results))
     print(settings.results / "CLAIMS.md")
 
 

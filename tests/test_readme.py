@@ -26,12 +26,30 @@ def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_readme_tables_equal_tables_in_results() -> None:
-    blocks = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert blocks
+def test_tables_of_results_equal_generated_ones() -> None:
+    page = (ROOT / "docs/results.md").read_text()
+    blocks = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert len(blocks) > 4
     for name, block in blocks:
         results = (ROOT / "results" / "tables" / f"{name}.md").read_text()
         assert block.strip().startswith("| row |") and block.strip() in results
+
+
+def test_headline_of_readme_equals_generated_one() -> None:
+    (block,) = re.findall(r"<!-- headline -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert block == (ROOT / "results/headline.md").read_text() and len(block.splitlines()) <= 10
+
+
+def test_readme_is_short_and_starts_with_code() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 160 and lines.index("```python") < 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_intervals_in_prose_are_published_ones(page: Path) -> None:
+    generated = "\n".join(file.read_text() for file in (ROOT / "results").rglob("*.md"))
+    intervals = re.findall(r"\[[+-]\d+\.\d+,\s+[+-]\d+\.\d+\]", page.read_text())
+    assert [text for text in intervals if " ".join(text.split()) not in generated] == []
 
 
 def test_readme_lists_every_kind_with_its_akps() -> None:

@@ -133,18 +133,26 @@ def test_network_without_convolutions_has_no_ratio() -> None:
     draw_table(summarize(rows), "Title", "test")
 
 
-def test_figure_draws_difference_and_accuracy_of_each_row() -> None:
+def test_figure_draws_difference_and_error_of_each_row() -> None:
     small = Row("Gabor", [], records=[make_record(seed, top1, conv=50) for seed, top1 in enumerate((91.0, 94.0))])
     frame = summarize([make_row("plain", 90.0, 92.0), small])
     figure = draw_table(frame, "Title", "test")
-    differences, accuracies = figure.axes
+    differences, errors = figure.axes
     assert [label.get_text() for label in differences.get_yticklabels()] == ["plain", "Gabor"]
     points, bars = zip(*[(point, bar) for point, _, (bar,) in differences.containers], strict=True)
     assert [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points] == [(0.0, 0.0), (1.5, -1.0)]
     (low, high) = bars[1].get_segments()[0][:, 0]
     assert (low, high) == pytest.approx(tuple(frame.loc[1, ["diff_ci95_low", "diff_ci95_high"]]))
-    assert [float(point.get_ydata()[0]) for point, _, _ in accuracies.containers] == [91.0, 92.5]
+    assert [float(point.get_ydata()[0]) for point, _, _ in errors.containers] == [9.0, 7.5]
     assert figure.get_suptitle() == "Title, 2 seeds"
+
+
+def test_row_far_off_leaves_room_for_the_others() -> None:
+    rows = [make_row(f"row {i}", 90.0 + i / 10, 92.0) for i in range(4)] + [make_row("frozen", 50.0, 52.0)]
+    (axes,) = draw_table(summarize(rows), "Title", "test").axes
+    assert axes.get_xscale() == "symlog" and axes.get_xlim()[0] < -40
+    (axes,) = draw_table(summarize(rows[:4]), "Title", "test").axes
+    assert axes.get_xscale() == "linear"
 
 
 def test_figure_of_rows_of_equal_size_draws_differences_alone() -> None:
