@@ -24,10 +24,25 @@ def create_convolution(
         in_channels, out_channels, kernel_size, padding, bias: as for nn.Conv2d.
     """
     if kind == "separable":
-        depthwise = nn.Conv2d(out_channels, out_channels, kernel_size, padding=padding, groups=out_channels, bias=bias)
+        depthwise = DepthwiseConv2d(
+            out_channels, out_channels, kernel_size, padding=padding, groups=out_channels, bias=bias
+        )
         return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), depthwise)
     create = nn.Conv2d if kind is None else GaussianBasisConv2d
     return create(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that is performed in float32 under autocast, like that of a filter mosaic.
+
+    In 16 bits, its backward pass is slow on CPUs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
 
 
 class GaussianBasisConv2d(ComputedConv2d):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from models.convolutions import GaussianBasisConv2d
+from models.convolutions import GaussianBasisConv2d, create_convolution
 from models.four_layer import FourLayer
 from models.lenet import LeNet
 
@@ -38,6 +38,17 @@ def test_lenet_trains_with_other_convolutions(convolution: Any) -> None:
     model = LeNet(convolution=convolution)
     model(torch.randn(2, 1, 28, 28)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_depthwise_convolution_is_exact_under_autocast() -> None:
+    pointwise, depthwise = create_convolution("separable", 8, 16, 5, 2, True).children()
+    x = torch.randn(2, 16, 9, 9, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise(x)
+        assert pointwise(torch.randn(2, 8, 9, 9)).dtype == torch.bfloat16
+    assert torch.equal(y, depthwise(x.float()).bfloat16())
+    depthwise.bfloat16()(x).sum().backward()
+    assert depthwise.weight.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("create", "width"), [(FourLayer, 0.01), (LeNet, 0.05)])
