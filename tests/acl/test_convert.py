@@ -80,13 +80,18 @@ def test_convert_keeps_dtype_mode_and_memory_format() -> None:
 def test_convert_leaves_model_unchanged_on_error() -> None:
     model = make_network()
     with pytest.raises(
-        ValueError, match=r"no convolution is named 'conv1'; the model has: 0 \(5 x 5\), 1\.1 \(3 x 3\)"
+        ValueError,
+        match=r"no convolution is named 'conv1'; the model has: 0 \(5 x 5\), 1\.1 \(3 x 3\); rules: first, all, k>=n",
     ):
         convert(model, ["0", "conv1"], "G100%")
-    with pytest.raises(ValueError, match=r"'G5' fills 5 of 16 kernels of 1\.1 \(2 x 8\)"):
+    with pytest.raises(ValueError, match=r"'G5' has 5 kernels, but 1\.1 has 16 \(2 x 8\)"):
         convert(model, {"0": "G24", "1.1": "G5"})
     with pytest.raises(ValueError, match="needs an arrangement"):
         convert(model, "0")
+    with pytest.raises(TypeError, match=r"an arrangement is text, .* or an acl\.Arrangement, got \['G24'\]"):
+        convert(model, "0", ["G24"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"unknown argument 'amplitud'; the options .* are scale, per, amplitude,"):
+        convert(model, "0", "G24", amplitud=True)  # type: ignore[call-arg]
     assert analytic_layers(model) == {}
 
 
@@ -308,7 +313,7 @@ def test_error_about_model_that_is_a_convolution_names_no_layer() -> None:
     analytic = convert(nn.Conv2d(1, 2, 3), "first", "G100%")
     with pytest.raises(ValueError, match="the first convolution, the model itself, is already analytic"):
         convert(analytic, "first", "G100%")
-    with pytest.raises(ValueError, match="fills 5 of 2 kernels of the layer"):
+    with pytest.raises(ValueError, match="has 5 kernels, but the layer has 2"):
         convert(nn.Conv2d(1, 2, 3), "first", "G5")
 
 
@@ -437,6 +442,7 @@ class TwoScales(nn.Module):
         return self.last(self.fine(x) + self.coarse(x))
 
 
+@pytest.mark.filterwarnings("ignore:the gains of")
 @pytest.mark.parametrize(
     ("arrangement", "options"), [("G50% P50%", {}), ("G8", {"init": "fit"}), ("auto", {"tolerance": 0.5})], ids=str
 )
