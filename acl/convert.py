@@ -86,6 +86,7 @@ def convert(
         layer  arrangement  parameters before  after
         0      G12 P12                    608    356
         2      P64                        584    584
+        total                           1,192    940
     """
     if init not in (None, *INITS):
         raise ValueError(f"unknown init '{init}'; known: {', '.join(INITS)}")

@@ -240,9 +240,18 @@ def test_summary_counts_parameters_before_and_after() -> None:
     before = [count_parameters(conv) for conv in (model[0], model[1][1])]
     convert(model, {"0": "G12 P12", "1.1": "Lg50% P50%"}, amplitude=True)
     after = [count_parameters(layer) for layer in (model[0], model[1][1])]
+    before, after = [*before, sum(before)], [*after, sum(after)]
     lines = [line.split() for line in summary(model).splitlines()[1:]]
     assert [[int(n) for n in line[-2:]] for line in lines] == [list(pair) for pair in zip(before, after, strict=True)]
-    assert lines[0][:3] == ["0", "G12", "P12"]
+    assert lines[0][:3] == ["0", "G12", "P12"] and lines[2][0] == "total"
+
+
+def test_totals_of_summary_count_shared_parameters_once() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
+    model[1].weight = model[0].weight
+    before = sum(p.numel() for p in model.parameters())
+    convert(model, "all", "G2 P2")
+    assert summary(model).split()[-3:] == ["total", str(before), str(sum(p.numel() for p in model.parameters()))]
 
 
 @pytest.mark.parametrize(
@@ -492,7 +501,7 @@ def test_summary_counts_multiply_adds_like_flop_counter(training: bool) -> None:
     table = acl.summary(model.train(training), inputs)
     counts = [int(line.split()[-1].replace(",", "")) for line in table.splitlines()[1:]]
     assert table.splitlines()[0].endswith("after  multiply-adds")
-    assert 2 * sum(counts) == counter.get_total_flops()
+    assert 2 * sum(counts[:-1]) == 2 * counts[-1] == counter.get_total_flops()
     assert model.training == training and all(
         torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True)
     )
