@@ -80,6 +80,13 @@ class Arrangement:
         return cls(tuple(terms.items()), shares)
 
     @classmethod
+    def coerce(cls, value: "Arrangement | str") -> "Arrangement":
+        """Parses text and returns an arrangement as it is. Raises TypeError for anything else."""
+        if not isinstance(value, (str, cls)):
+            raise TypeError(f"an arrangement is text, such as 'G50% P50%', or an acl.Arrangement, got {value!r}")
+        return cls.parse(value) if isinstance(value, str) else value
+
+    @classmethod
     def from_slot_kinds(cls, slot_kinds: Sequence[str]) -> tuple["Arrangement", Tensor | None]:
         """Creates the arrangement and ``placement`` of a layer from the kind in each slot.
 
@@ -137,7 +144,7 @@ class Arrangement:
             total = sum(self.counts.values())
             if total != num_slots:
                 size = f" ({in_channels} x {out_channels})" if per == "kernel" else ""
-                raise ValueError(f"arrangement '{self}' fills {total} of {num_slots} {per}s of {layer}{size}")
+                raise ValueError(f"arrangement '{self}' has {total} {per}s, but {layer} has {num_slots}{size}")
             return self
         exact_counts = [value * num_slots / 100 for _, value in self.terms]
         counts = [int(value) for value in exact_counts]

@@ -1,6 +1,7 @@
 """Converts any network into an analytic network (AnaNN) and back."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Unpack, get_args
@@ -60,7 +61,7 @@ def convert(
         arrangement: the arrangement of every matched layer; not used if ``layers`` is a mapping. With ``auto``, each
             slot gets the kind with the fewest AKPs that fits its kernel within ``tolerance``, or stays plain.
         init: ``random`` samples the AKPs; ``fit`` fits AKPs and gains to the original kernels. Defaults to ``fit``
-            for ``auto`` and to ``random`` otherwise. Without ``amplitude``, a kernel is fitted only up to its norm.
+            for ``auto``, else to ``random``. Without ``amplitude``, ``fit`` drops the gains of kernels, with a warning.
         tolerance: the largest share of the energy of a kernel's output that ``auto`` may leave unexplained, from 0 (all
             plain) to 1 (all analytic).
         metric: what ``fit`` and ``auto`` take as the error of a kernel; see ``acl.fit_kernels``.
@@ -74,6 +75,7 @@ def convert(
             or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
             ``fit`` cannot fit, an AKP in ``learn`` that none of the layers has, or arguments that AnalyticConv2d
             rejects. The model is then unchanged.
+        TypeError: for an unknown option, or an arrangement that is neither text nor an ``Arrangement``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -84,6 +86,7 @@ def convert(
         layer  arrangement  parameters before  after
         0      G12 P12                    608    356
         2      P64                        584    584
+        total                           1,192    940
     """
     if init not in (None, *INITS):
         raise ValueError(f"unknown init '{init}'; known: {', '.join(INITS)}")
@@ -95,14 +98,14 @@ def convert(
         )
     else:
         arrangement_by_pattern = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
-    resolved = LayerOptions(**options)
+    resolved = LayerOptions.from_keywords(options)
     convolutions = _find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
     for pattern, value in arrangement_by_pattern.items():
         for name in _match_layers(pattern, convolutions, model):
             conv = convolutions[name]
             check_convertible(conv, name or "the layer")
-            parsed = Arrangement.parse(value) if isinstance(value, str) else value
+            parsed = Arrangement.coerce(value)
             if parsed.auto:
                 check_tolerance(tolerance)
                 arrangements[name] = parsed
@@ -119,7 +122,16 @@ def convert(
     available = {key.split("_", 1)[1] for layer in replacements.values() for key in layer.raw}
     if resolved.learn != "all" and (absent := resolved.learned_akps - available):
         raise ValueError(f"learn names '{min(absent)}', an AKP that no converted layer has; known: {sorted(available)}")
-    return replace_convolutions(model, replacements)
+    converted = replace_convolutions(model, replacements)
+    has_gains = resolved.per == "filter" or resolved.amplitude
+    fitted = [name for name, parsed in arrangements.items() if init == "fit" or (init is None and parsed.auto)]
+    kinds = [symbol for name in fitted for symbol in replacements[convolutions[name]].slot_kinds]
+    if not has_gains and (count := sum(KINDS[symbol].is_analytic for symbol in kinds)):
+        warnings.warn(
+            f"the gains of {count:,} fitted kernels are dropped, which changes the outputs; amplitude=True keeps them",
+            stacklevel=2,
+        )
+    return converted
 
 
 def fold(model: nn.Module, factored: bool = False) -> nn.Module:
@@ -277,10 +289,10 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
         raise ValueError(f"{pattern} is already analytic; acl.fold makes it plain again")
     if isinstance(module, _ConvNd):
         raise ValueError(f"{pattern} is a {type(module).__name__}; only a 2-D convolution (nn.Conv2d) can be analytic")
-    available = ", ".join(
-        f"{name} ({conv.kernel_size[0]} x {conv.kernel_size[1]})" for name, conv in convolutions.items()
+    available = ", ".join(f"{name} ({' x '.join(map(str, conv.kernel_size))})" for name, conv in convolutions.items())
+    raise ValueError(
+        f"no convolution is named '{pattern}'; the model has: {available or 'none'}; rules: first, all, k>=n"
     )
-    raise ValueError(f"no convolution is named '{pattern}'; the model has: {available or 'none'}")
 
 
 def _to_analytic(

@@ -99,18 +99,27 @@ def param_groups(
 def summary(model: nn.Module, inputs: torch.Tensor | None = None) -> str:
     """Formats a table of a model's analytic layers: arrangement, and parameter counts before and after conversion.
 
+    Several layers have a last line with totals, in which shared parameters count once.
+
     Args:
         model: any network.
         inputs: a batch of inputs; adds the multiply-adds of each layer's convolutions for it, in eval mode. They do not
             include the synthesis of the weight, which is cached.
     """
     multiply_adds = {} if inputs is None else _count_multiply_adds(model, inputs)
-    rows = [("layer", "arrangement", "parameters before", "after", "multiply-adds")]
-    for name, layer in analytic_layers(model).items():
+    rows: list[tuple[str, ...]] = [("layer", "arrangement", "parameters before", "after", "multiply-adds")]
+    layers = analytic_layers(model)
+    changes: dict[Any, int] = {}  # of each weight, which layers can share
+    for name, layer in layers.items():
         after = sum(p.numel() for p in layer.parameters())
         other = after - sum(p.numel() for p in layer.weight_parameters())
         before = other + layer.weight.numel()
         rows.append((name, str(layer.arrangement), f"{before:,}", f"{after:,}", f"{multiply_adds.get(layer, 0):,}"))
+        changes[*layer.raw.parameters(), layer.plain, layer.gains] = after - before
+    if len(layers) > 1:
+        after = sum(p.numel() for p in nn.ModuleList(layers.values()).parameters())
+        total = after - sum(changes.values()), after, sum(multiply_adds.values())
+        rows.append(("total", "", *(f"{number:,}" for number in total)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     num_columns = len(widths) - (inputs is None)
     return "\n".join(

@@ -43,7 +43,7 @@ class AnalyticConv2d(SlottedConv2d):
     Raises:
         ValueError: for an arrangement that cannot be parsed or does not fill the layer, an unknown option, or
             arguments that nn.Conv2d rejects.
-        TypeError: without an arrangement.
+        TypeError: for an unknown option, or without an arrangement that is text or an ``Arrangement``.
 
     AKPs are evaluated in at least float32; the result is cast to the layer's dtype. ``acl.computed_conv`` decides when
     the weight is cached.
@@ -85,10 +85,8 @@ class AnalyticConv2d(SlottedConv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
         )
-        self.options = LayerOptions(**options)
-        if isinstance(arrangement, str):
-            arrangement = Arrangement.parse(arrangement)
-        self._fill_slots(arrangement, placement)
+        self.options = LayerOptions.from_keywords(options)
+        self._fill_slots(Arrangement.coerce(arrangement), placement)
         self.raw = nn.ParameterDict(
             {
                 f"{symbol}_{akp.name}": nn.Parameter(torch.empty(count, **factory))
@@ -323,8 +321,11 @@ class AnalyticConv2d(SlottedConv2d):
             For example, ``0.21*(exp(-(x'^2 + y'^2)/(2*1.83^2))*cos(2*pi*x'/4.1 + 0.5)); theta = 30 deg``; see
             ``acl.kernels.Kind.formula`` for the notation. For a plain kernel, ``7 x 7 free weights``. A filter has the
             list of its gains, or their range if there are more than four.
+
+        Raises:
+            IndexError: for a slot that the layer does not have.
         """
-        symbol = self.slot_kinds[slot]
+        symbol = self.get_kind_of_slot(slot)
         kind = KINDS[symbol]
         if not kind.is_analytic:
             assert self.plain is not None

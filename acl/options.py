@@ -1,8 +1,8 @@
 """The options of an analytic layer, which determine its kernels and what it learns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from acl.kernels import KINDS, Family, Profile
 
@@ -53,6 +53,14 @@ class LayerOptions:
             raise ValueError(
                 f"unknown AKP '{min(unknown)}' in learn; known: all, none, {', '.join(sorted(_list_akps()))}"
             )
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> "LayerOptions":
+        """Creates the options from keyword arguments. Raises TypeError for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in keywords if name not in known]:
+            raise TypeError(f"unknown argument '{unknown[0]}'; the options of an analytic layer are {', '.join(known)}")
+        return cls(**keywords)
 
     @property
     def learned_akps(self) -> set[str]:

@@ -171,8 +171,13 @@ def _read(file: str | Path, with_tensors: bool = True) -> tuple[dict[str, Any], 
         with safe_open(file, "pt") as content:
             text = (content.metadata() or {}).get(_METADATA_KEY)
             state = {key: content.get_tensor(key) for key in (content.keys() if with_tensors else ())}
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from error
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot read {file}: it is no complete safetensors file, as acl.save writes ({reason})"
+        ) from error
     if text is None:
         raise ValueError(f"{file} does not describe its layers; read a plain state dict with load_state_dict")
     try:

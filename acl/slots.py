@@ -77,6 +77,13 @@ class SlottedConv2d(ComputedConv2d):
         kinds = [symbol for symbol, count in self.arrangement.counts.items() for _ in range(count)]
         return kinds if self.placement is None else [kinds[i] for i in self.placement.tolist()]
 
+    def get_kind_of_slot(self, slot: int) -> str:
+        """The symbol of the kind in a slot. Raises IndexError for a slot that the layer does not have."""
+        kinds = self.slot_kinds
+        if slot not in range(len(kinds)):
+            raise IndexError(f"slot {slot} is out of range; the layer has slots 0 to {len(kinds) - 1}")
+        return kinds[slot]
+
     def slots_of(self, symbol: str) -> list[int]:
         """The slot of each kernel of a kind, in the order of the kind's parameters."""
         kernels = self.arrangement.kernel_ranges[symbol]

@@ -82,6 +82,10 @@ def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tu
     Raises:
         UsageError: for a folder without a finished run, or a file that is corrupt or belongs to another run.
     """
+    if not path.exists():
+        raise UsageError(f"there is no run {path}: it is neither a folder, nor a file, nor the id of a run in runs/")
+    if not path.is_dir():
+        raise UsageError(f"{path} is neither the folder of a run nor a file of weights (.safetensors)")
     for name, problem in (("config.yaml", "is not the folder of a run"), ("record.json", "is an unfinished run")):
         if not (path / name).exists():
             raise UsageError(f"{path} {problem}: it has no {name}")

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 import acl
 
 torch.manual_seed(0)
-net = timm.create_model("resnet10t", pretrained="--random" not in sys.argv, num_classes=10)
+try:
+    net = timm.create_model("resnet10t", pretrained="--random" not in sys.argv, num_classes=10)
+except OSError:
+    sys.exit("cannot download the weights of resnet10t; --random needs no network")
 acl.convert(net, "first", "G100%", init="fit", amplitude=True)  # all kernels of the first layer become formulas
 acl.convert(net, {"layer1.*.conv2": "G50% P50%"})  # half of the kernels of these layers: Gabor, at random
 print(acl.summary(net, torch.randn(1, 3, 224, 224)))

@@ -18,6 +18,13 @@ from training.files import write_together
 from training.settings import create_network
 from training.validation import FilePath, OutputFile, strict_dataclass
 
+REPLACED_BY = {
+    "zero": "set to zero",
+    "mean": "replaced by their mean outputs",
+    "constant": "replaced by constant kernels of the same sums",
+}
+"""What stands for a removed kernel, in words; see ``acl.explain.attribute``."""
+
 
 @strict_dataclass
 class ExplainSettings:
@@ -63,7 +70,8 @@ def main(settings: ExplainSettings) -> None:
         values = ", ".join(
             f"{kind} {value:+.2f}" for kind, value in attribution.shapley().items() if kind in attribution.kinds
         )
-        print(f"{mode}: {attribution.drop:.2f} points = {values}")
+        effect = f"accuracy falls by {attribution.drop:.2f} points"
+        print(f"all kernels of the analytic layers {REPLACED_BY[mode]}: {effect} (Shapley values: {values})")
     print(page_file)
 
 

@@ -1,6 +1,7 @@
 """Predicts the classes of image files: python scripts/predict.py run=runs/<id> images=photos file=predictions.csv
 
-Writes a line per image: its path, the predicted class, and the probability of each class.
+Writes a line per image: its path, the predicted class, and the probability of each class. For a network with one
+channel, images are converted to gray.
 """
 
 import sys
@@ -33,8 +34,9 @@ class PredictSettings:
 def main(settings: PredictSettings) -> None:
     paths = list_images(settings.images)
     run = load_finished_run(settings.run)
-    if run.input_format.channels != 3:
-        raise UsageError(f"{run.path} takes images with {run.input_format.channels} channel, not color image files")
+    if run.input_format.channels == 1:
+        name = run.settings.data["name"]
+        print(f"images are converted to gray but not inverted; those of {name} are light on black", file=sys.stderr)
     if run.classes is None:
         print(f"{run.path} does not name its classes, so they are numbered", file=sys.stderr)
     with TemporaryDirectory() as cache:
@@ -44,7 +46,7 @@ def main(settings: PredictSettings) -> None:
         kept = [path for i, path in enumerate(paths) if i not in set(skipped)]
         if not kept:
             raise UsageError(f"images={settings.images}: no image can be decoded")
-        probabilities = predict_probabilities(run, images)
+        probabilities = predict_probabilities(run, images if run.input_format.channels == 3 else to_gray(images))
     classes = run.classes or [str(label) for label in range(run.input_format.classes)]
     frame = pd.DataFrame(probabilities.numpy(), columns=classes)
     frame.insert(0, "prediction", [classes[label] for label in probabilities.argmax(1)], allow_duplicates=True)
@@ -67,6 +69,12 @@ def list_images(path: Path) -> list[Path]:
         raise UsageError(f"images={path} is invalid: it should be an image file or a folder of image files")
     report_ignored(path, ignored)
     return images
+
+
+def to_gray(images: torch.Tensor) -> torch.Tensor:
+    """The luma of RGB images (n, 3, height, width) uint8 by ITU-R BT.601, (n, 1, height, width) uint8."""
+    red, green, blue = images.int().unbind(1)
+    return ((299 * red + 587 * green + 114 * blue + 500) // 1000).to(torch.uint8)[:, None]
 
 
 @torch.no_grad()

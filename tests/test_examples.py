@@ -4,7 +4,9 @@ import json
 import re
 import runpy
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -31,6 +33,14 @@ def test_timm_network_converts_and_trains(capsys: pytest.CaptureFixture[str], mo
     runpy.run_path(str(ROOT / "examples/convert_timm.py"))
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 3 and losses[0] > losses[-1]
+
+
+def test_timm_example_without_network_names_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_timm.py"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit, match="cannot download the weights of resnet10t; --random needs no network"):
+        runpy.run_path(str(ROOT / "examples/convert_timm.py"))
 
 
 def test_code_of_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def make_damaged_files() -> dict[str, tuple[bytes, str]]:
         ),
         "wrong.safetensors": (
             content.replace(b"G2", b"G3"),
-            "arrangement 'G3' fills 3 of 2 kernels of the layer (1 x 2)",
+            "arrangement 'G3' has 3 kernels, but the layer has 2 (1 x 2)",
         ),
         "undefined.safetensors": (acl.serialize(layer), "tensor 'raw.G_psi' has values that are not finite"),
         "linear.safetensors": (

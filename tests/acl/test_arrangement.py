@@ -115,7 +115,7 @@ def test_parse_error_names_invalid_term(text: str, message: str) -> None:
 
 
 def test_fill_rejects_wrong_total() -> None:
-    with pytest.raises(ValueError, match=r"'G5' fills 5 of 6 kernels of conv1 \(1 x 6\)"):
+    with pytest.raises(ValueError, match=r"'G5' has 5 kernels, but conv1 has 6 \(1 x 6\)"):
         Arrangement.parse("G5").fill(1, 6, "conv1")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -346,12 +347,30 @@ def test_init_fit_without_amplitude_recovers_shape_and_keeps_plain_kernels() -> 
     analytic = list(analytic_kinds())[:3]
     plain_count = PER_KIND * (len(analytic_kinds()) - len(analytic))
     arrangement = " ".join([*(f"{symbol}{PER_KIND}" for symbol in analytic), f"P{plain_count}"])
-    layer = convert(model, "first", arrangement, init="fit")[0]
+    with pytest.warns(match=rf"the gains of {3 * PER_KIND} fitted kernels are dropped.*; amplitude=True keeps them"):
+        layer = convert(model, "first", arrangement, init="fit")[0]
     cosine = nn.functional.cosine_similarity(layer.weight.flatten(2), target.flatten(2), dim=2).flatten()
     gabors = layer.slots_of("G")  # a change of phase gives a Gabor kernel either sign, so a positive gain suffices
     assert len(gabors) == PER_KIND and (cosine[gabors] > 0.99).all()
     plain = layer.slots_of("P")
     assert len(plain) == plain_count and torch.equal(layer.weight.flatten(0, 1)[plain], target.flatten(0, 1)[plain])
+
+
+@pytest.mark.usefixtures("quick_search")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "fit", "amplitude": True},
+        {"init": "fit", "per": "filter"},
+        {"init": "random"},
+        {"init": "fit", "arrangement": "P100%"},
+        {"init": "random", "arrangement": "auto", "tolerance": 1.0},
+    ],
+    ids=str,
+)
+def test_convert_does_not_warn_if_it_drops_no_gain(options: dict[str, Any]) -> None:
+    convert(nn.Conv2d(1, 2, 3), "all", **{"arrangement": "G100%", **options})
 
 
 def test_init_fit_with_amplitude_keeps_zero_kernel_zero() -> None:
@@ -369,7 +388,8 @@ def test_init_fit_rejects_constant_kernels_and_leaves_model_unchanged(amplitude:
     with pytest.raises(ValueError, match=message):
         convert(model, "all", "G100%", init="fit", amplitude=amplitude)
     assert acl.analytic_layers(model) == {}
-    convert(model, "all", "auto", tolerance=1.0, amplitude=amplitude)
+    with nullcontext() if amplitude else pytest.warns(match="the gains of 2 fitted kernels are dropped"):
+        convert(model, "all", "auto", tolerance=1.0, amplitude=amplitude)
     assert model[1].slot_kinds == ["P"] * 4
 
 

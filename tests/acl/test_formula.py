@@ -156,3 +156,10 @@ def test_formula_of_plain_kernel_states_its_size() -> None:
     layer = AnalyticConv2d(2, 3, (7, 5), arrangement="P2 G4")
     assert layer.formula(0) == "7 x 5 free weights"
     assert AnalyticConv2d(2, 3, 7, arrangement=Arrangement.parse("G5 P1")).formula(5) == "7 x 7 free weights"
+
+
+@pytest.mark.parametrize("slot", [-1, 12])
+def test_formula_names_slot_out_of_range(slot: int) -> None:
+    layer = AnalyticConv2d(3, 4, 5, arrangement="G12")
+    with pytest.raises(IndexError, match=f"slot {slot} is out of range; the layer has slots 0 to 11"):
+        layer.formula(slot)

@@ -225,8 +225,8 @@ def test_feature_extractor_finds_analytic_layers_of_resnet() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arrangement": "G31"}, r"'G31' fills 31 of 32 kernels of the layer \(4 x 8\)"),
-        ({"groups": 2, "arrangement": "G32"}, r"'G32' fills 32 of 16 kernels of the layer \(2 x 8\)"),
+        ({"arrangement": "G31"}, r"'G31' has 31 kernels, but the layer has 32 \(4 x 8\)"),
+        ({"groups": 2, "arrangement": "G32"}, r"'G32' has 32 kernels, but the layer has 16 \(2 x 8\)"),
         ({"scale": "l2"}, "unknown scale 'l2'; known: unit, raw"),
         ({"family": "big"}, "unknown family 'big'; known: paper, extended"),
         ({"profile": "box"}, "unknown profile 'box'; known: exponential, gaussian, linear"),
@@ -240,6 +240,13 @@ def test_feature_extractor_finds_analytic_layers_of_resnet() -> None:
 def test_error_names_invalid_argument(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_layer(**{"arrangement": MOSAIC, **options})
+
+
+def test_error_names_argument_of_wrong_type() -> None:
+    with pytest.raises(TypeError, match=r"unknown argument 'amplitud'; the options .* are scale, per, amplitude,"):
+        make_layer(arrangement=MOSAIC, amplitud=True)
+    with pytest.raises(TypeError, match=r"an arrangement is text, .*, got 32"):
+        make_layer(arrangement=32)
 
 
 # The weight and its parameters

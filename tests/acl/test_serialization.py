@@ -318,6 +318,12 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
             assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_file_of_torch_save_is_refused(tmp_path: Path) -> None:
+    torch.save(make_network().state_dict(), tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"net\.pth: it is no complete safetensors file, as acl\.save writes"):
+        acl.load(make_network(), tmp_path / "net.pth")
+
+
 def test_file_without_description_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     save_file(make_network().state_dict(), file)

@@ -267,7 +267,7 @@ def test_comparison_with_unknown_row_is_rejected(tmp_path: Path, changes: dict[s
 
 def test_invalid_row_is_rejected_before_first_run(tmp_path: Path) -> None:
     rows = [{"name": "plain", "overrides": ["model=lenet"]}, {"name": "bad", "overrides": ["arrangement.conv1=G5"]}]
-    with pytest.raises(UsageError, match="'G5' fills 5 of 6 kernels of conv1"):
+    with pytest.raises(UsageError, match="'G5' has 5 kernels, but conv1 has 6"):
         create_table(tmp_path, rows=rows).reproduce()
     assert not (tmp_path / "runs").exists()
 

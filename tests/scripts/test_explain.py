@@ -22,6 +22,8 @@ from training.config import compose
 from training.loop import run, snapshot_akps
 from training.settings import build_model, load_run_data, parse_run
 
+MISSING = "it is neither a folder, nor a file, nor the id of a run in runs/"
+
 
 def train_run(folder: Path, *overrides: str) -> Path:
     """Trains for two epochs and returns the folder of the run."""
@@ -49,7 +51,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(run_path / "report.html")
+    zero, _, _, file = done.stdout.splitlines()
+    assert re.match(
+        r"all kernels of the analytic layers set to zero: accuracy falls by \S+ points \(Shapley .*: G", zero
+    )
+    assert file == str(run_path / "report.html")
     return run_path / "report.html"
 
 
@@ -107,9 +113,10 @@ def test_page_in_browser_shows_formula_of_tapped_kernel_and_opens_it(page: Path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=nowhere"], "error: nowhere is not the folder of a run: it has no config.yaml"),
-        (["run=123456789012"], "error: 123456789012 is not the folder of a run: it has no config.yaml"),
-        (["run=2280193e9171"], "error: 2280193e9171 is not the folder of a run: it has no config.yaml"),
+        (["run=nowhere"], f"error: there is no run nowhere: {MISSING}"),
+        (["run=123456789012"], f"error: there is no run 123456789012: {MISSING}"),
+        (["run=2280193e9171"], f"error: there is no run 2280193e9171: {MISSING}"),
+        (["run=README.md"], "error: README.md is neither the folder of a run nor a file of weights (.safetensors)"),
         (["replace=[noise]"], "error: replace.0=noise is invalid: it should be 'zero', 'mean' or 'constant'"),
         (["split=validation"], "error: split=validation is invalid: it should be 'train', 'val' or 'test'"),
         (["images=0"], "error: images=0 is invalid: it should be greater than or equal to 1"),

@@ -1,12 +1,14 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from evaluation.finished_run import load_data_as_trained, load_finished_run
-from scripts.predict import PredictSettings, main
+from scripts.predict import PredictSettings, main, to_gray
 from tests.scripts.conftest import RunScript
 from tests.training.configurations import compose_photo_run, compose_run
 from tests.training.trees import write_imagefolder
@@ -82,9 +84,24 @@ def test_images_without_image_files_are_refused(photos: tuple[Path, Path], tmp_p
         main(PredictSettings(run=photos[0], images=tmp_path / name, file=None))
 
 
-def test_network_of_gray_images_is_refused(photos: tuple[Path, Path], tmp_path: Path) -> None:
+def test_images_are_converted_to_gray_for_network_of_gray_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = compose_run(tmp_path, "trainer.epochs=1", "trainer.batch_size=600")
     run(parse_run(cfg))
-    path = parse_run(cfg).directory.path
-    with pytest.raises(UsageError, match=f"{path} takes images with 1 channel, not color image files"):
-        main(PredictSettings(run=path, images=photos[1] / "test", file=None))
+    finished = load_finished_run(parse_run(cfg).directory.path)
+    data = load_data_as_trained(finished)
+    split = data.test[:3]
+    for i, image in enumerate(split.images):
+        Image.fromarray(image[0].numpy()).convert("L" if i else "RGB").save(tmp_path / f"{i}.png")
+    main(PredictSettings(run=finished.path, images=tmp_path, file=tmp_path / "predictions.csv"))
+    assert "converted to gray but not inverted; those of digits are light on black" in capsys.readouterr().err
+    (batch,) = data.eval_batches(split)
+    expected = finished.model(batch.images).softmax(1).detach().numpy()
+    assert pd.read_csv(tmp_path / "predictions.csv").iloc[:, 2:].to_numpy() == pytest.approx(expected, abs=2e-6)
+
+
+def test_gray_is_luma_of_pillow() -> None:
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
+    luma = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")).astype(int)
+    assert np.abs(to_gray(image[None])[0, 0].numpy() - luma).max() <= 1

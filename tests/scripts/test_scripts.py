@@ -141,7 +141,7 @@ def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("train.py", ["arrangement.conv1=G5"], "error: arrangement 'G5' fills 5 of 6 kernels of conv1 (1 x 6)"),
+        ("train.py", ["arrangement.conv1=G5"], "error: arrangement 'G5' has 5 kernels, but conv1 has 6 (1 x 6)"),
         ("train.py", ["model=vgg"], "error: unknown model 'vgg'; known: alexnet, "),
         ("train.py", ["hydra/launcher=moon"], "error: unknown hydra/launcher 'moon'; known: "),
         (
@@ -161,7 +161,7 @@ def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
         ("reproduce_table.py", ["--render"], "error: there is no "),
         ("reproduce_table.py", ["--verify"], "error: there is no "),
         ("reproduce_table.py", ["++table.without=[nix]"], "error: table.without has 'nix', which is not a row"),
-        ("mosaic.py", ["mosaic=G5"], "error: arrangement 'G5' fills 5 of 192 kernels of the layer (3 x 64)"),
+        ("mosaic.py", ["mosaic=G5"], "error: arrangement 'G5' has 5 kernels, but the layer has 192 (3 x 64)"),
     ],
 )
 def test_invalid_input_gives_one_line_and_exit_status_2(

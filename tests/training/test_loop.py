@@ -224,7 +224,7 @@ def test_run_without_working_compiler_trains_eagerly_and_says_so(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["arrangement.conv1=G5"], r"'G5' fills 5 of 6 kernels of conv1 \(1 x 6\)"),
+        (["arrangement.conv1=G5"], r"'G5' has 5 kernels, but conv1 has 6 \(1 x 6\)"),
         (["arrangement.conv3=G5"], r"no convolution is named 'conv3'; .*conv1 \(5 x 5\), conv2"),
         (["trainer.batch_size=5000"], r"trainer.batch_size=5000 must be .* the number of training images \(1237\)"),
         (["trainer.epochs=0"], "trainer.epochs=0 is invalid: it should be greater than or equal to 1"),
