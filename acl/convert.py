@@ -160,7 +160,7 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     for layer, new in replacements.items():
         first = folded.setdefault((*layer.raw.parameters(), layer.plain, layer.gains), new)
         for conv, first_conv in zip(_list_convolutions(new), _list_convolutions(first), strict=True):
-            if torch.equal(conv.weight, first_conv.weight):
+            if conv.weight.is_meta or torch.equal(conv.weight, first_conv.weight):
                 conv.weight = first_conv.weight
         if layer.bias is not None:
             last = _list_convolutions(new)[-1]

@@ -505,3 +505,12 @@ def test_summary_counts_multiply_adds_like_flop_counter(training: bool) -> None:
     assert model.training == training and all(
         torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("per", ["kernel", "filter"])
+def test_network_without_values_converts_and_folds(per: Any) -> None:
+    with torch.device("meta"):
+        first, second = nn.Conv2d(3, 6, 5), nn.Conv2d(3, 6, 5)
+    second.weight = first.weight
+    net = acl.fold(acl.convert(nn.Sequential(first, second), "all", "G50% P50%", per=per))
+    assert net[0].weight.is_meta and net[0].weight is net[1].weight
