@@ -160,7 +160,8 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     for layer, new in replacements.items():
         first = folded.setdefault((*layer.raw.parameters(), layer.plain, layer.gains), new)
         for conv, first_conv in zip(_list_convolutions(new), _list_convolutions(first), strict=True):
-            if conv.weight.is_meta or torch.equal(conv.weight, first_conv.weight):
+            is_same_shape = conv.weight.shape == first_conv.weight.shape
+            if is_same_shape and (conv.weight.is_meta or torch.equal(conv.weight, first_conv.weight)):
                 conv.weight = first_conv.weight
         if layer.bias is not None:
             last = _list_convolutions(new)[-1]
@@ -289,10 +290,8 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
         raise ValueError(f"{pattern} is already analytic; acl.fold makes it plain again")
     if isinstance(module, _ConvNd):
         raise ValueError(f"{pattern} is a {type(module).__name__}; only a 2-D convolution (nn.Conv2d) can be analytic")
-    available = ", ".join(f"{name} ({' x '.join(map(str, conv.kernel_size))})" for name, conv in convolutions.items())
-    raise ValueError(
-        f"no convolution is named '{pattern}'; the model has: {available or 'none'}; rules: first, all, k>=n"
-    )
+    names = ", ".join(f"{name} ({' x '.join(map(str, conv.kernel_size))})" for name, conv in convolutions.items())
+    raise ValueError(f"no convolution is named '{pattern}'; the model has: {names or 'none'}; rules: first, all, k>=n")
 
 
 def _to_analytic(

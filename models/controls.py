@@ -20,10 +20,16 @@ def apply_control(model: nn.Module, control: Control) -> None:
             layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too.
 
     Raises:
-        ValueError: for ``random`` and ``permuted`` with a network that is not pretrained.
+        ValueError: for a network without convolutions, for ``random`` and ``permuted`` with a network that is not
+            pretrained, and for ``zero_sum`` with a first convolution of another type than nn.Conv2d, or of 1 x 1.
     """
-    name, conv = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    name, conv = next(((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
+    if conv is None:
+        raise ValueError(f"model.control={control} needs a network with convolutions")
     if control == "zero_sum":
+        if type(conv) is not nn.Conv2d or max(conv.kernel_size) == 1:
+            size = " x ".join(map(str, conv.kernel_size))
+            raise ValueError(f"model.control=zero_sum needs an nn.Conv2d, not the {size} {type(conv).__name__} {name}")
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, ZeroSumConv2d(conv))
         return

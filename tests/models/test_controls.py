@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import models
-from models.controls import ZeroSumConv2d
+from models.controls import ZeroSumConv2d, apply_control
 from models.lenet import LeNet
 
 
@@ -75,3 +75,14 @@ def test_controls_of_pretrained_kernels_need_them(control: Any) -> None:
 def test_analytic_networks_take_no_control() -> None:
     with pytest.raises(ValueError, match=r"model\.control=zero_sum is for plain networks; use model=lenet"):
         models.create_model("lenet", 1, 10, {"conv1": "G6"}, {}, "zero_sum")
+
+
+@pytest.mark.parametrize(
+    ("convolution", "message"),
+    [("separable", r"not the 1 x 1 Conv2d conv1\.0"), ("gaussian_basis", "not the 5 x 5 GaussianBasisConv2d conv1")],
+)
+def test_zero_sum_refuses_what_it_would_change_otherwise(convolution: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.create_model("lenet", 1, 10, {}, None, "zero_sum", convolution=convolution)
+    with pytest.raises(ValueError, match="needs a network with convolutions"):
+        apply_control(nn.Linear(2, 2), "zero_sum")
