@@ -290,8 +290,8 @@ def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn
         raise ValueError(f"{pattern} is already analytic; acl.fold makes it plain again")
     if isinstance(module, _ConvNd):
         raise ValueError(f"{pattern} is a {type(module).__name__}; only a 2-D convolution (nn.Conv2d) can be analytic")
-    names = ", ".join(f"{name} ({' x '.join(map(str, conv.kernel_size))})" for name, conv in convolutions.items())
-    raise ValueError(f"no convolution is named '{pattern}'; the model has: {names or 'none'}; rules: first, all, k>=n")
+    known = ", ".join(f"{name} ({' x '.join(map(str, conv.kernel_size))})" for name, conv in convolutions.items())
+    raise ValueError(f"no convolution is named '{pattern}'; the model has: {known or 'none'}; rules: first, all, k>=n")
 
 
 def _to_analytic(
