@@ -46,14 +46,21 @@ def convolve_factored(layer: SlottedConv2d, x: Tensor, shapes: Tensor) -> Tensor
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         hidden, padding = F.pad(hidden, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
-    # In 16 bits, the backward pass of a depthwise convolution is slow on CPUs.
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return convolve_depthwise(hidden, shapes, layer.bias, layer.stride, padding, layer.dilation)
+
+
+def convolve_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """A depthwise convolution in float32, or in float64, also under autocast: in 16 bits, its backward pass is slow.
+
+    Args and result as for ``torch.nn.functional.conv2d``, with the weight (channels, 1, kh, kw) and the dtype of ``x``.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        output = F.conv2d(
-            hidden.to(dtype), shapes.to(dtype), bias, layer.stride, padding, layer.dilation, layer.out_channels
-        )
-    return output.to(hidden.dtype)
+        output = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, dilation, len(weight))
+    return output.to(x.dtype)
 
 
 def fold_factored(layer: SlottedConv2d, synthesize_shapes: Callable[[], Tensor]) -> nn.Sequential:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acl.computed_conv import ComputedConv2d
+from acl.factored import convolve_depthwise
 
 Convolution = Literal["separable", "gaussian_basis"]
 
@@ -33,16 +34,10 @@ def create_convolution(
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that is performed in float32 under autocast, like that of a filter mosaic.
-
-    In 16 bits, its backward pass is slow on CPUs.
-    """
+    """A depthwise convolution that is computed like that of a filter mosaic: in float32 under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+        return convolve_depthwise(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 class GaussianBasisConv2d(ComputedConv2d):
