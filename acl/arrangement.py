@@ -1,6 +1,7 @@
 """The arrangement of a mosaic: how many 2-D kernels of each kind a layer contains."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -133,7 +134,8 @@ class Arrangement:
     def fill(self, in_channels: int, out_channels: int, layer: str = "the layer", per: Per = "kernel") -> "Arrangement":
         """Returns this arrangement as counts: of the in_channels (per group) x out_channels kernels, or of the filters.
 
-        Shares are rounded with the largest-remainder method, so that they fill the layer exactly.
+        Shares are rounded with the largest-remainder method, so that they fill the layer exactly. A warning names kinds
+        whose share rounds to none.
 
         Raises:
             ValueError: if the counts do not add up to the layer's number of kernels or filters. The message names
@@ -151,6 +153,9 @@ class Arrangement:
         by_remainder = sorted(range(len(exact_counts)), key=lambda i: counts[i] - exact_counts[i])
         for i in by_remainder[: num_slots - sum(counts)]:
             counts[i] += 1
+        if lost := [symbol for (symbol, value), n in zip(self.terms, counts, strict=True) if value and not n]:
+            reason = f"the share of its {num_slots} {per}s rounds to 0"
+            warnings.warn(f"{layer} gets no {' and no '.join(lost)}: {reason}", stacklevel=2)
         return Arrangement(tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True)))
 
 

@@ -16,7 +16,7 @@ from acl.computed_conv import get_convolution_arguments
 from acl.factored import is_factored
 from acl.fit import fit_kernels
 from acl.fit_result import apply_fits, check_tolerance
-from acl.inspection import analytic_layers
+from acl.inspection import analytic_layers, find_plain_convolutions
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 from acl.options import LayerKeywords, LayerOptions
@@ -99,7 +99,7 @@ def convert(
     else:
         arrangement_by_pattern = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
     resolved = LayerOptions.from_keywords(options)
-    convolutions = _find_plain_convolutions(model)
+    convolutions = find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
     for pattern, value in arrangement_by_pattern.items():
         for name in _match_layers(pattern, convolutions, model):
@@ -253,18 +253,6 @@ def share_parameters(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d
                 layer.raw, layer.plain, layer.gains = new[0].raw, new[0].plain, new[0].gains
             else:
                 setattr(layer, keys[0], getattr(new[0], keys[0]))
-
-
-def _find_plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions of a model that are not analytic, by name, except the hosts inside analytic layers."""
-    inside_analytic = tuple(f"{name}." if name else "" for name in analytic_layers(model))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and not isinstance(module, AnalyticConv2d)
-        and not name.startswith(inside_analytic)
-    }
 
 
 def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module) -> list[str]:

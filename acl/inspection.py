@@ -20,6 +20,18 @@ def analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AnalyticConv2d)}
 
 
+def find_plain_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of a model that are not analytic, by name, except the hosts inside analytic layers."""
+    inside_analytic = tuple(f"{name}." if name else "" for name in analytic_layers(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and not isinstance(module, AnalyticConv2d)
+        and not name.startswith(inside_analytic)
+    }
+
+
 def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
     """The analytic layers of a model by name. Raises ValueError if there are none."""
     layers = analytic_layers(model)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from acl.convert import replace_convolutions
-from acl.inspection import require_analytic_layers
+from acl.inspection import find_plain_convolutions, require_analytic_layers
 from acl.kernels import AKP, AMPLITUDE, KINDS, LENGTH_ROLES, Kind
 from acl.layer import AnalyticConv2d
 
@@ -29,7 +30,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
 
     The outputs of a layer on a rotated image are then the rotated outputs on the image, except near the borders and for
     what the pixel grid loses. AKPs with the role of a direction or a center turn exactly; plain kernels are resampled
-    with bicubic interpolation. A window keeps its size. What layers share is turned once.
+    with bicubic interpolation. A window keeps its size. What layers share is turned once. Plain
+    convolutions keep their direction, with a warning.
 
     With ``scale="unit"``, kernels keep the factors that normalized them, since the norm of a formula on the pixel grid
     depends on its angle. Layers whose factors would change get ``amplitude`` for this.
@@ -85,7 +87,16 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         layer.add_amplitude()
         for symbol, ratios in ratios_by_kind.items():
             layer.set_akps(symbol, {"amplitude": ratios})
+    _warn_of_plain_convolutions(model, "rotated")
     return model
+
+
+def _warn_of_plain_convolutions(model: nn.Module, change: str) -> None:
+    names = [name for name, conv in find_plain_convolutions(model).items() if max(conv.kernel_size) > 1]
+    if names:
+        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more layers"
+        hint = "acl.convert(model, 'all', 'P100%') makes them analytic"
+        warnings.warn(f"only analytic layers are {change}, and {where} are plain convolutions; {hint}", stacklevel=3)
 
 
 def _turn_akps(kind: Kind, akps: Mapping[str, Tensor], angle: float) -> dict[str, Tensor]:
@@ -151,7 +162,8 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
             features of the size that they were trained on.
 
     Returns:
-        The model; if it is an analytic layer itself, the new layer.
+        The model; if it is an analytic layer itself, the new layer. Without ``multiply_stride``, a warning says which
+        plain convolutions keep their scale.
 
     Raises:
         ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride whose
@@ -170,6 +182,8 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
     rescaled: dict[nn.Conv2d, AnalyticConv2d] = {
         layer: _rescale_layer(layer, name or "the layer", factor, multiply_stride) for name, layer in layers.items()
     }
+    if not multiply_stride:
+        _warn_of_plain_convolutions(model, "rescaled")
     return replace_convolutions(model, rescaled)
 
 

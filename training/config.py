@@ -10,7 +10,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, MissingMandatoryValue
 
 from training.errors import UsageError
 
@@ -126,6 +126,9 @@ def format_error(error: BaseException) -> str:
         return f"unknown {group} '{name}'; known: {', '.join(error.options)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing"
+    if isinstance(unknown := error.__cause__, ConfigAttributeError):
+        known = [str(key) for key in unknown.parent_node or () if key != "hydra"]
+        return f"unknown option {unknown.full_key}" + (f"; known: {', '.join(known)}" if known else "")
     if isinstance(error, OverrideParseException) and "=" in error.override:
         key, _, value = error.override.partition("=")
         text = '["..."]' if value.startswith("[") else '"' + value.replace('"', '\\"') + '"'

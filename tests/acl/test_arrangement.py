@@ -124,3 +124,8 @@ def test_counts_reject_shares_and_auto() -> None:
         _ = Arrangement.parse("G100%").counts
     with pytest.raises(ValueError, match=r"'auto' works only with acl\.convert"):
         _ = Arrangement.parse("auto").counts
+
+
+def test_warning_names_kinds_whose_share_rounds_to_none() -> None:
+    with pytest.warns(UserWarning, match="conv1 gets no Lg and no P: the share of its 6 kernels rounds to 0"):
+        assert str(Arrangement.parse("G92% Lg4% P4% Ts0%").fill(1, 6, "conv1")) == "G6 Lg0 P0 Ts0"

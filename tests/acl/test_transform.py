@@ -1,3 +1,6 @@
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,6 +108,17 @@ def test_rotation_turns_shared_parameters_once() -> None:
     acl.rotate(alone, 50.0)
     for layer in layers:
         torch.testing.assert_close(layer.weight, alone[0].weight)
+
+
+@pytest.mark.parametrize("change", [lambda net: acl.rotate(net, 90.0), lambda net: acl.rescale(net, 2.0)])
+def test_plain_convolutions_that_stay_as_they_are_are_named(change: Callable[[nn.Module], nn.Module]) -> None:
+    net = nn.Sequential(make_layer("G100%"), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 5)).double()
+    with pytest.warns(UserWarning, match="2 and 1 more layers are plain convolutions"):
+        change(net)
+    acl.convert(net, "k>=2", "P100%")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change(net)
 
 
 def test_rotation_of_layers_that_share_half_a_center_is_refused() -> None:

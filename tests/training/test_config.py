@@ -35,7 +35,9 @@ def test_compose_leaves_hydra_uninitialized() -> None:
         ("data=nope", "unknown data 'nope'; known: cifar10, cifar10_jpeg, digits, "),
         ("model=nope", "unknown model 'nope'; known: alexnet, ana_alexnet, "),
         ("arrangement=nope", "unknown arrangement 'nope'; known: auto, exp1, "),
-        ("trainer.epoch=3", "trainer.epoch"),
+        ("trainer.epoch=3", "unknown option trainer.epoch; known: epochs, batch_size, "),
+        ("sead=3", "unknown option sead; known: data, model, "),
+        ("seed.x=3", "unknown option seed.x"),
         ("seed", "seed"),
     ],
 )
