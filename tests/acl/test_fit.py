@@ -51,8 +51,8 @@ def compute_residuals(weight: Tensor, target: Tensor, metric: str) -> Tensor:
 
 
 def test_fit_recovers_sampled_kernels() -> None:
-    kinds = repeat_kinds(12)
-    weight = torch.cat([sample_kernels(symbol, 12, 1) for symbol in analytic_kinds()])
+    kinds = repeat_kinds(8)
+    weight = torch.cat([sample_kernels(symbol, 8, 1) for symbol in analytic_kinds()])
     fit = fit_kernels(weight, progress=False)
     assert sum(kernel.r2 >= 0.999 for kernel in fit.kernels) >= 0.99 * len(kinds)
     torch.testing.assert_close(fit.weight(), weight, rtol=0, atol=0.05 * weight.abs().max().item())
@@ -373,6 +373,7 @@ def test_convert_does_not_warn_if_it_drops_no_gain(options: dict[str, Any]) -> N
     convert(nn.Conv2d(1, 2, 3), "all", **{"arrangement": "G100%", **options})
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_init_fit_with_amplitude_keeps_zero_kernel_zero() -> None:
     model = make_convolution()
     model[0].weight.data[0] = 0
@@ -555,11 +556,13 @@ def test_refining_filters_never_increases_output_error_and_keeps_other_kernels()
         assert (before.kind, before.weights) == (after.kind, after.weights)
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_fixed_akp_stays_fixed_when_filters_are_refined() -> None:
     fit = fit_kernels(torch.randn(2, 3, 5, 5), ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
     assert all(kernel.akps["gamma"] == 1.0 for kernel in fit.kernels)
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_kinds_can_be_given_for_each_slot() -> None:
     weight = torch.randn(2, 2, 5, 5)
     fit = fit_kernels(weight, [["G"], [], ["Lg", "Lt"], ["Ts"]], progress=False)

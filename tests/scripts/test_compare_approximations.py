@@ -21,8 +21,9 @@ CLASSES = ("n01440764", "parachute")
 @pytest.mark.parametrize("numbers", [5, 7, 8])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "Gabor fit per filter"])
 def test_approximation_has_at_least_as_many_numbers_and_less_error_than_zero_kernels(
-    method: str, numbers: int, metric: str
+    method: str, numbers: int, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("acl.kind_search.STEPS", 20)
     weight = torch.randn(16, 6, 7, 7, generator=torch.Generator().manual_seed(0))
     approximation, used = METHODS[method](weight, numbers, acl.Metric.create(metric, 6, (7, 7)))
     assert numbers <= used < numbers + 2 and approximation.shape == weight.shape
