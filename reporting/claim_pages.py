@@ -25,10 +25,10 @@ OVERVIEW = """\
 # Claims and verdicts
 
 Written by `make claims` from the records in this folder. Each claim lists its decisive comparisons, which were chosen
-by what it says and not by their outcome; its page has all of them. An accuracy is *equivalent* to another if they
-differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%); otherwise it is
-*better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 and C3 ask for *equivalent* or *better*
-(against random AKPs: *better*), the others for *better*. Intervals cover seeds alone, for these images, unless they
+for what the claim says, not for their outcome; its page has its rule and all comparisons. An accuracy is *equivalent*
+to another if they differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%);
+otherwise it is *better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 asks for *equivalent* or
+*better*, as C3 does of approximations against originals; the others ask for *better*. Intervals cover seeds alone, for these images, unless they
 name images. Epochs and learning rates were chosen by validation accuracy, which is therefore optimistic."""
 
 LEGEND = f"""\
@@ -62,7 +62,7 @@ def render_overview(evidence: Sequence[tuple[Claim, Sequence[Effect]]], untested
         "",
         "## Not tested",
         "",
-        "Each needs a GPU:",
+        "Their data or weights were not at hand; all but CIFAR-10 need a GPU:",
         "",
         *(f"- {what}: `{command}`" for what, command in untested.items()),
     ]

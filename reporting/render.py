@@ -160,10 +160,11 @@ def describe_runs(records: Sequence[Record]) -> str:
     machines = sorted({describe_machine(r.machine) for r in records})
     commits = sorted({re.sub("^([0-9a-f]{12})[0-9a-f]*", r"\1", r.commit or "none") for r in records})
     versions = ", ".join(f"{name} {number}" for name, number in records[0].versions.items())
-    epochs = sorted({r.epochs for r in records})
+    *fewer, most = map(str, sorted({r.epochs for r in records}))
+    epochs = f"{', '.join(fewer)} or {most}" if fewer else most
     minutes = round(sum(r.seconds for r in records) / 60)
     return (
-        f"{' or '.join(map(str, epochs))} epochs per run; {minutes} {'minute' if minutes == 1 else 'minutes'} "
+        f"{epochs} epochs per run; {minutes} {'minute' if minutes == 1 else 'minutes'} "
         f"for these runs on {'; '.join(machines)}; commit {', '.join(commits)}; {versions}."
     )
 
