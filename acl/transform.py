@@ -266,9 +266,14 @@ def _copy_with_geometry(layer: AnalyticConv2d, axes: Sequence[RescaledAxis]) -> 
     new.add_amplitude()
     new.kernel_size = (axes[0].kernel_size, axes[1].kernel_size)
     new.stride = (axes[0].stride, axes[1].stride)
-    new.padding = (axes[0].padding, axes[1].padding)
-    new._reversed_padding_repeated_twice = [axis.padding for axis in reversed(axes) for _ in range(2)]
+    set_padding(new, (axes[0].padding, axes[1].padding))
     return new
+
+
+def set_padding(layer: nn.Conv2d, padding: tuple[int, int]) -> None:
+    """Sets the padding at both sides of the height and of the width, in zeros, reflections and so on."""
+    layer.padding = padding
+    layer._reversed_padding_repeated_twice = [n for n in reversed(padding) for _ in range(2)]
 
 
 def _resample(kernels: Tensor, kernel_size: tuple[int, int], axes: Sequence[RescaledAxis], factor: float) -> Tensor:

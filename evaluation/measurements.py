@@ -103,6 +103,8 @@ class AkpTravel(Measurement):
             symbol, akp = name.split("/")
             unit = KINDS[symbol].find_akp(akp).unit.replace("rad", "degrees")
             what = f"distance traveled by {akp} of {KINDS[symbol].name} in {row}"
+            if unit == "degrees" and not all(isinstance(value, dict) for value in values):
+                what += ", not modulo its period"
             means = values.map(lambda value: value["mean"] if isinstance(value, dict) else value)
             yield Summary(row, what, means.astype(float), None, unit)
             shares = {
@@ -147,7 +149,7 @@ class ReplacedAkps(Measurement):
         for row in dict.fromkeys(row for row, _ in accuracies):
             for akps, threshold in (("initial", 0.0), ("redrawn", None)):
                 difference = accuracies[row, "trained"] - accuracies[row, akps]
-                top1 = accuracies[row, "trained"].mean()
+                top1 = accuracies[row, akps].mean()
                 yield Summary(
                     row, f"{row}: AKPs trained, against {akps} ones", difference, threshold, reference_top1=top1
                 )
@@ -169,8 +171,10 @@ class Shapley(Measurement):
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        """What each kind adds; without a verdict for plain kernels, which no claim is about."""
         for row, symbol, values in _group_by_row_and_name(lines):
-            yield Summary(row, f"{KINDS[symbol].name} in {row}", values, 0.0)
+            threshold = 0.0 if KINDS[symbol].is_analytic else None
+            yield Summary(row, f"{KINDS[symbol].name} in {row}", values, threshold)
 
 
 class LeaveOneOut(Measurement):
@@ -195,10 +199,13 @@ class LeaveOneOut(Measurement):
         for (row, replaced_by), group in frame.groupby(["row", "replaced_by"], sort=False):
             removed = "set to zero" if replaced_by == "zero" else "made constant"
             for symbol, of_kind in group.set_index("seed").groupby("symbol", sort=False):
-                name = KINDS[str(symbol)].name
-                yield Summary(row, f"lost without {name} in {row}, its kernels {removed}", of_kind["kind"], 0.0)
+                kind = KINDS[str(symbol)]
+                threshold = 0.0 if kind.is_analytic else None
+                what = f"lost without {kind.name} in {row}, its kernels {removed}"
+                yield Summary(row, what, of_kind["kind"], threshold)
                 if replaced_by != "zero":
-                    yield Summary(row, f"{name} in {row}, removed kernels {removed}", of_kind["shapley"], 0.0)
+                    what = f"{kind.name} in {row}, removed kernels {removed}"
+                    yield Summary(row, what, of_kind["shapley"], threshold)
             counts = group.assign(free=group["free"] * group["kernels"]).groupby("seed")[["free", "kernels"]].sum()
             what = f"kernels of {row} that cost nothing if one is {removed}"
             yield Summary(row, what, counts["free"] / counts["kernels"], None, "%")

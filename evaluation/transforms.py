@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import acl
 from acl.inspection import analytic_layers
+from acl.transform import set_padding
 from evaluation.finished_run import FinishedRun, evaluate_run
 from evaluation.splines import rescale_by_splines, rotate_by_splines
 from training.data import Data
@@ -67,13 +68,13 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
         images = rotate(data.test.images, degrees, InterpolationMode.BILINEAR)
         move = partial(acl.rotate, degrees=degrees)
         moves: Moves = {"closed form": move, "resampled": move, "splines": partial(rotate_by_splines, degrees=degrees)}
-        errors = _compute_errors(networks, features, moves, partial(_rotate_features, degrees=degrees))
+        errors = compare_outputs(networks, features, moves, partial(_rotate_features, degrees=degrees))
         rotated = replace(data, test=Split(images, data.test.labels))
         values["rotation"][f"{degrees:g}"] = _compare_ways(run, networks, moves, rotated, errors)
     for factor in SCALES:
         size = [round(factor * length) for length in features.shape[-2:]]
         resize_features = partial(resize, size=size, interpolation=InterpolationMode.BICUBIC, antialias=factor < 1)
-        errors = _compute_errors(networks, features, _list_rescalings(factor, False), resize_features)
+        errors = compare_outputs(networks, features, _list_rescalings(factor, False), resize_features)
         moves = _list_rescalings(factor, multiply_stride)
         resized = _resize_test_images(data, factor)
         values["scale"][f"{factor:g}"] = _compare_ways(run, networks, moves, resized, errors)
@@ -143,7 +144,7 @@ def _capture_input(model: nn.Module, layer: nn.Module, data: Data) -> Tensor:
 
 
 @torch.no_grad()
-def _compute_errors(
+def compare_outputs(
     networks: Mapping[str, nn.Module],
     features: Tensor,
     moves: Moves,
@@ -157,7 +158,7 @@ def _compute_errors(
     layers = {way: copy.deepcopy(next(iter(analytic_layers(model).values()))) for way, model in networks.items()}
     for layer in layers.values():
         layer.stride = (1, 1)
-        layer.padding = tuple(k // 2 for k in layer.kernel_size)
+        set_padding(layer, (layer.kernel_size[0] // 2, layer.kernel_size[1] // 2))
     original = layers["closed form"]
     moved_features, expected = move_features(features), move_features(original(features))
     growth = max(moved_features.shape[-1] / features.shape[-1], 1.0)

@@ -1,4 +1,4 @@
-"""Controls: plain networks whose first convolution differs in one respect, to tell what a formula there is good for."""
+"""Controls: plain networks with another first convolution, to tell what a formula there is good for."""
 
 from typing import Literal
 
@@ -15,8 +15,8 @@ def apply_control(model: nn.Module, control: Control) -> None:
 
     Args:
         model: the network, whose layers are defined in the order of their use.
-        control: ``random``: a pretrained network's first convolution has random weights instead, which count among
-            those that start at random; ``permuted``: it has its pretrained filters in a random order, so that the next
+        control: ``random``: a pretrained network's first convolution has random weights instead, which learn at the
+            rate of all random layers; ``permuted``: it has its pretrained filters in a random order, so that the next
             layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too.
 
     Raises:

@@ -28,8 +28,9 @@ Written by `make claims` from the records in this folder. Each claim lists its d
 for what the claim says, not for their outcome; its page has its rule and all comparisons. An accuracy is *equivalent*
 to another if they differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%);
 otherwise it is *better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 asks for *equivalent* or
-*better*, as C3 does of approximations against originals; the others ask for *better*. Intervals cover seeds alone, for these images, unless they
-name images. Epochs and learning rates were chosen by validation accuracy, which is therefore optimistic."""
+*better*, as C3 does of approximations against originals; the others ask for *better*. Intervals cover seeds alone, for
+these images, unless they name images. Epochs and learning rates were chosen by validation accuracy, which is therefore
+optimistic."""
 
 LEGEND = f"""\
 [CLAIMS.md](../CLAIMS.md) defines the verdicts. *n* says what a 95% interval covers: seeds or images alone (t-interval
@@ -37,7 +38,8 @@ of paired differences), both (crossed random effects), or filters (bootstrap). A
 residual mean square of rows x seeds, over a table's rows with the same reference and 1/{SIMILAR_ERRORS:g} to
 {SIMILAR_ERRORS:g} times its errors, unless Bartlett's test finds their variances to differ (p < {SIMILAR_P_VALUE:g}).
 Intervals are not adjusted for the number of comparisons. **Bold** verdicts survive Holm's correction: *better* and
-*worse* for all tests of a difference on this page, *equivalent* for all tests of equivalence on it."""
+*worse* for all tests of a difference on this page, *equivalent* for all tests of equivalence on it; a bootstrap has no
+such test."""
 
 
 def render_overview(evidence: Sequence[tuple[Claim, Sequence[Effect]]], untested: Mapping[str, str]) -> str:
@@ -58,14 +60,8 @@ def render_overview(evidence: Sequence[tuple[Claim, Sequence[Effect]]], untested
         counts = Counter(effect.verdict for effect in effects)
         total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict])
         lines.append(f"- *{claim.caveat}* [All comparisons](claims/{claim.name}.md): {total or 'not run'}.")
-    lines += [
-        "",
-        "## Not tested",
-        "",
-        "Their data or weights were not at hand; all but CIFAR-10 need a GPU:",
-        "",
-        *(f"- {what}: `{command}`" for what, command in untested.items()),
-    ]
+    if untested:
+        lines += ["", "## Not tested", "", *(f"- {what}: `{command}`" for what, command in untested.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -123,10 +123,11 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
 
 
 def _check_measurements(measurement: type[Measurement], file: Path, table_file: Path, command: str) -> None:
-    """Raises UsageError for a line that was measured on other weights than those of the table's run."""
-    records = {(r.row, r.seed): r for r in read_results(table_file)} if table_file.exists() else {}
+    """Raises UsageError for a line that was not measured on the weights of a run of the table, if there is a table."""
+    records = {(r.row, r.seed): r for r in read_results(table_file)} if table_file.exists() else None
     for number, line in enumerate(read_measurements(file, measurement), 1):
-        if (record := records.get((line.row, line.seed))) is not None and not line.is_of(record):
+        record = None if records is None else records.get((line.row, line.seed))
+        if records is not None and (record is None or not line.is_of(record)):
             raise UsageError(
                 f"{file}, line {number}, was not measured on the run in {table_file}; {command} replaces it"
             )

@@ -1,6 +1,6 @@
 """Effects with intervals and verdicts, computed from the records of tables and measurements."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from pydantic import Field
 from acl.fit_result import Fit
 from evaluation.measurements import Measurement, Summary, read_measurements
 from reporting.rows import compare, compute_conv_ratio, top1_by_seed
-from reporting.settings import find_plain_row
+from reporting.settings import find_plain_row, load_table_settings
 from reporting.statistics import (
     Interval,
     Verdict,
@@ -91,9 +91,8 @@ def summarize_measurements(measurement: type[Measurement], table: str, file: Pat
     """The effects in a file of ``scripts/measure.py``."""
     summaries = list(measurement.summarize(read_measurements(file, measurement)))
     if measurement.is_against_plain:
-        plain, nothing = find_plain_row(table), pd.Series(dtype=float)
-        references = {summary.what: summary.values for summary in summaries if summary.row == plain}
-        summaries = [_subtract(s, plain, references.get(s.what, nothing)) for s in summaries if s.row != plain]
+        references = filter(None, (find_plain_row(table), load_table_settings(table).also_against))
+        summaries = [difference for reference in references for difference in _subtract(summaries, reference)]
     return [
         Effect(
             table,
@@ -108,9 +107,14 @@ def summarize_measurements(measurement: type[Measurement], table: str, file: Pat
     ]
 
 
-def _subtract(summary: Summary, plain: str, values: "pd.Series[float]") -> Summary:
-    what = f"{summary.row}, {summary.what}, against {plain}"
-    return replace(summary, what=what, values=summary.values - values, reference_top1=float(values.mean()))
+def _subtract(summaries: Sequence[Summary], reference: str) -> Iterator[Summary]:
+    """Yields the differences of the other rows from a reference, by what was measured."""
+    values_of_reference = {summary.what: summary.values for summary in summaries if summary.row == reference}
+    for summary in summaries:
+        if summary.row != reference:
+            values = values_of_reference.get(summary.what, pd.Series(dtype=float))
+            what = f"{summary.row}, {summary.what}, against {reference}"
+            yield replace(summary, what=what, values=summary.values - values, reference_top1=float(values.mean()))
 
 
 def summarize_fit(file: Path) -> list[Effect]:

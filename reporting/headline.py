@@ -79,12 +79,13 @@ def _count_replaced_weights(record: Record, num_plain: int) -> int:
     config: Mapping[str, Any] = record.config
     options = {name: value for name, value in config["model"].items() if name in ("kernel_size", "width")}
     backbone, names = config["model"]["backbone"], [name for name, text in config["arrangement"].items() if text]
+    num_classes = len(record.classes) if record.classes else 2  # SqueezeNet's classifier is a convolution
     for channels in (1, 3):
         try:
-            plain = models.create_model(backbone, channels, 2, {}, **options)
+            plain = models.create_model(backbone, channels, num_classes, {}, **options)
         except ValueError:  # most networks take images of three channels only
             continue
         if models.count_parameters(plain)[0] == num_plain:
-            model = models.create_model(backbone, channels, 2, dict.fromkeys(names, "P100%"), {}, **options)
+            model = models.create_model(backbone, channels, num_classes, dict.fromkeys(names, "P100%"), {}, **options)
             return sum(layer.weight.numel() for layer in analytic_layers(model).values())
     raise UsageError(f"run {record.id}: its {backbone} does not have {num_plain:,} convolution parameters")

@@ -65,7 +65,7 @@ def render_markdown(
         "|---|---|---:|---:|---:|" + "---:|" * (len(cells.columns) - NUM_FIRST_COLUMNS),
         *(f"| {' | '.join(line)} |" for line in cells.itertuples(index=False)),
     ]
-    lines += ["", describe_statistics(rows), ""]
+    lines += ["", describe_statistics(rows, also_against), ""]
     if search is not None:
         lines += [search, "", "| row | chosen |", "|---|---|"]
         lines += [f"| {row.name} | {' '.join(f'`{word}`' for word in row.chosen or [])} |" for row in rows]
@@ -91,7 +91,7 @@ def render_latex(title: str, rows: Sequence[Row], also_against: str | None) -> s
     )
     notes = [
         f"{title}. Written by scripts/reproduce_table.py; needs \\usepackage{{booktabs}}.",
-        describe_statistics(rows),
+        describe_statistics(rows, also_against),
         describe_runs([record for row in rows for record in row.records]),
     ]
     return "".join(f"% {' '.join(note.split())}\n" for note in notes) + tabular
@@ -107,23 +107,27 @@ def format_interval(mean: float, low: float, high: float, number: str = "+.2f") 
     return f"{mean:{number}}" + ("" if math.isnan(low) else f" [{low:{number}}, {high:{number}}]")
 
 
-def describe_statistics(rows: Sequence[Row]) -> str:
-    """Says what the numbers of a table mean."""
+def describe_statistics(rows: Sequence[Row], also_against: str | None) -> str:
+    """Says what the numbers of a table mean; arguments as for ``render_markdown``."""
     test_use = {
         "test": "the test set is evaluated once, at the end of a run",
         "val": "the accuracy is of that epoch, on the same split; the test set is not used",
     }
+    intervals = _describe_intervals(summarize(rows))
+    if also_against and (others := _describe_intervals(summarize(rows, also_against))) != intervals:
+        intervals += f"; those against *{also_against}*, {others}"
     return (
         f"Mean ± standard deviation over {_count_seeds(len(rows[0].records))}; differences are paired by seed, "
-        f"{_describe_intervals(rows)}. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
+        f"{intervals}. The epoch is chosen on the validation split; {test_use[rows[0].split]}. "
         f"Convolution parameters include biases and frozen AKPs.{_describe_references(rows)}"
     )
 
 
-def _describe_intervals(rows: Sequence[Row]) -> str:
-    """Says what the intervals of the differences cover, and which share the variance over seeds."""
-    frame = summarize(rows)
-    compared = frame[frame["interval_over"] != ""]
+def _describe_intervals(frame: pd.DataFrame) -> str:
+    """Says what the intervals of the differences in ``summarize`` cover, and which share the variance over seeds."""
+    compared = frame[(frame["interval_over"] != "") & (frame["seeds"] > 1)]
+    if compared.empty:
+        return "without intervals"
     has_images, is_shared = (compared["interval_over"].str.contains(word) for word in ("images", "shared"))
     sources = "seeds and images" if has_images.any() else "seeds alone"
     if has_images.any() and not has_images.all():

@@ -179,9 +179,10 @@ def _add_image_variance(of_seeds: _Variance, differences: NDArray[Any]) -> _Vari
 
     With the mean squares of the two-way table, it is (MS_seeds + MS_images - MS_rest) / (seeds * images), whose first
     term is ``of_seeds``. The degrees of freedom are those of Satterthwaite, An approximate distribution of estimates of
-    variance components, 1946. Since both are estimates, the interval could be narrower than with seeds or images alone;
-    the widest is taken. The model is that of Owen, The pigeonhole bootstrap, 2007, whose bootstrap covers too little
-    with 3 to 5 seeds.
+    variance components, 1946. Where MS_rest exceeds one of the others, that source adds nothing, and the sum would have
+    less than one degree of freedom: the interval is then that of one source. It is never narrower than that of seeds or
+    images alone. The model is that of Owen, The pigeonhole bootstrap, 2007, whose bootstrap covers too little with 3 to
+    5 seeds.
     """
     seeds, images = differences.shape
     by_image = differences.mean(0)
@@ -190,7 +191,8 @@ def _add_image_variance(of_seeds: _Variance, differences: NDArray[Any]) -> _Vari
     degrees = (seeds - 1) * (images - 1)
     of_rest = _Variance(float((residuals**2).sum()) / degrees / differences.size, degrees)
     candidates = [of_seeds, of_images]
-    if (total := of_seeds.value + of_images.value - of_rest.value) > 0:
+    if of_rest.value < min(of_seeds.value, of_images.value):
+        total = of_seeds.value + of_images.value - of_rest.value
         spread = sum(part.value**2 / part.degrees for part in (of_seeds, of_images, of_rest))
         candidates.append(_Variance(total, total**2 / spread))
     return max(candidates, key=_Variance.half_width)

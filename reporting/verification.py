@@ -23,7 +23,7 @@ Verdict = Literal["reproduced", "consistent", "differs", "incomplete"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RowVerification:
     """How the rerun of a row compares with its committed records; see ``compare_records``."""
 
     row: str
@@ -35,7 +35,7 @@ class Comparison:
         return self.verdict in ("reproduced", "consistent")
 
 
-def verify_table(table: Table, folder: Path) -> list[Comparison]:
+def verify_table(table: Table, folder: Path) -> list[RowVerification]:
     """Reruns a table in a folder of its own and compares it with the table's .jsonl file, row by row.
 
     An interrupted verification is resumed. Runs that other code has recorded in ``folder`` are run again.
@@ -58,7 +58,7 @@ def verify_table(table: Table, folder: Path) -> list[Comparison]:
     return compare_records(committed, read_results(rerun.path.with_suffix(".jsonl")), num_images)
 
 
-def compare_records(committed: Records, rerun: Records, num_images: Mapping[str, int]) -> list[Comparison]:
+def compare_records(committed: Records, rerun: Records, num_images: Mapping[str, int]) -> list[RowVerification]:
     """Compares records by row and seed.
 
     A row is
@@ -105,7 +105,7 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
         if changes:
             verdict = "differs"
             details.append(f"other configuration: {', '.join(dict.fromkeys(changes))}")
-        comparisons.append(Comparison(row, verdict, "; ".join(details)))
+        comparisons.append(RowVerification(row, verdict, "; ".join(details)))
     return comparisons
 
 

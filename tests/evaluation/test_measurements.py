@@ -8,7 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
+import acl
+from acl import AnalyticConv2d
 from acl.explain import attribute
 from evaluation.attacks import ATTACK_SIZES
 from evaluation.corruptions import CORRUPTIONS
@@ -28,7 +32,7 @@ from evaluation.measurements import (
     write_measurement,
 )
 from evaluation.removal import iterate_pairs
-from evaluation.transforms import ROTATIONS, SCALES
+from evaluation.transforms import ROTATIONS, SCALES, compare_outputs
 from training.config import compose
 from training.data import Data
 from training.errors import UsageError
@@ -89,6 +93,17 @@ def test_transforms_compare_four_ways(run: FinishedRun) -> None:
         else:
             assert ways["closed form"]["error"] < ways["unchanged"]["error"]
             assert ways["splines"]["error"] < ways["unchanged"]["error"]
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 2, 3), (7, 2, 0), (11, 4, 2)])
+def test_outputs_are_compared_where_they_belong_whatever_the_padding(size: int, stride: int, padding: int) -> None:
+    torch.manual_seed(0)
+    layer = AnalyticConv2d(3, 8, size, stride, padding, arrangement="G100%")
+    layer.set_akps("G", {"sigma": torch.full((24,), 2.0), "wavelength": torch.full((24,), 8.0)})
+    features = resize(torch.randn(2, 3, 16, 16), [96, 96], InterpolationMode.BICUBIC)
+    enlarge = partial(resize, size=[192, 192], interpolation=InterpolationMode.BICUBIC)
+    errors = compare_outputs({"closed form": layer}, features, {"closed form": partial(acl.rescale, factor=2)}, enlarge)
+    assert errors["closed form"] < 1 < errors["unchanged"]
 
 
 def test_transforms_are_compared_with_each_way_that_a_line_has() -> None:

@@ -139,7 +139,7 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     assert [(e.what, e.interval.mean, e.unit, e.interval.n) for e in effects] == [
         ("Gabor in mosaic", 2.0, "points", 2),
         ("Plain in mosaic", 4.0, "points", 2),
-        ("distance traveled by theta of Gabor in mosaic", 10.0, "degrees", 1),
+        ("distance traveled by theta of Gabor in mosaic, not modulo its period", 10.0, "degrees", 1),
         ("distance traveled by sigma of Gabor in mosaic", 0.1, "px", 1),
     ]
     assert effects[2].verdict is None and effects[1].interval.low == effects[1].interval.high == 4.0
@@ -278,10 +278,12 @@ def test_repeated_measurement_raises_one_line_error(tmp_path: Path) -> None:
         ({"weights": "a"}, {"weights": "b"}, True),
         ({"weights": "a"}, {}, True),  # only an earlier version writes no digest, so the run was trained again
         ({}, {"id": "0" * 12}, True),
+        ({}, {"row": "renamed"}, True),
+        ({}, {"seed": 1}, True),
     ],
 )
 def test_measurement_of_other_weights_than_those_of_table_is_refused(
-    tmp_path: Path, record: dict[str, str], line: dict[str, str], is_refused: bool
+    tmp_path: Path, record: dict[str, str], line: dict[str, Any], is_refused: bool
 ) -> None:
     run = make_record(0, 90.0, row="mosaic", **record)
     for folder, name, values in (
@@ -304,13 +306,13 @@ def test_rows_without_common_seed_give_no_effect(tmp_path: Path) -> None:
     records = [make_record(seed, 90.0, row=row) for row, seed in (("plain", 0), ("plain", 1), ("analytic", 2))]
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/mnist.jsonl").write_text(to_json_lines(record.to_dict() for record in records))
-    write_measurements(tmp_path, "attacks", {"all Gabor": [{"0": 99.0, "1": 50.0}]}, "mnist")
-    claim = make_claim({"analytic": "plain"}, measurements={"attacks": ["mnist"]})
+    write_measurements(tmp_path, "attacks", {"all Gabor": [{"0": 99.0, "1": 50.0}]}, "fashion_mnist")
+    claim = make_claim({"analytic": "plain"}, measurements={"attacks": ["fashion_mnist"]})
     assert collect_effects(claim, tmp_path) == (
         [],
         [
             "analytic, against plain (mnist): no seed in common",
-            "all Gabor, under attacks, against LeNet-5 plain (mnist): no seed in common",
+            "all Gabor, under attacks, against LeNet-5 plain (fashion_mnist): no seed in common",
         ],
     )
 
@@ -382,7 +384,7 @@ def test_decisive_effects_come_first_on_page_and_figure() -> None:
     overview = render_overview([(claim, effects)], {"a network": "a command"})
     assert "- the point: **undecided**, +0.50 [" in overview and "- another: not run\n" in overview
     assert "[All comparisons](claims/C0.md): 10 equivalent, 1 undecided." in overview
-    assert overview.endswith("## Not tested\n\nEach needs a GPU:\n\n- a network: `a command`\n")
+    assert overview.endswith("## Not tested\n\n- a network: `a command`\n")
 
 
 def test_committed_overview_fits_on_one_screen() -> None:

@@ -82,7 +82,7 @@ def add_images(of_seeds: float, degrees: float, by_image: Floats) -> tuple[float
     of_rest = (total - between_seeds - between_images) / ((n - 1) * (m - 1)) / (n * m)
     variances = [(of_seeds, degrees), (of_images, float(m - 1))]
     both = of_seeds + of_images - of_rest
-    if both > 0:
+    if both > of_seeds and both > of_images:
         terms = of_seeds**2 / degrees + of_images**2 / (m - 1) + of_rest**2 / ((n - 1) * (m - 1))
         variances.append((both, both**2 / terms))
     return max(variances, key=lambda pair: stats.t.ppf(0.975, pair[1]) * math.sqrt(pair[0]))

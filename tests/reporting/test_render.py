@@ -38,6 +38,8 @@ def test_markdown_says_what_intervals_cover() -> None:
         "with the same reference (for *d*: of the two rows alone)." in text
     )
     assert "95% t-intervals over seeds alone. " in render_markdown("Title", rows[:2], None, None, {"a": [], "b": []})
+    text = render_markdown("Title", rows, "d", None, {row.name: [] for row in rows})
+    assert "of the two rows alone); those against *d*, with 95% t-intervals over seeds alone. The epoch" in text
 
 
 def test_markdown_lists_hyperparameters_chosen_by_search() -> None:
@@ -53,6 +55,7 @@ def test_markdown_of_single_seed_has_no_spread_and_no_interval() -> None:
     rows = [make_row("plain", 90.0), make_row("Gabor", 91.5)]
     text = render_markdown("Title", rows, None, None, {"plain": [], "Gabor": []})
     assert "| 91.50 | +1.50 |" in text and "over 1 seed;" in text and "nan" not in text
+    assert "paired by seed, without intervals." in text
 
 
 def test_markdown_commands_are_quoted_for_shell() -> None:

@@ -162,6 +162,15 @@ def test_interval_over_seeds_and_images_has_mean_squares_of_two_way_table() -> N
     assert interval.degrees == pytest.approx(degrees) and interval.sampled == "seeds and 200 images"
 
 
+def test_interval_of_equal_rows_is_not_wider_than_one_source_of_chance_explains() -> None:
+    generator = np.random.default_rng(25)
+    right = generator.beta(2, 0.5, 1000)
+    correct = (generator.random((3, 1000)) < right, generator.random((3, 1000)) < right)
+    table = pd.DataFrame([100 * of_row.mean(1) for of_row in correct], index=["a", "b"])
+    interval = interval_of_difference(table, "a", "b", correct)
+    assert interval.high - interval.low < 2 * 2 * 100 * (2 * 0.2 * 0.8 / 3000) ** 0.5  # twice that of 3,000 images each
+
+
 def test_images_never_narrow_variance() -> None:
     difference = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])  # every image depends on the seed alone
     table = pd.DataFrame([25.0 * np.ones(3), np.zeros(3)], index=["a", "b"])
