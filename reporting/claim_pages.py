@@ -75,8 +75,14 @@ def _describe(effect: Effect) -> str:
     return ", ".join(filter(None, parts))
 
 
-def render_claim(claim: Claim, effects: Sequence[Effect], missing: Sequence[str]) -> str:
-    """Renders the page of one claim: all of its effects, the decisive ones first, and what is missing."""
+def render_claim(
+    claim: Claim, effects: Sequence[Effect], missing: Sequence[str], approximations: Sequence[str] = ()
+) -> str:
+    """Renders the page of one claim: all of its effects, the decisive ones first, and what is missing.
+
+    Args:
+        approximations: the names of files with figures of approximations without training.
+    """
     lines = [f"# {claim.name}: {claim.text}", "", f"Source: {claim.source}. {claim.rule}", "", LEGEND, ""]
     if effects:
         lines += [
@@ -93,6 +99,8 @@ def render_claim(claim: Claim, effects: Sequence[Effect], missing: Sequence[str]
             f"![Effects with their 95% intervals]({claim.name}.png)",
             "",
         ]
+    for name in approximations:
+        lines += [f"![Accuracy without training against numbers per kernel]({name})", ""]
     lines += [f"- Not run: {item}." for item in missing]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-from pydantic import Field
 
 from acl.fit_result import Fit
 from evaluation.measurements import Measurement, Summary, read_measurements
+from reporting.approximations import CORRECT, read_approximations
 from reporting.rows import compare, compute_conv_ratio, top1_by_seed
 from reporting.settings import find_plain_row, load_table_settings
 from reporting.statistics import (
@@ -20,9 +19,7 @@ from reporting.statistics import (
     interval_of_ratio,
     judge,
 )
-from training.errors import UsageError
-from training.files import parse_json_lines, read_bytes
-from training.record import Record, Recorded
+from training.record import Record
 
 
 @dataclass(frozen=True)
@@ -136,63 +133,20 @@ def summarize_fit(file: Path) -> list[Effect]:
     return [Effect("ImageNet", what, "%", interval, f"approximation/{file.name}", threshold=90.0)]
 
 
-Correct = list[Annotated[int, Field(ge=0, le=1)]]
-
-
-class Approximation(Recorded):
-    """A line of ``scripts/compare_approximations.py``; its lists have an entry per test image."""
-
-    method: str
-    numbers: int
-    numbers_per_kernel: float
-    overrides: list[str]
-    layer: str
-    output_error_percent: list[Annotated[float, Field(ge=0)]]
-    probe_correct: list[bool] | None = None
-    refitted_probe_correct: list[bool] | None = None
-    correct: Correct | None = None
-
-    @property
-    def metric(self) -> str:
-        return self.method.partition(", ")[2]
-
-    @property
-    def is_fit(self) -> bool:
-        return self.method.startswith("Gabor fit")
-
-
-CORRECT = {
-    "probe_correct": "linear probe",
-    "refitted_probe_correct": "refitted linear probe",
-    "correct": "top-1 of 1,000 classes",
-}
-"""Lists of which images were classified correctly -> by what."""
-
-
 def summarize_approximations(file: Path) -> list[Effect]:
     """The effects of replacing a layer's kernels, from a file of ``scripts/compare_approximations.py``.
 
     Fits are compared with the original, and with other approximations by as many numbers that minimize the same error.
     Intervals are over test images.
     """
-    lines = parse_json_lines(
-        read_bytes(file),
-        file,
-        Approximation,
-        "an approximation",
-        lambda line: f"{line.method}, {line.numbers} numbers per kernel",
-    )
-    lists = [getattr(line, key) for line in lines for key in ("output_error_percent", *CORRECT)]
-    if len({len(values) for values in lists if values is not None}) > 1:
-        raise UsageError(f"{file} is corrupt: its lists differ in length")
+    lines = read_approximations(file)
     original, *approximations = lines
-    data = next((word.removeprefix("data=") for word in original.overrides if word.startswith("data=")), "digits")
     source = f"evidence/{file.name}"
     effects = []
     for line in approximations:
         what = f"error of {line.layer}'s outputs, {line.method}, {line.numbers_per_kernel:.1f} numbers per kernel"
         interval = interval_of_mean(pd.Series(line.output_error_percent), sampled="images")
-        effects.append(Effect(data, what, "%", interval, source, threshold=None))
+        effects.append(Effect(original.data, what, "%", interval, source, threshold=None))
     for key, title in CORRECT.items():
         correct = {id(line): 100 * pd.Series(values).astype(float) for line in lines if (values := getattr(line, key))}
         for fit in (line for line in approximations if line.is_fit and id(line) in correct):
@@ -202,5 +156,5 @@ def summarize_approximations(file: Path) -> list[Effect]:
                 what = f"{title}, {fit.method} with {fit.numbers_per_kernel:.3g} numbers per kernel, against {against}"
                 interval = interval_of_mean(correct[id(fit)] - correct[id(peer)], sampled="images")
                 margin = compute_margin(correct[id(peer)].mean())
-                effects.append(Effect(data, what, "points", interval, source, margin=margin))
+                effects.append(Effect(original.data, what, "points", interval, source, margin=margin))
     return effects

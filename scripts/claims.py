@@ -2,9 +2,14 @@
 from the committed records: python scripts/claims.py
 """
 
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
 from acl.plot import to_png
+from reporting.approximations import draw_approximations, read_approximations
 from reporting.claim_pages import draw_effects, render_claim, render_overview
-from reporting.claims import collect_effects, load_claims
+from reporting.claims import Claim, collect_effects, load_claims
 from reporting.headline import HeadlineRow, render_headline
 from training.cli import run_script
 from training.errors import UsageError
@@ -24,11 +29,12 @@ def main(settings: ClaimsSettings) -> None:
     if not any(effects for _, effects, _ in claims):
         raise UsageError(f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/")
     for claim, effects, missing in claims:
-        path = settings.results / "claims" / claim.name
-        write_atomic(path.with_suffix(".md"), render_claim(claim, effects, missing))
-        figure = draw_effects(claim, effects)
-        if figure is not None:
-            write_atomic(path.with_suffix(".png"), to_png(figure))
+        folder = settings.results / "claims"
+        approximations = draw_all_approximations(claim, settings.results)
+        write_atomic(folder / f"{claim.name}.md", render_claim(claim, effects, missing, list(approximations)))
+        for name, figure in {f"{claim.name}.png": draw_effects(claim, effects), **approximations}.items():
+            if figure is not None:
+                write_atomic(folder / name, to_png(figure))
     untested = {
         what: f"make reproduce-table TABLE={table}"
         for what, table in settings.untested.items()
@@ -38,6 +44,13 @@ def main(settings: ClaimsSettings) -> None:
     write_atomic(settings.results / "CLAIMS.md", render_overview(evidence, untested))
     write_atomic(settings.results / "headline.md", render_headline(settings.headline, settings.results))
     print(settings.results / "CLAIMS.md")
+
+
+def draw_all_approximations(claim: Claim, results: Path) -> dict[str, Figure]:
+    """Draws each file of approximations without training that a claim names, if it has accuracies."""
+    paths = [results / path for path, script in claim.files.items() if script == "compare_approximations"]
+    figures = {path.stem: draw_approximations(read_approximations(path)) for path in paths if path.exists()}
+    return {f"{claim.name}_{stem}.png": figure for stem, figure in figures.items() if figure is not None}
 
 
 if __name__ == "__main__":
