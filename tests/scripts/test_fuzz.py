@@ -186,7 +186,7 @@ def check(command: str, fraction: float, folder: Path, monkeypatch: pytest.Monke
 def test_nonsense_is_refused_in_one_line_before_anything_is_written(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(command, 0.01, folder, monkeypatch)
+    check(command, 0.005, folder, monkeypatch)
 
 
 @pytest.mark.slow
