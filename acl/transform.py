@@ -30,8 +30,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
 
     The outputs of a layer on a rotated image are then the rotated outputs on the image, except near the borders and for
     what the pixel grid loses. AKPs with the role of a direction or a center turn exactly; plain kernels are resampled
-    with bicubic interpolation. A window keeps its size. What layers share is turned once. Plain
-    convolutions keep their direction, with a warning.
+    with bicubic interpolation. A window keeps its size. What layers share is turned once. Plain convolutions keep their
+    direction, with a warning.
 
     With ``scale="unit"``, kernels keep the factors that normalized them, since the norm of a formula on the pixel grid
     depends on its angle. Layers whose factors would change get ``amplitude`` for this.
@@ -94,9 +94,9 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
 def _warn_of_plain_convolutions(model: nn.Module, change: str) -> None:
     names = [name for name, conv in find_plain_convolutions(model).items() if max(conv.kernel_size) > 1]
     if names:
-        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more layers"
+        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
         hint = "acl.convert(model, 'all', 'P100%') makes them analytic"
-        warnings.warn(f"only analytic layers are {change}, and {where} are plain convolutions; {hint}", stacklevel=3)
+        warnings.warn(f"plain convolutions are not {change}: {where}; {hint}", stacklevel=3)
 
 
 def _turn_akps(kind: Kind, akps: Mapping[str, Tensor], angle: float) -> dict[str, Tensor]:

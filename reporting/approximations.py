@@ -51,7 +51,8 @@ CORRECT = {
 
 COLORS = {"": "C3", "images": "C0", "patches": "C2"}
 """The color of each metric; a method whose name has none minimizes the error of pixels."""
-MARKERS = {"Gabor fit": "o", "Gabor fit per filter": "s", "truncated SVD": "^", "codebook": "v"}
+MARKERS = "osv^DPX*"
+"""Of the methods, in alphabetical order."""
 
 
 def read_approximations(file: Path) -> list[Approximation]:
@@ -79,6 +80,7 @@ def draw_approximations(lines: Sequence[Approximation]) -> Figure | None:
     titles = {key: title for key, title in CORRECT.items() if getattr(original, key) is not None}
     if not titles:
         return None
+    methods = sorted({line.method.partition(", ")[0] for line in approximations})
     figure = Figure(figsize=(5.5 * len(titles), 4.2), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
         top1 = {id(line): 100 * pd.Series(getattr(line, key)).astype(float) for line in lines}
@@ -91,7 +93,7 @@ def draw_approximations(lines: Sequence[Approximation]) -> Figure | None:
                 top1[id(line)].mean(),
                 yerr=(interval.high - interval.low) / 2,
                 color=COLORS[line.metric],
-                marker=MARKERS[method],
+                marker=MARKERS[methods.index(method)],
                 linestyle="none",
                 capsize=3,
                 label=f"{method}, {line.metric or 'pixels'}",

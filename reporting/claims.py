@@ -124,13 +124,13 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
 
 def _check_measurements(measurement: type[Measurement], file: Path, table_file: Path, command: str) -> None:
     """Raises UsageError for a line that was not measured on the weights of a run of the table, if there is a table."""
-    records = {(r.row, r.seed): r for r in read_results(table_file)} if table_file.exists() else None
+    if not table_file.exists():
+        return
+    records = {(r.row, r.seed): r for r in read_results(table_file)}
     for number, line in enumerate(read_measurements(file, measurement), 1):
-        record = None if records is None else records.get((line.row, line.seed))
-        if records is not None and (record is None or not line.is_of(record)):
-            raise UsageError(
-                f"{file}, line {number}, was not measured on the run in {table_file}; {command} replaces it"
-            )
+        record = records.get((line.row, line.seed))
+        if record is None or not line.is_of(record):
+            raise UsageError(f"{file}, line {number}, was not measured on a run in {table_file}; {command} replaces it")
 
 
 def _summarize(summarize: Callable[[Path], list[Effect]], file: Path) -> list[Effect]:

@@ -103,7 +103,7 @@ def check_choices(overrides: list[str]) -> None:
 
 
 def compose(overrides: list[str], config: str = "train") -> DictConfig:
-    """Composes the configuration as a command line with these overrides does.
+    """Composes the configuration as a command line with these overrides does; files are read once per process.
 
     Raises:
         UsageError: for an unknown or invalid override.

@@ -295,7 +295,7 @@ def test_measurement_of_other_weights_than_those_of_table_is_refused(
     claim = make_claim(measurements={"shapley": ["mnist"]})
     if is_refused:
         with pytest.raises(
-            UsageError, match=r"mnist_shapley\.jsonl, line 1, was not measured on the run in .*measure\.py"
+            UsageError, match=r"mnist_shapley\.jsonl, line 1, was not measured on a run in .*measure\.py"
         ):
             collect_effects(claim, tmp_path)
     else:

@@ -1,11 +1,21 @@
 import shlex
 from typing import Any
 
+import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from training.config import complete_overrides, compose, flatten, identity, is_in_identity, resolve
+from training.config import (
+    CONFIGS,
+    NEW_KEY_ROOTS,
+    complete_overrides,
+    compose,
+    flatten,
+    identity,
+    is_in_identity,
+    resolve,
+)
 from training.errors import UsageError
 from training.record import compute_run_id
 
@@ -22,6 +32,21 @@ def test_arrangement_override_accepts_any_layer_name_and_keeps_its_text() -> Non
     cfg = compose(["arrangement.conv1=G2 P4", "arrangement.conv2=G50%_P50%", "arrangement.layer1.0.conv1=G100%"])
     assert cfg.arrangement.conv1 == "G2 P4" and cfg.arrangement.conv2 == "G50%_P50%"
     assert flatten(resolve(cfg)["arrangement"])["layer1.0.conv1"] == "G100%"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim=sgd", "optim.lr=3e-4", "seed=5", "data=mnist", "data.shift=1"],
+        ["seed=2", "model=ana_resnet18", "arrangement=exp3", "model.layer.per=filter", "~optim.label_smoothing"],
+        ["arrangement.conv1=G2 P4", "trainer.epochs=3", "+data.max_images=4", "paths.runs=${paths.results}"],
+    ],
+)
+def test_composition_equals_that_of_hydra(overrides: list[str]) -> None:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        expected = hydra.compose("train", complete_overrides(overrides, "train", NEW_KEY_ROOTS))
+    assert OmegaConf.to_yaml(compose(overrides)) == OmegaConf.to_yaml(expected)
+    assert OmegaConf.is_struct(compose(overrides))
 
 
 def test_compose_leaves_hydra_uninitialized() -> None:
