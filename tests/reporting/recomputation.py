@@ -59,7 +59,7 @@ def group_by_row(lines: Lines) -> dict[str, Lines]:
     }
 
 
-def expect_shapley(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_shapley(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     for row, of_row in group_by_row(lines).items():
         for symbol in of_row[0]["values"]:
             values = np.array([line["values"][symbol] for line in of_row])
@@ -67,16 +67,39 @@ def expect_shapley(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
             yield f"{KINDS[symbol].name} in {row}", expect_mean(values, threshold, math.nan)
 
 
-def expect_akp_travel(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_leave_one_out(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
+    for row, of_row in group_by_row([line for line in lines if line["values"]]).items():
+        for way, removed in (("zero", "set to zero"), ("constant", "made constant")):
+            losses = [line["values"][way] for line in of_row]
+            for symbol in losses[0]:
+                threshold = None if symbol == "P" else 0.0
+                lost = np.array([by_kind[symbol]["kind"] for by_kind in losses])
+                name = KINDS[symbol].name
+                yield f"lost without {name} in {row}, its kernels {removed}", expect_mean(lost, threshold, math.nan)
+                if way == "constant":
+                    values = np.array([by_kind[symbol]["shapley"] for by_kind in losses])
+                    yield f"{name} in {row}, removed kernels {removed}", expect_mean(values, threshold, math.nan)
+            counts = [[(loss["free"], loss["kernels"]) for loss in by_kind.values()] for by_kind in losses]
+            shares = np.array([sum(f * k for f, k in pairs) / sum(k for _, k in pairs) for pairs in counts])
+            yield f"kernels of {row} that cost nothing if one is {removed}", expect_mean(shares, None)
+
+
+def expect_akp_travel(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     for row, of_row in group_by_row(lines).items():
         for name in of_row[0]["values"]:
             symbol, akp = name.split("/")
-            values = np.array([line["values"][name] for line in of_row])
-            period = ", not modulo its period" if akp in ("theta", "psi") else ""
-            yield f"distance traveled by {akp} of {KINDS[symbol].name} in {row}{period}", expect_mean(values, None)
+            what = f"distance traveled by {akp} of {KINDS[symbol].name} in {row}"
+            travels = [line["values"][name] for line in of_row]
+            if isinstance(travels[0], dict):
+                shares = np.array([100 * travel["mean"] / travel["allowed"] for travel in travels])
+                yield f"{what}, of what the optimizer allows", expect_mean(shares, None)
+                yield what, expect_mean(np.array([travel["mean"] for travel in travels]), None)
+            else:
+                period = ", not modulo its period" if akp in ("theta", "psi") else ""
+                yield f"{what}{period}", expect_mean(np.array(travels), None)
 
 
-def expect_replaced_akps(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_replaced_akps(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     for row, of_row in group_by_row([line for line in lines if line["values"]]).items():
         trained, initial, redrawn = (
             np.array([line["values"][akps] for line in of_row]) for akps in ("trained", "initial", "redrawn")
@@ -85,30 +108,31 @@ def expect_replaced_akps(lines: Lines, plain: str) -> Iterator[tuple[str, Expect
         yield f"{row}: AKPs trained, against redrawn ones", expect_mean(trained - redrawn, None)
 
 
-def expect_against_plain(
-    lines: Lines, plain: str, title: str, compute: Callable[[Any], float], threshold: float | None = 0.0
+def expect_against(
+    lines: Lines, references: list[str], title: str, compute: Callable[[Any], float], threshold: float | None = 0.0
 ) -> Iterator[tuple[str, Expected]]:
     values = {
         row: np.array([compute(line["values"]) for line in of_row]) for row, of_row in group_by_row(lines).items()
     }
-    for row in values.keys() - {plain}:
-        expected = expect_mean(values[row] - values[plain], threshold, values[plain].mean())
-        yield f"{row}, under {title}, against {plain}", expected
+    for reference in references:
+        for row in values.keys() - {reference}:
+            expected = expect_mean(values[row] - values[reference], threshold, values[reference].mean())
+            yield f"{row}, under {title}, against {reference}", expected
 
 
-def expect_corruptions(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_corruptions(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     names = [name for name in lines[0]["values"] if name != "none"]
-    yield from expect_against_plain(lines, plain, "corruptions", lambda v: np.mean([v[name] for name in names]))
+    yield from expect_against(lines, references, "corruptions", lambda v: np.mean([v[name] for name in names]))
     for name in names:
-        yield from expect_against_plain(lines, plain, name, lambda v, name=name: np.mean(v[name]), None)
+        yield from expect_against(lines, references, name, lambda v, name=name: np.mean(v[name]), None)
 
 
-def expect_attacks(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_attacks(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     compute = lambda v: np.mean([top1 for size, top1 in v.items() if size != "0"])  # noqa: E731
-    yield from expect_against_plain(lines, plain, "attacks", compute)
+    yield from expect_against(lines, references, "attacks", compute)
 
 
-def expect_transforms(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_transforms(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     for row, of_row in group_by_row([line for line in lines if line["values"]]).items():
         values = of_row[0]["values"]
         angles = [amount for amount in values["rotation"] if float(amount) < 90]
@@ -125,15 +149,16 @@ def expect_transforms(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]
             if "closed form" not in values[transform][amounts[0]]:
                 continue
             moved, prefix = average("closed form", "top1"), f"{row}, images {title}:"
-            for way in ("resampled", "unchanged"):
+            for way in values[transform][amounts[0]].keys() - {"closed form"}:
+                kernels = "kernels resampled by splines" if way == "splines" else f"kernels {way}"
                 other = average(way, "top1")
                 expected = expect_mean(moved - other, 0.0, other.mean())
-                yield f"{prefix} formulas moved, against kernels {way}", expected
-            errors = average("resampled", "error") - average("closed form", "error")
-            yield f"{prefix} error of outputs, kernels resampled, against formulas moved", expect_mean(errors)
+                yield f"{prefix} formulas moved, against {kernels}", expected
+                errors = average(way, "error") - average("closed form", "error")
+                yield f"{prefix} error of outputs, {kernels}, against formulas moved", expect_mean(errors)
 
 
-def expect_approximations(lines: Lines, plain: str) -> Iterator[tuple[str, Expected]]:
+def expect_approximations(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
     original, *others = lines
     for line in others:
         size = f"{line['numbers_per_kernel']:.1f} numbers per kernel"
@@ -158,6 +183,7 @@ def expect_approximations(lines: Lines, plain: str) -> Iterator[tuple[str, Expec
 
 EVIDENCE = {
     "shapley": expect_shapley,
+    "leave_one_out": expect_leave_one_out,
     "akp_travel": expect_akp_travel,
     "replaced_akps": expect_replaced_akps,
     "corruptions": expect_corruptions,

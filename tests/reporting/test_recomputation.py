@@ -136,8 +136,20 @@ def expect_evidence(source: str) -> dict[str, Expected]:
     assert name is not None
     lines = read_lines(RESULTS / source)
     table = source.removeprefix("evidence/").removesuffix(f"_{name}.jsonl")
-    references = read_table(table)[1] if (RESULTS / f"tables/{table}.csv").exists() else {"": ""}
-    return dict(EVIDENCE[name](lines, next(iter(references))))
+    has_page = (RESULTS / f"tables/{table}.csv").exists()
+    return dict(EVIDENCE[name](lines, find_references(table) if has_page else []))
+
+
+def find_references(table: str) -> list[str]:
+    """The rows that each row of a table's page is compared with; the plain row comes first."""
+    return [next(iter(read_table(table)[1])), *read_headings(table)[6:]]
+
+
+def read_headings(table: str) -> list[str]:
+    """The headings of a table's page; those of further references are reduced to the row's name."""
+    lines = (RESULTS / "tables" / f"{table}.md").read_text("utf-8").splitlines()
+    heading = next(text for text in lines if text.startswith("| row |"))
+    return [title.removeprefix("points against ") for title in heading.strip("| ").split(" | ")]
 
 
 @pytest.mark.parametrize("source", sorted({source for source, *_ in PAGES}))
@@ -195,14 +207,13 @@ def test_table_equals_recomputed_one(name: str) -> None:
     with (RESULTS / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     page = (RESULTS / "tables" / f"{name}.md").read_text("utf-8").splitlines()
-    heading = next(text for text in page if text.startswith("| row |")).strip("| ").split(" | ")
     assert [line["row"] for line in lines] == [*records]
     for line in lines:
         row = line["row"]
         top1 = np.array([record[split]["top1"] for record in records[row].values()])
         assert float(line["top1_mean"]) == pytest.approx(top1.mean(), rel=1e-5)
         assert float(line["top1_std"]) == pytest.approx(top1.std(ddof=1), rel=1e-5)
-        others = [references[row], *(title.removeprefix("points against ") for title in heading[6:])]
+        others = [references[row], *read_headings(name)[6:]]
         intervals = [
             (0.0, 0.0, 0.0) if other == row else expect_difference(name, row, other, split).interval()
             for other in others
