@@ -201,7 +201,8 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
             panels[1].errorbar(line.conv_params, 100 - line.top1_mean, yerr=deviations[i], **style)
     panels[0].set_yticks([-i for i in range(len(frame))], [textwrap.fill(row, 32) for row in frame["row"]], fontsize=8)
     panels[0].axvline(0.0, color="black", linewidth=0.8)
-    label = "points against the reference of the row (95% interval)"
+    references = set(frame["reference"])
+    label = f"points against {references.pop() if len(references) == 1 else 'the reference of the row'} (95% interval)"
     if means.abs().max() > 5 * max(means.abs().median(), 1.0):  # a row far off would leave no room for the others
         low, high = (means - errors[0]).min(), (means + errors[1]).max()
         ticks = [tick for tick in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if low <= tick <= max(high, 1.0)]
@@ -209,7 +210,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
         panels[0].set_xlim(1.3 * low, max(1.3 * high, 1.0))
         panels[0].set_xticks(ticks, map(str, ticks))
         panels[0].tick_params(axis="x", which="minor", bottom=False)
-        label += ", linear up to 1"
+        label += "\nlinear up to 1"
     else:
         panels[0].xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
     panels[0].set_xlabel(label, fontsize=9)
@@ -217,9 +218,8 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
         _label_sizes(panels[1], frame, f"{SPLIT_NAMES[split]} error % (mean ± std)")
     for axes in panels:
         axes.grid(alpha=0.3)
-    figure.suptitle(
-        textwrap.fill(f"{title}, {_count_seeds(frame['seeds'].max())}", 100 if has_sizes else 60), fontsize=11
-    )
+    seeds = _count_seeds(frame["seeds"].max()).replace(" ", "\u00a0")
+    figure.suptitle(textwrap.fill(f"{title}, {seeds}", 100 if has_sizes else 60), fontsize=11)
     return figure
 
 
