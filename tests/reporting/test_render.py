@@ -147,7 +147,8 @@ def test_figure_draws_difference_and_error_of_each_row() -> None:
     (low, high) = bars[1].get_segments()[0][:, 0]
     assert (low, high) == pytest.approx(tuple(frame.loc[1, ["diff_ci95_low", "diff_ci95_high"]]))
     assert [float(point.get_ydata()[0]) for point, _, _ in errors.containers] == [9.0, 7.5]
-    assert figure.get_suptitle() == "Title, 2 seeds"
+    assert figure.get_suptitle() == "Title, 2\u00a0seeds"
+    assert differences.get_xlabel() == "points against plain (95% interval)"
 
 
 def test_row_far_off_leaves_room_for_the_others() -> None:
@@ -165,7 +166,7 @@ def test_figure_of_rows_of_equal_size_draws_differences_alone() -> None:
 
 def test_figure_of_single_seed_has_no_intervals() -> None:
     figure = draw_table(summarize([make_row("plain", 90.0), make_row("Gabor", 91.0)]), "Title", "val")
-    assert figure.get_suptitle() == "Title, 1 seed"
+    assert figure.get_suptitle() == "Title, 1\u00a0seed"
     for axes in figure.axes:
         for _, _, (bar,) in axes.containers:
             assert bar.get_segments()[0][0].tolist() == bar.get_segments()[0][1].tolist()
