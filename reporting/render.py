@@ -36,13 +36,16 @@ def format_cells(rows: Sequence[Row], also_against: str | None) -> pd.DataFrame:
         conv_params = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
         ratio = "" if math.isnan(line.conv_ratio) else f"{line.conv_ratio:.2f}"
         lines.append([line.row, line.arrangement, conv_params, ratio, top1, *differences])
-    headings = [
-        f"points against {names[0] if len(set(names)) == 1 else 'the reference of the row'}" for names in references
-    ]
+    headings = [_title_difference(names) for names in references]
     arrangements = dict(zip(comparisons[0]["row"], comparisons[0]["arrangement"], strict=True))
     is_plain = all(arrangements[name] == "plain" for name in references[0])
     ratio_heading, accuracy = f"{'plain' if is_plain else 'reference'} / row", f"top-1 {SPLIT_NAMES[rows[0].split]} %"
     return pd.DataFrame(lines, columns=["row", "arrangement", "conv. parameters", ratio_heading, accuracy, *headings])
+
+
+def _title_difference(references: Sequence[str]) -> str:
+    """Names differences of a table's rows, given what each is compared with."""
+    return f"points against {references[0] if len(set(references)) == 1 else 'the reference of the row'}"
 
 
 def render_markdown(
@@ -201,8 +204,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
             panels[1].errorbar(line.conv_params, 100 - line.top1_mean, yerr=deviations[i], **style)
     panels[0].set_yticks([-i for i in range(len(frame))], [textwrap.fill(row, 32) for row in frame["row"]], fontsize=8)
     panels[0].axvline(0.0, color="black", linewidth=0.8)
-    references = set(frame["reference"])
-    label = f"points against {references.pop() if len(references) == 1 else 'the reference of the row'} (95% interval)"
+    label = f"{_title_difference(frame['reference'].tolist())} (95% interval)"
     if means.abs().max() > 5 * max(means.abs().median(), 1.0):  # a row far off would leave no room for the others
         low, high = (means - errors[0]).min(), (means + errors[1]).max()
         ticks = [tick for tick in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if low <= tick <= max(high, 1.0)]
@@ -218,7 +220,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
         _label_sizes(panels[1], frame, f"{SPLIT_NAMES[split]} error % (mean ± std)")
     for axes in panels:
         axes.grid(alpha=0.3)
-    seeds = _count_seeds(frame["seeds"].max()).replace(" ", "\u00a0")
+    seeds = _count_seeds(frame["seeds"].max()).replace(" ", "\u00a0")  # no line break after the number
     figure.suptitle(textwrap.fill(f"{title}, {seeds}", 100 if has_sizes else 60), fontsize=11)
     return figure
 
