@@ -1,5 +1,6 @@
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,22 @@ def test_environment_contains_digest_and_versions() -> None:
 def test_commit_is_none_outside_checkout(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(root.parent))
     assert provenance._find_commit.__wrapped__() is None  # not the cached value
+
+
+@pytest.mark.parametrize("name", [".venv", "data", "runs"])
+def test_commit_is_not_dirty_if_folder_is_link_to_another_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    shutil.copy(ROOT / ".gitignore", checkout)
+    commit = ["commit", "--quiet", "--message", "."]
+    for command in (["init", "--quiet"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b.c", *commit]):
+        subprocess.run(["git", *command], cwd=checkout, check=True)
+    (checkout / name).symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.setattr(provenance, "ROOT", checkout)
+    found = provenance._find_commit.__wrapped__()  # not the cached value
+    assert re.fullmatch("[0-9a-f]{40}", str(found))
 
 
 def test_device_is_the_one_that_computes_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
