@@ -88,8 +88,8 @@ def summarize_measurements(measurement: type[Measurement], table: str, file: Pat
     """The effects in a file of ``scripts/measure.py``."""
     summaries = list(measurement.summarize(read_measurements(file, measurement)))
     if measurement.is_against_plain:
-        references = filter(None, (find_plain_row(table), load_table_settings(table).also_against))
-        summaries = [difference for reference in references for difference in _subtract(summaries, reference)]
+        references = list(filter(None, (find_plain_row(table), load_table_settings(table).also_against)))
+        summaries = list(_subtract(summaries, references))
     return [
         Effect(
             table,
@@ -104,14 +104,24 @@ def summarize_measurements(measurement: type[Measurement], table: str, file: Pat
     ]
 
 
-def _subtract(summaries: Sequence[Summary], reference: str) -> Iterator[Summary]:
-    """Yields the differences of the other rows from a reference, by what was measured."""
-    values_of_reference = {summary.what: summary.values for summary in summaries if summary.row == reference}
-    for summary in summaries:
-        if summary.row != reference:
+def _subtract(summaries: Sequence[Summary], references: Sequence[str]) -> Iterator[Summary]:
+    """Yields the differences of the other rows from each reference, by what was measured.
+
+    A reference is compared with those before it, without threshold: it has no formulas for a claim to hold of.
+    """
+    for index, reference in enumerate(references):
+        values_of_reference = {summary.what: summary.values for summary in summaries if summary.row == reference}
+        for summary in summaries:
+            if summary.row in references[: index + 1]:
+                continue
             values = values_of_reference.get(summary.what, pd.Series(dtype=float))
-            what = f"{summary.row}, {summary.what}, against {reference}"
-            yield replace(summary, what=what, values=summary.values - values, reference_top1=float(values.mean()))
+            yield replace(
+                summary,
+                what=f"{summary.row}, {summary.what}, against {reference}",
+                values=summary.values - values,
+                reference_top1=float(values.mean()),
+                threshold=None if summary.row in references else summary.threshold,
+            )
 
 
 def summarize_fit(file: Path) -> list[Effect]:

@@ -115,8 +115,9 @@ def expect_against(
         row: np.array([compute(line["values"]) for line in of_row]) for row, of_row in group_by_row(lines).items()
     }
     for reference in references:
-        for row in values.keys() - {reference}:
-            expected = expect_mean(values[row] - values[reference], threshold, values[reference].mean())
+        for row in values.keys() - set(references[: references.index(reference) + 1]):
+            asked = None if row in references else threshold
+            expected = expect_mean(values[row] - values[reference], asked, values[reference].mean())
             yield f"{row}, under {title}, against {reference}", expected
 
 

@@ -176,6 +176,18 @@ def test_corruptions_and_attacks_compare_mean_accuracy_by_seed(tmp_path: Path) -
     ]
 
 
+def test_control_of_measured_table_is_described_without_verdict(tmp_path: Path) -> None:
+    accuracies = {"LeNet-5 plain": 70.0, "plain, zero-sum conv1": 72.0, "all Gabor": 75.0}
+    values = {row: [{"0": 90.0, "0.1": value + seed} for seed in range(3)] for row, value in accuracies.items()}
+    write_measurements(tmp_path, "attacks", values, table="fashion_mnist_robust")
+    effects, _ = collect_effects(make_claim(measurements={"attacks": ["fashion_mnist_robust"]}), tmp_path)
+    assert {effect.what: (effect.interval.mean, effect.verdict) for effect in effects} == {
+        "plain, zero-sum conv1, under attacks, against LeNet-5 plain": (2.0, None),
+        "all Gabor, under attacks, against LeNet-5 plain": (5.0, "better"),
+        "all Gabor, under attacks, against plain, zero-sum conv1": (3.0, "better"),
+    }
+
+
 def test_transforms_compare_closed_form_with_other_ways(tmp_path: Path) -> None:
     def make_ways(closed: float, resampled: float, unchanged: float) -> dict[str, dict[str, float]]:
         ways = {"closed form": closed, "resampled": resampled, "unchanged": unchanged}
