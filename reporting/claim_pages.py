@@ -157,7 +157,7 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     axes.set_yticks([])
     axes.set_xscale("symlog", linthresh=1.0)
     limit = max(1.5, *(abs(bound) * 1.3 for effect in drawn for bound in (effect.interval.low, effect.interval.high)))
-    ticks = [sign * tick for tick in (1, 3, 10, 30, 100) for sign in (-1, 1) if tick < limit]
+    ticks = [sign * tick for tick in (1, 2, 5, 10, 20, 50, 100) for sign in (-1, 1) if tick < limit]
     axes.set_xticks([0, *ticks], [f"{tick:g}" for tick in (0, *ticks)], fontsize=8)
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel("points of accuracy (linear up to 1); gray: margin of equivalence", fontsize=8)

@@ -207,7 +207,7 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
     label = f"{_title_difference(frame['reference'].tolist())} (95% interval)"
     if means.abs().max() > 5 * max(means.abs().median(), 1.0):  # a row far off would leave no room for the others
         low, high = (means - errors[0]).min(), (means + errors[1]).max()
-        ticks = [tick for tick in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if low <= tick <= max(high, 1.0)]
+        ticks = [tick for tick in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if low <= tick <= max(high, 1.0)]
         panels[0].set_xscale("symlog", linthresh=1.0)
         panels[0].set_xlim(1.3 * low, max(1.3 * high, 1.0))
         panels[0].set_xticks(ticks, map(str, ticks))
