@@ -2,7 +2,7 @@
 
     python benchmarks/check_gpu.py [folder=results/benchmarks] [data=data]
 
-Writes <name of the GPU>.md. Takes less than 8 minutes. Without a GPU, it says so and does nothing.
+Writes <name of the GPU>.md. Without a GPU, it says so and does nothing.
 """
 
 import re

@@ -166,7 +166,8 @@ def describe_runs(records: Sequence[Record]) -> str:
     """Lists epochs, time, machines, commits and versions of the runs behind a table, in one line."""
     machines = sorted({describe_machine(r.machine) for r in records})
     commits = sorted({re.sub("^([0-9a-f]{12})[0-9a-f]*", r"\1", r.commit or "none") for r in records})
-    versions = ", ".join(f"{name} {number}" for name, number in records[0].versions.items())
+    numbers = {name: sorted({r.versions[name] for r in records if name in r.versions}) for name in records[0].versions}
+    versions = ", ".join(f"{name} {' or '.join(values)}" for name, values in numbers.items())
     *fewer, most = map(str, sorted({r.epochs for r in records}))
     epochs = f"{', '.join(fewer)} or {most}" if fewer else most
     minutes = round(sum(r.seconds for r in records) / 60)

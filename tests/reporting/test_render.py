@@ -106,16 +106,16 @@ def test_format_interval_omits_missing_interval(low: float, high: float, text: s
     assert format_interval(0.5, low, high) == text
 
 
-def test_describe_runs_lists_machines_and_short_commits_once() -> None:
+def test_describe_runs_lists_machines_versions_and_short_commits_once() -> None:
     records = [
         make_record(0, 90.0, commit="0123456789abcdef"),
         make_record(1, 91.0, commit="0123456789abcdef-dirty"),
-        make_record(2, 92.0, commit="0123456789abcdef", machine={"device": "GPU", "threads": 4}),
+        make_record(2, 92.0, commit="0123456789abcdef", machine={"device": "GPU", "threads": 4}, versions={"torch": "2.11"}),
         make_record(3, 93.0),
     ]
     assert describe_runs(records) == (
         "3 epochs per run; 6 minutes for these runs on CPU, 2 threads; GPU, 4 threads; "
-        "commit 0123456789ab, 0123456789ab-dirty, none; torch 2.6."
+        "commit 0123456789ab, 0123456789ab-dirty, none; torch 2.11 or 2.6."
     )
 
 
