@@ -229,11 +229,13 @@ def draw_table(frame: pd.DataFrame, title: str, split: str) -> Figure:
 def _label_sizes(axes: Axes, frame: pd.DataFrame, error: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(max(frame["conv_params"].min(), 1) / 1.5, max(frame["conv_params"].max(), 1) * 1.5)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        few = MaxNLocator(4, steps=(1, 2, 5, 10))  # LogLocator has too many ticks, or one, within a third of a decade
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else few)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("convolution parameters")

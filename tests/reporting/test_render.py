@@ -110,7 +110,9 @@ def test_describe_runs_lists_machines_versions_and_short_commits_once() -> None:
     records = [
         make_record(0, 90.0, commit="0123456789abcdef"),
         make_record(1, 91.0, commit="0123456789abcdef-dirty"),
-        make_record(2, 92.0, commit="0123456789abcdef", machine={"device": "GPU", "threads": 4}, versions={"torch": "2.11"}),
+        make_record(
+            2, 92.0, commit="0123456789abcdef", machine={"device": "GPU", "threads": 4}, versions={"torch": "2.11"}
+        ),
         make_record(3, 93.0),
     ]
     assert describe_runs(records) == (
