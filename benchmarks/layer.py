@@ -55,6 +55,8 @@ class Ratio:
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     folder, rounds = Path(options.get("folder", "results/benchmarks")), int(options.get("rounds", "15"))
+    if rounds < 2:
+        sys.exit(f"rounds={rounds}: quartiles need at least 2 rounds")
     ratios = [*compare_training(rounds), *compare_evaluation(rounds), *compare_synthesis(rounds)]
     frame = pd.DataFrame([asdict(ratio) for ratio in ratios])
     name = "layer" if DEVICE.type == "cpu" else f"layer_{DEVICE.type}"
