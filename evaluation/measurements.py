@@ -186,7 +186,10 @@ class LeaveOneOut(Measurement):
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
-        """What each kind adds, with a verdict (``Shapley`` has the values for zero), and the share of free kernels."""
+        """What each kind adds, with a verdict (``Shapley`` has the values for zero), and the share of free kernels.
+
+        A constant kernel of the same sum as one that sums to zero is zero, so there what is lost is listed once.
+        """
         frame = pd.DataFrame(
             [
                 (line.row, line.seed, replaced_by, symbol, *loss.values())
@@ -196,13 +199,16 @@ class LeaveOneOut(Measurement):
             ],
             columns=["row", "seed", "replaced_by", "symbol", *Loss.__annotations__],
         )
+        zeroed = frame[frame.replaced_by == "zero"].set_index("seed").groupby(["row", "symbol"])["kind"]
+        lost_with_zero = dict(iter(zeroed))
         for (row, replaced_by), group in frame.groupby(["row", "replaced_by"], sort=False):
             removed = "set to zero" if replaced_by == "zero" else "made constant"
             for symbol, of_kind in group.set_index("seed").groupby("symbol", sort=False):
                 kind = KINDS[str(symbol)]
                 threshold = 0.0 if kind.is_analytic else None
-                what = f"lost without {kind.name} in {row}, its kernels {removed}"
-                yield Summary(row, what, of_kind["kind"], threshold)
+                if replaced_by == "zero" or not of_kind["kind"].equals(lost_with_zero[row, symbol]):
+                    what = f"lost without {kind.name} in {row}, its kernels {removed}"
+                    yield Summary(row, what, of_kind["kind"], threshold)
                 if replaced_by != "zero":
                     what = f"{kind.name} in {row}, removed kernels {removed}"
                     yield Summary(row, what, of_kind["shapley"], threshold)
