@@ -174,7 +174,7 @@ class Shapley(Measurement):
         """What each kind adds; without a verdict for plain kernels, which no claim is about."""
         for row, symbol, values in _group_by_row_and_name(lines):
             threshold = 0.0 if KINDS[symbol].is_analytic else None
-            yield Summary(row, f"{KINDS[symbol].name} in {row}", values, threshold)
+            yield Summary(row, f"Shapley value of {KINDS[symbol].name} in {row}", values, threshold)
 
 
 class LeaveOneOut(Measurement):
@@ -210,7 +210,7 @@ class LeaveOneOut(Measurement):
                     what = f"lost without {kind.name} in {row}, its kernels {removed}"
                     yield Summary(row, what, of_kind["kind"], threshold)
                 if replaced_by != "zero":
-                    what = f"{kind.name} in {row}, removed kernels {removed}"
+                    what = f"Shapley value of {kind.name} in {row}, removed kernels {removed}"
                     yield Summary(row, what, of_kind["shapley"], threshold)
             counts = group.assign(free=group["free"] * group["kernels"]).groupby("seed")[["free", "kernels"]].sum()
             what = f"kernels of {row} that cost nothing if one is {removed}"

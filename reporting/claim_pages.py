@@ -24,13 +24,13 @@ MAX_DRAWN = 10
 OVERVIEW = """\
 # Claims and verdicts
 
-Written by `make claims` from the records in this folder. Each claim lists its decisive comparisons, which were chosen
-for what the claim says, not for their outcome; its page has its rule and all comparisons. An accuracy is *equivalent*
-to another if they differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%);
-otherwise it is *better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 asks for *equivalent* or
-*better*, as C3 does of approximations against originals; the others ask for *better*. Intervals cover seeds alone, for
-these images, unless they name images. Epochs and learning rates were chosen by validation accuracy, which is therefore
-optimistic."""
+Written by `make claims` from the records in this folder. Each claim lists its decisive comparisons, chosen for what the
+claim says: on the largest data, on the paper's own, with the longest training. They changed when such runs came in; its
+page has its rule and all comparisons. An accuracy is *equivalent* to another if they differ by less than 1 point and by
+less than 10% of the other's errors (two one-sided tests at 5%); otherwise it is *better* or *worse* if the 95% interval
+excludes 0, and *undecided* if not. C1 asks for *equivalent* or *better*, as C3 does of approximations against
+originals; the others ask for *better*. Intervals cover seeds alone, for these images, unless they name images. Epochs
+and learning rates were chosen by validation accuracy, which is therefore optimistic."""
 
 LEGEND = f"""\
 [CLAIMS.md](../CLAIMS.md) defines the verdicts. *n* says what a 95% interval covers: seeds or images alone (t-interval
@@ -160,7 +160,10 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     ticks = [sign * tick for tick in (1, 2, 5, 10, 20, 50, 100) for sign in (-1, 1) if tick < limit]
     axes.set_xticks([0, *ticks], [f"{tick:g}" for tick in (0, *ticks)], fontsize=8)
     axes.tick_params(axis="x", which="minor", bottom=False)
-    axes.set_xlabel("points of accuracy (linear up to 1); gray: margin of equivalence", fontsize=8)
+    axes.set_xlabel(
+        "points of accuracy (linear up to 1), with 95% intervals; gray: margin, equivalent if the 90% interval is inside",
+        fontsize=8,
+    )
     for verdict, (marker, color) in STYLES.items():
         axes.plot([], [], marker, color=color, markersize=5, label=verdict)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)

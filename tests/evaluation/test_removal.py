@@ -83,13 +83,14 @@ def test_summary_has_a_verdict_per_kind_and_share_of_all_free_kernels() -> None:
     summaries = {summary.what: summary for summary in LeaveOneOut.summarize(lines)}
     lost = summaries.pop("lost without Gabor in mosaic, its kernels set to zero")
     assert lost.values.to_dict() == {0: 3.0, 1: 3.0} and lost.threshold == 0
-    assert summaries.pop("Gabor in mosaic, removed kernels made constant").values.to_dict() == {0: 4.0, 1: 4.0}
+    shapley = summaries.pop("Shapley value of Gabor in mosaic, removed kernels made constant")
+    assert shapley.values.to_dict() == {0: 4.0, 1: 4.0}
     lost = summaries.pop("lost without Gabor in mosaic, its kernels made constant")
     assert lost.values.to_dict() == {0: 2.0, 1: 2.0}
     free = summaries.pop("kernels of mosaic that cost nothing if one is made constant")
     assert free.values.to_dict() == {0: 20.0, 1: 20.0} and free.threshold is None and free.unit == "%"
     assert set(summaries) == {  # not what is lost without plain kernels made constant, which equals that of zero
         "lost without Plain in mosaic, its kernels set to zero",
-        "Plain in mosaic, removed kernels made constant",
+        "Shapley value of Plain in mosaic, removed kernels made constant",
         "kernels of mosaic that cost nothing if one is set to zero",
     }

@@ -64,7 +64,7 @@ def expect_shapley(lines: Lines, references: list[str]) -> Iterator[tuple[str, E
         for symbol in of_row[0]["values"]:
             values = np.array([line["values"][symbol] for line in of_row])
             threshold = None if symbol == "P" else 0.0
-            yield f"{KINDS[symbol].name} in {row}", expect_mean(values, threshold, math.nan)
+            yield f"Shapley value of {KINDS[symbol].name} in {row}", expect_mean(values, threshold, math.nan)
 
 
 def expect_leave_one_out(lines: Lines, references: list[str]) -> Iterator[tuple[str, Expected]]:
@@ -80,7 +80,10 @@ def expect_leave_one_out(lines: Lines, references: list[str]) -> Iterator[tuple[
                     yield f"lost without {name} in {row}, its kernels {removed}", expect_mean(lost, threshold, math.nan)
                 if way == "constant":
                     values = np.array([by_kind[symbol]["shapley"] for by_kind in losses])
-                    yield f"{name} in {row}, removed kernels {removed}", expect_mean(values, threshold, math.nan)
+                    yield (
+                        f"Shapley value of {name} in {row}, removed kernels {removed}",
+                        expect_mean(values, threshold, math.nan),
+                    )
             counts = [[(loss["free"], loss["kernels"]) for loss in by_kind.values()] for by_kind in losses]
             shares = np.array([sum(f * k for f, k in pairs) / sum(k for _, k in pairs) for pairs in counts])
             yield f"kernels of {row} that cost nothing if one is {removed}", expect_mean(shares, None)

@@ -137,8 +137,8 @@ def test_shapley_and_travel_are_averaged_over_seeds(tmp_path: Path) -> None:
     claim = make_claim(measurements={"shapley": ["mnist"], "akp_travel": ["mnist"]})
     effects, _ = collect_effects(claim, tmp_path)
     assert [(e.what, e.interval.mean, e.unit, e.interval.n) for e in effects] == [
-        ("Gabor in mosaic", 2.0, "points", 2),
-        ("Plain in mosaic", 4.0, "points", 2),
+        ("Shapley value of Gabor in mosaic", 2.0, "points", 2),
+        ("Shapley value of Plain in mosaic", 4.0, "points", 2),
         ("distance traveled by theta of Gabor in mosaic, not modulo its period", 10.0, "degrees", 1),
         ("distance traveled by sigma of Gabor in mosaic", 0.1, "px", 1),
     ]
