@@ -161,7 +161,7 @@ def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
     axes.set_xticks([0, *ticks], [f"{tick:g}" for tick in (0, *ticks)], fontsize=8)
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel(
-        "points of accuracy (linear up to 1), with 95% intervals; gray: margin, equivalent if the 90% interval is inside",
+        "points of accuracy (linear up to 1), 95% intervals; gray: margin, equivalent if the 90% interval is inside",
         fontsize=8,
     )
     for verdict, (marker, color) in STYLES.items():
