@@ -24,13 +24,14 @@ MAX_DRAWN = 10
 OVERVIEW = """\
 # Claims and verdicts
 
-Written by `make claims` from the records in this folder. Each claim lists its decisive comparisons, chosen for what the
-claim says: on the largest data, on the paper's own, with the longest training. They changed when such runs came in; its
-page has its rule and all comparisons. An accuracy is *equivalent* to another if they differ by less than 1 point and by
-less than 10% of the other's errors (two one-sided tests at 5%); otherwise it is *better* or *worse* if the 95% interval
-excludes 0, and *undecided* if not. C1 asks for *equivalent* or *better*, as C3 does of approximations against
-originals; the others ask for *better*. Intervals cover seeds alone, for these images, unless they name images. Epochs
-and learning rates were chosen by validation accuracy, which is therefore optimistic."""
+Written by `make claims` from the records in this folder. Each claim lists its decisive comparisons; its page has its
+rule and all comparisons. Decisive ones are chosen for what the claim says: on the largest data or the paper's own,
+with the longest training. They change when runs with more data or longer training come in. An accuracy is *equivalent*
+to another if they differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%);
+otherwise it is *better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 asks for *equivalent* or
+*better*, as C3 does of approximations against originals; the others ask for *better*. Intervals cover seeds alone, for
+these images, unless they name images. Epochs and learning rates were chosen by validation accuracy, which is therefore
+optimistic."""
 
 LEGEND = f"""\
 [CLAIMS.md](../CLAIMS.md) defines the verdicts. *n* says what a 95% interval covers: seeds or images alone (t-interval
