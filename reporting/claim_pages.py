@@ -28,16 +28,18 @@ Written by `make claims` from the records in this folder. Each claim lists its d
 rule and all comparisons. Decisive ones are chosen for what the claim says: on the largest data or the paper's own,
 with the longest training. They change when runs with more data or longer training come in. An accuracy is *equivalent*
 to another if they differ by less than 1 point and by less than 10% of the other's errors (two one-sided tests at 5%);
-otherwise it is *better* or *worse* if the 95% interval excludes 0, and *undecided* if not. C1 asks for *equivalent* or
-*better*, as C3 does of approximations against originals; the others ask for *better*. Intervals cover seeds alone, for
-these images, unless they name images. Epochs and learning rates were chosen by validation accuracy, which is therefore
-optimistic."""
+otherwise it is *better* or *worse* if the 95% interval excludes 0, and *undecided* if not. **Bold** verdicts survive
+Holm's correction for all comparisons of their claim. C1 asks for *equivalent* or *better*, as C3 does of approximations
+against originals; the others ask for *better*. Intervals cover seeds alone, for these images, unless they name images.
+Epochs and learning rates were chosen by validation accuracy, which is therefore optimistic."""
 
 LEGEND = f"""\
 [CLAIMS.md](../CLAIMS.md) defines the verdicts. *n* says what a 95% interval covers: seeds or images alone (t-interval
 of paired differences), both (crossed random effects), or filters (bootstrap). A *shared variance* over seeds is the
 residual mean square of rows x seeds, over a table's rows with the same reference and 1/{SIMILAR_ERRORS:g} to
 {SIMILAR_ERRORS:g} times its errors, unless Bartlett's test finds their variances to differ (p < {SIMILAR_P_VALUE:g}).
+With few seeds, this test misses many a row that varies more than the others: if its standard deviation is 2.5 times
+theirs, its interval covers the truth in about 86% of all cases, not 95%.
 Intervals are not adjusted for the number of comparisons. **Bold** verdicts survive Holm's correction: *better* and
 *worse* for all tests of a difference on this page, *equivalent* for all tests of equivalence on it; a bootstrap has no
 such test."""
@@ -67,7 +69,7 @@ def render_overview(evidence: Sequence[tuple[Claim, Sequence[Effect]]], untested
 
 
 def _describe(effect: Effect) -> str:
-    parts = [f"**{effect.verdict}**" if effect.verdict else "", _format_estimate(effect, effect.interval)]
+    parts = [_format_verdict(effect), _format_estimate(effect, effect.interval)]
     parts.append(f"{effect.interval.n:,} {effect.interval.sampled}")
     if effect.ratio is not None and effect.ratio >= 1.05:
         parts.append(f"{effect.ratio:.1f} times fewer parameters")
@@ -108,11 +110,15 @@ def render_claim(
 
 def _format_row(effect: Effect) -> str:
     ratio = "" if effect.ratio is None else f"{effect.ratio:.2f}"
-    verdict = f"**{effect.verdict}**" if effect.survives_correction else effect.verdict or ""
     return (
         f"| [{effect.data}](../{effect.source}) | {effect.what} | {ratio} "
-        f"| {_format_estimate(effect, effect.interval)} | {effect.interval.n:,} {effect.interval.sampled} | {verdict} |"
+        f"| {_format_estimate(effect, effect.interval)} | {effect.interval.n:,} {effect.interval.sampled} "
+        f"| {_format_verdict(effect)} |"
     )
+
+
+def _format_verdict(effect: Effect) -> str:
+    return f"**{effect.verdict}**" if effect.survives_correction else effect.verdict or ""
 
 
 def _format_estimate(effect: Effect, interval: Interval) -> str:

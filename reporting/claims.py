@@ -90,7 +90,7 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
         The effects, and what is missing: commands that make missing files of records, and missing rows.
 
     Raises:
-        UsageError: for a corrupt file.
+        UsageError: for a corrupt file, and if nothing is missing but a decisive comparison.
     """
     effects: list[Effect] = []
     missing: dict[str, None] = {}
@@ -117,6 +117,9 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
             effects += _summarize(SUMMARIES[script], results / path)
         else:
             missing[f"`scripts/{script}.py`"] = None
+    keys = {effect.key for effect in effects}
+    if not missing and (unknown := [key for key in claim.decisive if key not in keys]):
+        raise UsageError(f"claim {claim.name}: its decisive '{unknown[0]}' is none of its comparisons")
     compared = [effect for effect in effects if effect.interval.n]
     missing |= {f"{e.what} ({e.data}): no seed in common": None for e in effects if not e.interval.n}
     return _correct_for_multiplicity(compared), list(missing)
@@ -129,7 +132,11 @@ def _check_measurements(measurement: type[Measurement], file: Path, table_file: 
     records = {(r.row, r.seed): r for r in read_results(table_file)}
     for number, line in enumerate(read_measurements(file, measurement), 1):
         record = records.get((line.row, line.seed))
-        if record is None or not line.is_of(record):
+        if record is None:
+            raise UsageError(
+                f"{file}, line {number}: {table_file} has no row '{line.row}' with seed {line.seed}; delete the line"
+            )
+        if not line.is_of(record):
             raise UsageError(f"{file}, line {number}, was not measured on a run in {table_file}; {command} replaces it")
 
 

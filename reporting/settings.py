@@ -93,13 +93,13 @@ def load_table_settings(table: str) -> TableSettings:
 
 
 def find_plain_row(table: str) -> str:
-    """The plain row of a table of configs/table. Raises UsageError if it names none."""
-    plain = load_table_settings(table).plain
-    if plain is None:
+    """The plain row of a table of configs/table. Raises UsageError if it names none of its rows."""
+    settings = load_table_settings(table)
+    if settings.plain not in (names := [row["name"] for row in settings.rows]):
         raise UsageError(
-            f"table {table} has no plain row to compare with; name it as plain in configs/table/{table}.yaml"
+            f"configs/table/{table}.yaml has plain={settings.plain}, which should be one of its rows: {names}"
         )
-    return plain
+    return settings.plain
 
 
 def is_seed(override: str) -> bool:

@@ -169,6 +169,19 @@ class Table:
                 data = load_run_data(settings)
             build_model(settings, data)
 
+    def check_written(self) -> None:
+        """Raises UsageError if the table's own .jsonl file has runs that writing the table would lose."""
+        file = self.path.with_suffix(".jsonl")
+        if not file.exists():
+            return
+        chosen = [replace(row, chosen=c) for row in self.rows for c in self.settings.candidates or [[]]]
+        ids = {planned.directory.id for row in chosen for planned in self._plan_seeds(row)}
+        if lost := [record for record in read_results(file) if record.id not in ids]:
+            raise UsageError(
+                f"{file} has {len(lost)} runs of another recipe, such as row '{lost[0].row}', seed {lost[0].seed}; "
+                "move it away, or write this table elsewhere with paths.results=<folder>"
+            )
+
     def status(self) -> dict[str, list[str]]:
         """Lists the runs that are done, running, failed (with the last line of the error) or left to do."""
         status: dict[str, list[str]] = {"done": [], "running": [], "failed": [], "left": []}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from reporting.render import format_interval
 from reporting.rows import describe_changes, read_results, top1_by_seed
@@ -48,7 +49,8 @@ def verify_table(table: Table, folder: Path) -> list[RowVerification]:
         UsageError: as ``read_results`` and ``Table.reproduce`` do.
     """
     committed = read_results(table.path.with_suffix(".jsonl"))
-    overrides = [f"paths.runs='{folder}'", f"paths.results='{folder}/results'", "fresh=true"]
+    quoted = [QuotedString(str(path), Quote.single).with_quotes() for path in (folder, folder / "results")]
+    overrides = [f"paths.runs={quoted[0]}", f"paths.results={quoted[1]}", "fresh=true"]
     rerun = Table(table.name, table.settings, [*table.user_overrides, *overrides])
     rerun.reproduce()
     settings = rerun.plan_runs()[0].settings

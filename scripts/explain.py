@@ -49,7 +49,8 @@ def main(settings: ExplainSettings) -> None:
     images = None
     if settings.split is not None:
         data = load_data_as_trained(run)
-        split = getattr(data, settings.split)[: settings.images]
+        split = getattr(data, settings.split)
+        split = split if settings.images is None else split.sample(settings.images)
         images = f"{len(split):,} {settings.split}"
         batches = partial(iterate_pairs, data, split)
         try:

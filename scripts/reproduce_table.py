@@ -42,6 +42,8 @@ def main(cfg: DictConfig) -> None:
         table.write()
         print(table.path.with_suffix(".md"))
     else:
+        if cfg.debug is None:
+            table.check_written()
         table.reproduce()
         if cfg.debug is not None:
             print(f"{table.name}: each row trains and evaluates; nothing was recorded")

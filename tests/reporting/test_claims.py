@@ -306,12 +306,26 @@ def test_measurement_of_other_weights_than_those_of_table_is_refused(
         (tmp_path / folder / f"{name}.jsonl").write_text(to_json_lines([values]))
     claim = make_claim(measurements={"shapley": ["mnist"]})
     if is_refused:
-        with pytest.raises(
-            UsageError, match=r"mnist_shapley\.jsonl, line 1, was not measured on a run in .*measure\.py"
-        ):
+        problem = r"(, was not measured on a run in .*measure\.py|: .* has no row .* delete the line)"
+        with pytest.raises(UsageError, match=r"mnist_shapley\.jsonl, line 1" + problem):
             collect_effects(claim, tmp_path)
     else:
         assert len(collect_effects(claim, tmp_path)[0]) == 1
+
+
+def test_measurement_of_absent_row_is_to_be_deleted(tmp_path: Path) -> None:
+    write_table(tmp_path, plain=[90.0])
+    write_measurements(tmp_path, "attacks", {"renamed": [{"0": 99.0}]})
+    with pytest.raises(UsageError, match=r"mnist\.jsonl has no row 'renamed' with seed 0; delete the line$"):
+        collect_effects(make_claim(measurements={"attacks": ["mnist"]}), tmp_path)
+
+
+def test_unknown_decisive_comparison_is_refused_unless_something_is_missing(tmp_path: Path) -> None:
+    write_table(tmp_path, plain=[90.0, 91.0], gabor=[90.0, 91.0])
+    options: dict[str, Any] = {"decisive": {"mnist: Gabor, against plain": "a typo"}}
+    with pytest.raises(UsageError, match="claim C0: its decisive 'mnist: Gabor, against plain' is none of its"):
+        collect_effects(make_claim({"gabor": "plain"}, **options), tmp_path)
+    assert len(collect_effects(make_claim({"gabor": "plain", "other": "plain"}, **options), tmp_path)[1]) == 1
 
 
 def test_rows_without_common_seed_give_no_effect(tmp_path: Path) -> None:
@@ -337,7 +351,7 @@ def test_page_of_single_seed_and_network_without_convolutions_has_no_nan(tmp_pat
     effects, missing = collect_effects(claim, tmp_path)
     page, overview = render_claim(claim, effects, missing), render_overview([(claim, effects)], {})
     assert "| none, against plain |  | +0.00 points | 1 seeds | undecided |" in page
-    assert "- nothing: **undecided**, +0.00 points, 1 seeds" in overview
+    assert "- nothing: undecided, +0.00 points, 1 seeds" in overview
     assert "nan" not in page + overview
 
 
@@ -381,6 +395,13 @@ def test_committed_measurements_are_rewritten_byte_by_byte() -> None:
             assert to_json_lines(line.to_dict() for line in lines) == file.read_text()
 
 
+def test_overview_prints_verdicts_that_survive_correction_in_bold() -> None:
+    effects = [make_effect(name, 1.5, survives_correction=name == "bold") for name in ("bold", "pale")]
+    claim = make_claim(decisive={"mnist: bold": "first", "mnist: pale": "second"})
+    overview = render_overview([(claim, effects)], {})
+    assert "- first: **better**, +1.50" in overview and "- second: better, +1.50" in overview
+
+
 def test_decisive_effects_come_first_on_page_and_figure() -> None:
     narrow = [make_effect(f"narrow {i}", half=0.01 * (i + 1)) for i in range(MAX_DRAWN)]
     wide, text = make_effect("wide", half=9.0), make_effect("description", threshold=None, margin=None)
@@ -394,7 +415,7 @@ def test_decisive_effects_come_first_on_page_and_figure() -> None:
     page = render_claim(claim, effects, ["a table"])
     assert page.index("| wide |") < page.index("| narrow 0 |") and page.endswith("- Not run: a table.\n")
     overview = render_overview([(claim, effects)], {"a network": "a command"})
-    assert "- the point: **undecided**, +0.50 [" in overview and "- another: not run\n" in overview
+    assert "- the point: undecided, +0.50 [" in overview and "- another: not run\n" in overview
     assert "[All comparisons](claims/C0.md): 10 equivalent, 1 undecided." in overview
     assert overview.endswith("## Not tested\n\n- a network: `a command`\n")
 

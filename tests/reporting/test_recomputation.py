@@ -191,7 +191,7 @@ def test_overview_equals_recomputed_intervals() -> None:
         if expected is None:
             continue
         verdict, estimate, validation = re.fullmatch(
-            r"- .*?: \*\*(\w+)\*\*, (.+?\]) .*?(?:on validation images (.*\]) points)?", line
+            r"- .*?: (?:\*\*)?(\w+)(?:\*\*)?, (.+?\]) .*?(?:on validation images (.*\]) points)?", line
         ).groups()  # type: ignore[union-attr]
         assert verdict == expected.verdict
         check_estimate(estimate, expected.interval())

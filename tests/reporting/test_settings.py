@@ -2,6 +2,8 @@ from typing import Any
 
 import pytest
 
+from reporting import settings
+from reporting.settings import find_plain_row
 from tests.reporting.helpers import load_settings
 from training.errors import UsageError
 
@@ -32,3 +34,11 @@ ROW = {"name": "a", "overrides": []}
 def test_invalid_settings_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_settings("digits", **changes)
+
+
+@pytest.mark.parametrize("plain", [None, "nix"])
+def test_plain_row_is_one_of_the_rows(monkeypatch: pytest.MonkeyPatch, plain: str | None) -> None:
+    assert find_plain_row("digits") == "LeNet-5 plain"
+    monkeypatch.setattr(settings, "load_table_settings", lambda table: load_settings(table, plain=plain))
+    with pytest.raises(UsageError, match=rf"^configs/table/digits\.yaml has plain={plain}, which should be one of its"):
+        find_plain_row("digits")

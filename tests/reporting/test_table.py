@@ -84,6 +84,19 @@ def test_reproduce_writes_table_and_figure_in_all_formats(searched_table: tuple[
     assert (folder / "results/tables/digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_table_of_another_recipe_is_not_overwritten(searched_table_copy: Path) -> None:
+    file = searched_table_copy / "results/tables/digits.jsonl"
+    create_table(searched_table_copy, search=SEARCH).check_written()
+    with pytest.raises(
+        UsageError, match=r"digits\.jsonl has 2 runs of another recipe, such as row 'LeNet-5 plain', seed 1;"
+    ):
+        create_table(searched_table_copy, search=SEARCH, seeds=[0, 2]).check_written()
+    with pytest.raises(UsageError, match="has 4 runs of another recipe"):
+        create_table(searched_table_copy).check_written()
+    file.unlink()
+    create_table(searched_table_copy).check_written()
+
+
 def test_search_does_not_evaluate_test_set(searched_table: tuple[Path, Table]) -> None:
     records = read_records(searched_table[0]).values()
     assert len(records) == 8

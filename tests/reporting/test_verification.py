@@ -107,9 +107,9 @@ def test_verify_table_reproduces_itself_and_notices_other_learning_rate(tmp_path
         verify_table(table, tmp_path / "verify")
     table.reproduce()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "results/tables").iterdir()}
-    comparisons = verify_table(table, tmp_path / "runs/verify")
+    comparisons = verify_table(table, tmp_path / "runs/it's verified")
     assert [(c.row, c.verdict) for c in comparisons] == [(row.name, "reproduced") for row in table.rows]
     wrong = create_table(tmp_path, *overrides, "optim.lr=1e-5", **changes)
-    for comparison in verify_table(wrong, tmp_path / "runs/verify"):
+    for comparison in verify_table(wrong, tmp_path / "runs/it's verified"):
         assert comparison.verdict == "differs" and "optim.lr=1e-05 instead of 0.002" in comparison.details
     assert {path: path.stat().st_mtime_ns for path in files} == files

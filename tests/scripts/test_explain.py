@@ -83,6 +83,23 @@ def test_page_is_self_contained_and_shows_every_kernel(page: Path) -> None:
     assert re.search(f'data-formula="{gabor}{number} deg"', text.replace("&#39;", "'"))
 
 
+def test_page_of_some_images_takes_random_ones(
+    run_path: Path, call_script: RunScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[int] = []
+
+    def spy(model: torch.nn.Module, batches: acl.explain.Batches, mode: str) -> acl.explain.Attribution:
+        labels.extend(label for _, batch in batches() for label in batch.tolist())
+        return attribute(model, batches, mode)
+
+    attribute = acl.explain.attribute
+    monkeypatch.setattr(acl.explain, "attribute", spy)
+    done = call_script("explain.py", f"run={run_path}", "images=20", "single=false", "replace=[zero]")
+    assert done.returncode == 0, done.stderr
+    val = load_run_data(load_finished_run(run_path).settings).val
+    assert labels == val.sample(20).labels.tolist() != val.labels[:20].tolist()
+
+
 def test_recorded_akps_start_at_initial_akps_of_run(run_path: Path) -> None:
     finished = load_finished_run(run_path)
     torch.manual_seed(finished.settings.seed)
