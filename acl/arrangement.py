@@ -135,7 +135,7 @@ class Arrangement:
         """Returns this arrangement as counts: of the in_channels (per group) x out_channels kernels, or of the filters.
 
         Shares are rounded with the largest-remainder method, so that they fill the layer exactly. A warning names kinds
-        whose share rounds to none.
+        whose share rounds to none. The result has only kinds with kernels.
 
         Raises:
             ValueError: if the counts do not add up to the layer's number of kernels or filters. The message names
@@ -147,7 +147,7 @@ class Arrangement:
             if total != num_slots:
                 size = f" ({in_channels} x {out_channels})" if per == "kernel" else ""
                 raise ValueError(f"arrangement '{self}' has {total} {per}s, but {layer} has {num_slots}{size}")
-            return self
+            return self._without_empty_terms()
         exact_counts = [value * num_slots / 100 for _, value in self.terms]
         counts = [int(value) for value in exact_counts]
         by_remainder = sorted(range(len(exact_counts)), key=lambda i: counts[i] - exact_counts[i])
@@ -156,7 +156,12 @@ class Arrangement:
         if lost := [symbol for (symbol, value), n in zip(self.terms, counts, strict=True) if value and not n]:
             reason = f"the share of its {num_slots} {per}s rounds to 0"
             warnings.warn(f"{layer} gets no {' and no '.join(lost)}: {reason}", stacklevel=2)
-        return Arrangement(tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True)))
+        terms = tuple((symbol, Fraction(n)) for (symbol, _), n in zip(self.terms, counts, strict=True))
+        return Arrangement(terms)._without_empty_terms()
+
+    def _without_empty_terms(self) -> "Arrangement":
+        """This arrangement without kinds of no kernel; unchanged if no kind has any."""
+        return Arrangement(tuple(term for term in self.terms if term[1]) or self.terms)
 
 
 def encode_placement(placement: Tensor) -> Tensor:

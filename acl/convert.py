@@ -15,10 +15,11 @@ from acl.arrangement import Arrangement
 from acl.computed_conv import get_convolution_arguments
 from acl.factored import is_factored
 from acl.fit import fit_kernels
-from acl.fit_result import apply_fits, check_tolerance
+from acl.fit_result import Fit, apply_fits, check_tolerance
 from acl.inspection import analytic_layers, find_plain_convolutions
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
+from acl.metric import Metric
 from acl.options import LayerKeywords, LayerOptions
 from acl.refine import refine_jointly
 
@@ -73,8 +74,8 @@ def convert(
     Raises:
         ValueError: for a name that matches no convolution, a layer that cannot be converted or that shares its weight
             or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
-            ``fit`` cannot fit, an AKP in ``learn`` that none of the layers has, or arguments that AnalyticConv2d
-            rejects. The model is then unchanged.
+            ``fit`` cannot fit, 1 x 1 kernels of a kind whose kernels sum to 0, an AKP in ``learn`` that none of the
+            layers has, or arguments that AnalyticConv2d rejects. The model is then unchanged.
         TypeError: for an unknown option, or an arrangement that is neither text nor an ``Arrangement``.
 
     Example:
@@ -185,6 +186,8 @@ def check_convertible(conv: nn.Conv2d, name: str) -> None:
         raise ValueError(f"cannot convert {name}: its bias is parametrized or pruned; make it permanent first")
     if not conv.weight.is_floating_point():
         raise ValueError(f"cannot convert {name}: its weight is {conv.weight.dtype}, not floating-point")
+    if {"forward", "_conv_forward"} & vars(conv).keys():
+        raise ValueError(f"cannot convert {name}: its forward pass is patched, which would be lost; use a subclass")
     if hasattr(conv, "weight_fake_quant"):
         raise ValueError(f"cannot convert {name}: it is prepared for quantization; convert the model before that")
 
@@ -207,7 +210,8 @@ def create_analytic(
         layer.gains.requires_grad_(conv.weight.requires_grad)
     if layer.bias is not None and conv.bias is not None:
         layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
-    if conv.weight.is_contiguous(memory_format=torch.channels_last):
+    _, in_channels, _, width = conv.weight.shape
+    if conv.weight.stride()[1:] == (1, width * in_channels, in_channels):  # is_contiguous() takes 1 channel for both
         layer.to(memory_format=torch.channels_last)
     return layer.train(conv.training)
 
@@ -257,7 +261,7 @@ def share_parameters(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d
 
 def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module) -> list[str]:
     """The convolutions that a name, glob pattern or rule matches; a layer's name takes precedence over a rule."""
-    names = [name for name in convolutions if fnmatchcase(name, pattern)]
+    names = [name for name in convolutions if name == pattern or fnmatchcase(name, pattern)]
     if not names and pattern == "first":
         names = list(convolutions)[:1]
         first_analytic = next(iter(analytic_layers(model)), None)
@@ -292,24 +296,35 @@ def _to_analytic(
     options: LayerOptions,
 ) -> AnalyticConv2d:
     """Creates the analytic layer that replaces a convolution, with its AKPs sampled or fitted; errors name it."""
-    fit_options: dict[str, Any] = {
-        "family": options.family,
-        "per": options.per,
-        "metric": metric,
-        "profile": options.profile,
-        "signed": not options.amplitude,
-    }
+
+    def fit_outputs(kinds: list[list[str]] | None = None) -> Fit:
+        size, dilation = ((pair[0], pair[1]) for pair in (conv.kernel_size, conv.dilation))
+        return fit_kernels(
+            conv.weight,
+            kinds,
+            options.family,
+            per=options.per,
+            metric=Metric.create(metric, conv.weight.shape[1], size, dilation),
+            profile=options.profile,
+            signed=not options.amplitude,
+        )
+
     if arrangement.auto:
         assert tolerance is not None
-        fit = refine_jointly(fit_kernels(conv.weight, **fit_options).choose(tolerance, conv.weight), conv.weight)
+        fit = refine_jointly(fit_outputs().choose(tolerance, conv.weight), conv.weight)
         auto_arrangement, placement = Arrangement.from_slot_kinds([kernel.kind for kernel in fit.kernels])
         layer = create_analytic(conv, auto_arrangement, placement, **vars(options))
     else:
         layer = create_analytic(conv, arrangement, **vars(options))
+        if zero := _find_zero_kinds(layer):
+            raise ValueError(
+                f"cannot convert {name}: its 1 x 1 kernels of {' and '.join(zero)} would be 0 whatever their AKPs; "
+                "leave them plain, or convert only larger kernels, as the rule k>=2 does"
+            )
         if init != "fit":
             return layer
         kinds = [[symbol] if KINDS[symbol].is_analytic else [] for symbol in layer.slot_kinds]
-        fit = fit_kernels(conv.weight, kinds, **fit_options)
+        fit = fit_outputs(kinds)
         for slot, kernel in enumerate(fit.kernels):
             if kernel.r2 is None and any(kernel.weights):
                 raise ValueError(
@@ -319,6 +334,13 @@ def _to_analytic(
     if init != "random":
         apply_fits(layer, fit.kernels)
     return layer
+
+
+def _find_zero_kinds(layer: AnalyticConv2d) -> list[str]:
+    """The kinds of a layer whose 1 x 1 kernels are 0."""
+    if max(layer.kernel_size) > 1 or layer._format.is_meta:
+        return []
+    return [symbol for symbol in layer.akps() if not layer.compute_shapes(symbol).any()]
 
 
 def _replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> nn.Module:

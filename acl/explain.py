@@ -36,7 +36,13 @@ class Attribution:
     """What stands for a removed kernel, one of ``REPLACEMENTS``."""
 
     def accuracy(self, kept: Iterable[str]) -> float:
-        """Top-1 accuracy in percent with only these kinds; kinds absent from the network have no effect."""
+        """Top-1 accuracy in percent with only these kinds, such as ``["G", "P"]`` or ``"G"``.
+
+        Kinds absent from the network have no effect. Raises ValueError for a symbol that is no kind.
+        """
+        kept = [kept] if isinstance(kept, str) else list(kept)
+        if unknown := [symbol for symbol in kept if symbol not in KINDS]:
+            raise ValueError(f"unknown kind '{unknown[0]}'; known: {', '.join(KINDS)}")
         return 100 * self.correct[frozenset(kept) & frozenset(self.kinds)] / self.images
 
     @property
@@ -152,10 +158,17 @@ def leave_one_out(
         without the filter in a filter mosaic.
 
     Raises:
-        ValueError: for a network without analytic layers, no data, or another ``replace``.
+        ValueError: for a network without analytic layers, no data, another ``replace``, or a name in ``slots`` that is
+            none of an analytic layer.
+        IndexError: for a slot that a layer does not have.
     """
     _check_replacement(replace, ("zero", "constant"))
     layers = require_analytic_layers(model)
+    for name, of_layer in (slots or {}).items():
+        if name not in layers:
+            raise ValueError(f"no analytic layer is named '{name}'; the network has: {', '.join(layers)}")
+        for slot in of_layer:
+            layers[name].get_kind_of_slot(slot)
     slots = {name: range(len(layer.slot_kinds)) for name, layer in layers.items()} if slots is None else slots
     correct_lost = {name: torch.zeros(len(of_layer), dtype=torch.float64) for name, of_layer in slots.items()}
     images = 0
@@ -200,11 +213,12 @@ def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode, then restores the mode of each module."""
+    """Puts a model in eval mode, without compiled code, which skips hooks; then restores the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def convolve_depthwise(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    is_available = torch.amp.is_autocast_available(x.device.type)  # not on the device "meta"
+    with torch.autocast(x.device.type, enabled=False) if is_available else nullcontext():
         output = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, dilation, len(weight))
     return output.to(x.dtype)
 

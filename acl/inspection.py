@@ -153,7 +153,8 @@ def _count_multiply_adds(model: nn.Module, inputs: torch.Tensor) -> dict[nn.Modu
     handles = [layer.register_forward_hook(count) for layer in analytic_layers(model).values()]
     training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(inputs)
+        with torch.compiler.set_stance("force_eager"):  # compiled code skips hooks
+            model.eval()(inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ METRICS = ("images", "pixels")
 _COLOR_CORRELATION = 0.9
 _IMAGE_SIZE = 224
 _IMAGES_PER_BATCH = 64
+_RIDGE = 1e-9  # relative to the mean second moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,20 @@ class Metric:
     """
 
     name: str
-    """``images``, ``pixels``, or ``data`` if it was measured."""
+    """``images``, ``pixels``, ``data`` if it was measured, or ``dilated images``."""
     channels: Tensor = field(repr=False)
     """(in / groups, in / groups) float64."""
     pixels: Tensor = field(repr=False)
     """(kh kw, kh kw) float64."""
 
     @classmethod
-    def create(cls, metric: "str | Tensor | Metric", in_channels: int, size: tuple[int, int]) -> "Metric":
+    def create(
+        cls,
+        metric: "str | Tensor | Metric",
+        in_channels: int,
+        size: tuple[int, int],
+        dilation: tuple[int, int] = (1, 1),
+    ) -> "Metric":
         """Creates the metric of kernels of a size.
 
         Args:
@@ -42,6 +49,7 @@ class Metric:
                 product.
             in_channels: the input channels of a filter (in / groups).
             size: (kh, kw).
+            dilation: the distances of a kernel's pixels in its inputs.
 
         Raises:
             ValueError: for an unknown metric, or a tensor of another shape, or that is not finite, or has no energy.
@@ -51,7 +59,7 @@ class Metric:
             metric.check_size(in_channels, num_pixels)
             return metric
         if isinstance(metric, Tensor):
-            return cls("data", *_factorize(_measure_moments(metric, in_channels, size), in_channels))
+            return cls("data", *_factorize(_measure_moments(metric, in_channels, size, dilation), in_channels))
         if metric not in METRICS:
             raise ValueError(f"unknown metric '{metric}'; known: {', '.join(METRICS)}, or a tensor")
         channels = torch.eye(in_channels, dtype=torch.float64)
@@ -59,7 +67,8 @@ class Metric:
             return cls(metric, channels, torch.eye(num_pixels, dtype=torch.float64))
         if in_channels == 3:
             channels = _COLOR_CORRELATION + (1 - _COLOR_CORRELATION) * channels
-        return cls(metric, channels, _compute_image_moments(size))
+        is_dilated = any(d > 1 and n > 1 for d, n in zip(dilation, size, strict=True))
+        return cls("dilated images" if is_dilated else metric, channels, _compute_image_moments(size, dilation))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Metric) and self.to_json() == other.to_json() and len(self.pixels) == len(other.pixels)
@@ -104,58 +113,72 @@ class Metric:
         if values["name"] in METRICS:
             return cls.create(values["name"], in_channels, size)
         matrices = [torch.tensor(values[key], dtype=torch.float64) for key in ("channels", "pixels")]
-        metric = cls("data", *matrices)
+        metric = cls(str(values["name"]), *matrices)
         metric.check_size(in_channels, size[0] * size[1])
         return metric
 
 
-def output_error(weight: Tensor, approximation: Tensor, metric: str | Tensor | Metric = "images") -> float:
+def output_error(
+    weight: Tensor,
+    approximation: Tensor,
+    metric: str | Tensor | Metric = "images",
+    dilation: int | tuple[int, int] = 1,
+) -> float:
     """The energy of the error of a layer's output relative to that of the output, if its weight is approximated.
 
     Args:
         weight, approximation: (out, in / groups, kh, kw).
         metric: as for ``Metric.create``, but the second moments of a tensor are used as they are. With ``pixels``, this
             is 1 - R^2.
+        dilation: of the layer.
     """
+    dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
     size = (weight.shape[2], weight.shape[3])
     weight, error = weight.detach().cpu().double(), (weight - approximation).detach().cpu().double()
     if isinstance(metric, Tensor):
-        moments = _measure_moments(metric, weight.shape[1], size)
+        moments = _measure_moments(metric, weight.shape[1], size, dilation)
         energies = [(kernels.flatten(1) @ moments * kernels.flatten(1)).sum() for kernels in (error, weight)]
     else:
-        resolved = Metric.create(metric, weight.shape[1], size)
+        resolved = Metric.create(metric, weight.shape[1], size, dilation)
         energies = [resolved.energies(kernels).sum() for kernels in (error, weight)]
     return float(energies[0] / energies[1])
 
 
 def _factor(moments: Tensor) -> Tensor:
-    size, unit = len(moments), moments.trace() / len(moments) * torch.eye(len(moments), dtype=moments.dtype)
-    for ridge in (1e-9, 1e-6, 1e-4):  # the larger ones for moments of rounded or few values
-        factor, info = torch.linalg.cholesky_ex(moments + ridge * unit)
+    for ridge in (_RIDGE, 1e-6, 1e-4):  # the larger ones for moments of rounded or few values
+        factor, info = torch.linalg.cholesky_ex(_add_ridge(moments, ridge))
         if not info:
             return factor
-    raise ValueError(f"the second moments of {size} values are not positive semidefinite")
+    raise ValueError(f"the second moments of {len(moments)} values are not positive semidefinite")
 
 
-def _compute_image_moments(size: tuple[int, int]) -> Tensor:
+def _compute_extents(size: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
+    """The height and the width of a kernel's window, in pixels of its inputs."""
+    return [d * (n - 1) + 1 for d, n in zip(dilation, size, strict=True)]
+
+
+def _compute_image_moments(size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """The correlations of the pixels of images whose power falls as 1 / f^2, also at the frequency 0 of their size."""
-    frequencies = torch.fft.fftfreq(_IMAGE_SIZE, dtype=torch.float64)
+    image_size = max(_IMAGE_SIZE, 2 * max(_compute_extents(size, dilation)))
+    frequencies = torch.fft.fftfreq(image_size, dtype=torch.float64)
     squares = frequencies[:, None].square() + frequencies.square()
     squares[0, 0] = frequencies[1] ** 2
     correlations = torch.fft.ifft2(1 / squares).real
-    rows, columns = (index.flatten() for index in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
+    places = (d * torch.arange(n) for d, n in zip(dilation, size, strict=True))
+    rows, columns = (index.flatten() for index in torch.meshgrid(*places, indexing="ij"))
     return correlations[rows[:, None] - rows, columns[:, None] - columns] / correlations[0, 0]
 
 
-def _measure_moments(values: Tensor, in_channels: int, size: tuple[int, int]) -> Tensor:
+def _measure_moments(values: Tensor, in_channels: int, size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """The second moments of the patches of a batch of inputs; a matrix of second moments is returned as it is."""
     length = in_channels * size[0] * size[1]
     values = values.detach().cpu()
-    has_patches = values.ndim == 4 and values.shape[2] >= size[0] and values.shape[3] >= size[1] and len(values)
+    height, width = _compute_extents(size, dilation)
+    has_patches = values.ndim == 4 and values.shape[2] >= height and values.shape[3] >= width and len(values)
     if has_patches and values.shape[1] == in_channels:
         moments = torch.zeros(length, length, dtype=torch.float64)
         for batch in values.split(_IMAGES_PER_BATCH):
-            patches = F.unfold(batch.double(), size).movedim(1, 0).flatten(1)
+            patches = F.unfold(batch.double(), size, dilation).movedim(1, 0).flatten(1)
             moments += patches @ patches.T / patches.shape[1] * len(batch) / len(values)
     elif values.shape == (length, length):
         moments = (values.double() + values.double().T) / 2
@@ -178,4 +201,8 @@ def _factorize(moments: Tensor, in_channels: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
     sign = torch.sign(u[:, 0].view(in_channels, -1).trace())
     channels, pixels = sign * s[0] * u[:, 0].view(in_channels, -1), sign * vh[0].view(num_pixels, -1)
-    return channels, pixels
+    return _add_ridge(channels, _RIDGE), _add_ridge(pixels, _RIDGE)  # so that errors that no input shows count, too
+
+
+def _add_ridge(moments: Tensor, ridge: float) -> Tensor:
+    return moments + ridge * (moments.trace() / len(moments) * torch.eye(len(moments), dtype=moments.dtype))

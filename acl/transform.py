@@ -46,8 +46,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
     Raises:
         ValueError: for a network without analytic layers, a layer whose dilation differs between height and width, so
             that its kernels are distorted in the image, a kind of kernel that has a direction but no AKP with that
-            role, parametrized kernels, layers that share only some of the AKPs that turn, or an angle that is not
-            finite. The model is then unchanged.
+            role, parametrized or pruned kernels, layers that share only some of the AKPs that turn, or an angle that is
+            not finite. The model is then unchanged.
     """
     if not math.isfinite(degrees):
         raise ValueError(f"degrees must be finite, got {degrees}")
@@ -58,8 +58,7 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         where = name or "the layer"
         if layer.dilation[0] != layer.dilation[1]:
             raise ValueError(f"cannot rotate {where}: its dilation {layer.dilation} distorts its kernels")
-        if parametrize.is_parametrized(layer.raw) or parametrize.is_parametrized(layer):
-            raise ValueError(f"cannot rotate {where}: its kernels are parametrized")
+        _check_stored(layer, f"cannot rotate {where}")
         for symbol, akps in layer.akps().items():
             kind = KINDS[symbol]
             new = _turn_akps(kind, akps, math.radians(degrees))
@@ -83,12 +82,22 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
             turned[layer.plain] = _turn_kernels(layer.plain, math.radians(degrees))
     for parameter, values in turned.items():
         parameter.copy_(values)  # AKPs that turn have no floor, so they are stored in natural units
+    new_raw: dict[nn.ParameterDict, nn.ParameterDict] = {}  # by the old one, which layers can share
     for layer, ratios_by_kind in gains.items():
+        old_raw = layer.raw
         layer.add_amplitude()
+        layer.raw = new_raw.setdefault(old_raw, layer.raw)
         for symbol, ratios in ratios_by_kind.items():
             layer.set_akps(symbol, {"amplitude": ratios})
     _warn_of_plain_convolutions(model, "rotated")
     return model
+
+
+def _check_stored(layer: AnalyticConv2d, problem: str) -> None:
+    """Raises ValueError, which starts with the problem, if kernels are computed from other parameters."""
+    is_pruned = any(getattr(layer, name) is not None and name not in layer._parameters for name in ("plain", "gains"))
+    if is_pruned or parametrize.is_parametrized(layer.raw) or parametrize.is_parametrized(layer):
+        raise ValueError(f"{problem}: its kernels are parametrized or pruned; make that permanent first")
 
 
 def _warn_of_plain_convolutions(model: nn.Module, change: str) -> None:
@@ -167,9 +176,9 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
 
     Raises:
         ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride whose
-            multiple is not whole, layers converted from a subclass of nn.Conv2d, layers that share AKPs or plain
-            kernels, or formulas that are too fine for the pixels of a smaller image (``UnsuitableFormulasError``). The
-            model is then unchanged.
+            multiple is not whole, parametrized or pruned kernels, layers converted from a subclass of nn.Conv2d, layers
+            that share AKPs or plain kernels, or formulas that are too fine for the pixels of a smaller image
+            (``UnsuitableFormulasError``). The model is then unchanged.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"factor must be positive and finite, got {factor}")
@@ -227,6 +236,7 @@ def rescale_axes(layer: AnalyticConv2d, factor: float, multiply_stride: bool) ->
 
 
 def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_stride: bool) -> AnalyticConv2d:
+    _check_stored(layer, f"cannot rescale {where}")
     if layer.host is not None:
         raise ValueError(f"{where} was converted from a {type(layer.host).__name__}, whose padding is not known")
     if multiply_stride and any(s * factor != round(s * factor) for s in layer.stride):

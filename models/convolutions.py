@@ -64,7 +64,8 @@ class GaussianBasisConv2d(ComputedConv2d):
         return basis / basis.square().sum((1, 2), keepdim=True).add(1e-12).sqrt()
 
     def _synthesize(self) -> Tensor:
-        return torch.einsum("oib,bhw->oihw", self.coefficients, self.compute_basis())
+        weight = torch.einsum("oib,bhw->oihw", self.coefficients, self.compute_basis())
+        return weight.to(self._format.dtype)  # under autocast, it has 16 bits, and may be cached
 
     def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:
         return [self.coefficients, self.raw_sigma], ()

@@ -172,10 +172,15 @@ def load_data(
         train = train[torch.tensor(kept)]
     if mean is None and std is None:
         mean_tensor, std_tensor = _compute_moments(train.images)
-    elif mean is None or std is None or not len(mean) == len(std) == channels or min(std) <= 0:
+    elif (
+        mean is None
+        or std is None
+        or not len(mean) == len(std) == channels
+        or not (0 <= min(mean) <= max(mean) <= 1 and 0 < min(std) <= max(std) <= 1)
+    ):
         raise UsageError(
             f"data.mean={format_value(mean)} and data.std={format_value(std)} are invalid: both should be null, or "
-            f"lists of {channels} numbers, one per channel, with a positive standard deviation"
+            f"lists of {channels} numbers, one per channel, from 0 to 1, with a positive standard deviation"
         )
     else:
         mean_tensor, std_tensor = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))

@@ -55,6 +55,10 @@ class ImageFiles:
         """The data set of the training, validation and test listings; ``root`` contains their files."""
         class_sets = [{label for _, label in listing} for listing in listings]
         classes = sorted(set.union(*class_sets))
+        if len(classes) == 1:
+            raise UsageError(
+                f"{root}: all images are of one class, '{classes[0]}'; each class needs a folder of its own"
+            )
         parts = ("training", "validation", "test")
         for part, labels in zip(parts, class_sets, strict=True):
             if missing := [label for label in classes if label not in labels]:

@@ -77,6 +77,39 @@ def test_convert_keeps_dtype_mode_and_memory_format() -> None:
     assert layer.weight.stride() == strides
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [{"in_channels": 1}, {"in_channels": 8, "groups": 8}, {"in_channels": 4, "kernel_size": 1}, {"in_channels": 3}],
+)
+def test_converted_and_folded_layers_give_outputs_of_the_same_layout(
+    options: dict[str, Any], memory_format: torch.memory_format
+) -> None:
+    conv = nn.Conv2d(**{"out_channels": 8, "kernel_size": 3, **options}).to(memory_format=memory_format)
+    x = torch.randn(2, conv.in_channels, 9, 9)
+    strides = conv.weight.stride(), conv(x).stride()
+    layer = convert(copy.deepcopy(conv), "first", "G100%")
+    assert (layer.weight.stride(), layer(x).stride()) == strides
+    folded = fold(layer)
+    assert (folded.weight.stride(), folded(x).stride()) == strides
+
+
+def test_name_of_a_layer_with_brackets_is_no_pattern() -> None:
+    model = nn.ModuleDict({"conv[1]": nn.Conv2d(1, 2, 3), "conv1": nn.Conv2d(1, 2, 3)})
+    assert list(analytic_layers(convert(model, "conv[1]", "G2"))) == ["conv1", "conv[1]"][::-1]
+
+
+@pytest.mark.parametrize("per", ["kernel", "filter"])
+@pytest.mark.parametrize("init", ["random", "fit"])
+def test_kernels_of_1_x_1_that_would_be_zero_are_refused(per: Any, init: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1))
+    message = "cannot convert 1: its 1 x 1 kernels of Lg and Tf would be 0 whatever their AKPs"
+    with pytest.raises(ValueError, match=message):
+        convert(model, "all", "G25% Lg25% Tf25% P25%", init, per=per)
+    assert analytic_layers(model) == {}
+    assert convert(model, {"all": "G100%", "k>=3": "Lg100%"}, init="random", per=per)[1].weight.any()
+
+
 def test_convert_leaves_model_unchanged_on_error() -> None:
     model = make_network()
     with pytest.raises(
@@ -280,6 +313,16 @@ def parametrize_bias(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def patch_forward(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)  # type: ignore[method-assign]
+    return conv
+
+
+def patch_convolution(conv: nn.Conv2d) -> nn.Conv2d:
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1)  # type: ignore[method-assign]
+    return conv
+
+
 def prepare_for_quantization(conv: nn.Conv2d) -> nn.Conv2d:
     conv.weight_fake_quant = nn.Identity()
     return conv
@@ -290,6 +333,8 @@ def prepare_for_quantization(conv: nn.Conv2d) -> nn.Conv2d:
     [
         (prune_bias, "cannot convert 0: its bias is parametrized or pruned"),
         (parametrize_bias, "cannot convert 0"),
+        (patch_forward, "cannot convert 0: its forward pass is patched"),
+        (patch_convolution, "cannot convert 0: its forward pass is patched"),
         (prepare_for_quantization, "cannot convert 0: it is prepared for quantization"),
     ],
 )

@@ -231,6 +231,31 @@ def test_leave_one_out_rejects_invalid_arguments() -> None:
         leave_one_out(make_network("G100%"), iterate_no_batches, progress=False)
     with pytest.raises(ValueError, match="unknown replace 'mean'; known: zero, constant"):
         leave_one_out(make_network("G100%"), iterate_batches, "mean", progress=False)
+    with pytest.raises(ValueError, match="no analytic layer is named 'conv1'; the network has: 0"):
+        leave_one_out(make_network("G100%"), iterate_batches, progress=False, slots={"conv1": [0]})
+    with pytest.raises(IndexError, match="slot 24 is out of range; the layer has slots 0 to 23"):
+        leave_one_out(make_network("G100%"), iterate_batches, progress=False, slots={"0": [0, 24]})
+
+
+def test_accuracy_takes_one_symbol_or_several() -> None:
+    result = attribute(make_network("G12 Lg12"), iterate_batches, progress=False)
+    assert result.accuracy("Lg") == result.accuracy(["Lg"]) != result.accuracy([])
+    with pytest.raises(ValueError, match="unknown kind 'LG'; known: G, Lg"):
+        result.accuracy(["LG"])
+
+
+def test_compiled_network_has_the_contributions_and_multiply_adds_of_eager_one() -> None:
+    model = make_network("G12 P12", "G12 Lg12").eval()
+    x = next(iterate_batches())[0]
+    expected = [attribute(model, iterate_batches, replace, progress=False) for replace in REPLACEMENTS]
+    single, summary = leave_one_out(model, iterate_batches, progress=False), acl.summary(model, x)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert [attribute(model, iterate_batches, replace, progress=False) for replace in REPLACEMENTS] == expected
+    assert acl.summary(model, x) == summary
+    for name, values in leave_one_out(model, iterate_batches, progress=False).items():
+        assert torch.equal(values, single[name])
 
 
 def test_require_analytic_layers_returns_them_or_raises() -> None:

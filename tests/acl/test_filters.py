@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,19 @@ def test_layers_that_share_their_weight_share_gains() -> None:
     torch.testing.assert_close(net[0].weight, before, rtol=1e-4, atol=1e-5)
     folded = fold(net)
     assert folded[0].weight is folded[1].weight
+
+
+@pytest.mark.parametrize("arrangement", ["G10% P90%", "G0 P4"])
+def test_mosaic_whose_analytic_share_rounds_to_none_is_plain(arrangement: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = AnalyticConv2d(8, 4, 3, arrangement=arrangement, per="filter")
+    x = torch.randn(1, 8, 6, 6)
+    assert layer.arrangement.counts == {"P": 4} and layer.akps() == {}
+    assert torch.equal(layer(x), fold(copy.deepcopy(layer))(x))
+    assert layer.fold().weight.equal(layer.weight) and "P4" in repr(layer)
+
+
+def test_factored_layer_runs_on_device_meta() -> None:
+    layer = AnalyticConv2d(4, 8, 3, arrangement="G100%", per="filter", compute="factored", device="meta")
+    assert layer(torch.empty(1, 4, 8, 8, device="meta")).shape == (1, 8, 6, 6)

@@ -590,6 +590,46 @@ def test_invalid_metric_is_named(metric: Any, message: str) -> None:
         fit_kernels(torch.randn(1, 2, 3, 3), metric=metric, progress=False)
 
 
+@pytest.mark.parametrize("metric", ["images", "inputs"])
+def test_fit_of_dilated_layer_minimizes_error_of_its_outputs(metric: str) -> None:
+    frequencies = torch.fft.fftfreq(64)
+    amplitudes = (frequencies[:, None] ** 2 + frequencies**2 + 1 / 64**2).rsqrt()
+    images = torch.fft.ifft2(torch.fft.fft2(torch.randn(16, 1, 64, 64)) * amplitudes).real
+    conv = nn.Conv2d(1, 8, 5, dilation=4, bias=False)
+    chosen: Any = images if metric == "inputs" else metric
+    errors = []
+    for used in (chosen, "pixels"):
+        layer = convert(copy.deepcopy(conv), "first", "G100%", init="fit", amplitude=True, metric=used)
+        error = (layer(images) - conv(images)).square().sum() / conv(images).square().sum()
+        errors.append(error.item())
+        reported = acl.output_error(conv.weight, layer.weight, images, conv.dilation)
+        assert reported == pytest.approx(error.item(), rel=1e-3)
+    assert errors[0] < errors[1]
+
+
+def test_moments_of_dilated_images_are_those_of_every_other_pixel() -> None:
+    dense, dilated = Metric.create("images", 3, (5, 7)), Metric.create("images", 3, (3, 4), (2, 2))
+    kept = dense.pixels.view(5, 7, 5, 7)[::2, ::2, ::2, ::2].reshape(12, 12)
+    torch.testing.assert_close(dilated.pixels, kept, rtol=1e-12, atol=0)
+    assert Metric.from_json(dilated.to_json(), 3, (3, 4)) == dilated != Metric.create("images", 3, (3, 4))
+    assert Metric.create("images", 3, (1, 1), (2, 2)) == Metric.create("images", 3, (1, 1))
+    assert Metric.create("images", 1, (3, 3), (200, 1)).pixels.isfinite().all()  # wider than the images
+    with pytest.raises(ValueError, match="of at least the kernel's size"):
+        Metric.create(torch.randn(2, 1, 8, 8), 1, (5, 5), (2, 2))
+
+
+@pytest.mark.usefixtures("quick_search")
+@pytest.mark.parametrize("options", [{}, {"per": "filter"}, {"signed": True}])
+def test_inputs_without_energy_in_a_channel_or_direction_have_finite_errors(options: dict[str, Any]) -> None:
+    dead = torch.randn(4, 3, 9, 9).relu()
+    dead[:, 2] = 0
+    edges = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(2, 3, 3, 3)
+    for inputs in (dead, torch.ones(4, 3, 9, 9)):  # constant inputs have no edges
+        fit = fit_kernels(edges, ["G"], metric=inputs, progress=False, **options)
+        assert fit.weight().isfinite().all() and fit.r2 <= 1 + 1e-9
+        assert all(kernel.r2 is not None and kernel.r2 <= 1 + 1e-9 for kernel in fit.kernels)
+
+
 def test_image_metric_is_power_spectrum_of_images() -> None:
     metric = Metric.create("images", 3, (5, 3))
     assert torch.allclose(metric.pixels, metric.pixels.T) and torch.linalg.eigvalsh(metric.pixels).min() > 0

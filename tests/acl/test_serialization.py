@@ -467,3 +467,17 @@ def test_save_to_read_only_folder_names_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "unlink", fail_to_remove)
     with pytest.raises(OSError, match="Read-only file system"):
         acl.save(nn.Conv2d(1, 2, 3), tmp_path / "file")
+
+
+@pytest.mark.parametrize("arrangement", ["G4 P4", "G8", "P8"])
+@pytest.mark.parametrize("per", ["kernel", "filter"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layer_follows_dtype_and_device_of_an_assigned_state(arrangement: str, per: Any, device: str) -> None:
+    channels = 2 if per == "kernel" else 8
+    options: dict[str, Any] = {"arrangement": arrangement, "per": per, "bias": False}
+    source = AnalyticConv2d(1 if per == "filter" else 4, channels, 3, **options).to(torch.bfloat16).eval()
+    layer = AnalyticConv2d(source.in_channels, channels, 3, device=device, **options).eval()
+    layer.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(1, source.in_channels, 6, 6, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), source(x)) and layer.weight.dtype == torch.bfloat16
+    assert layer.to("cpu").float().weight.dtype == torch.float32

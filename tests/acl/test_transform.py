@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import acl
 from acl import AnalyticConv2d
@@ -171,11 +171,24 @@ def test_plain_kernels_of_half_precision_are_resampled_precisely(dtype: torch.dt
     assert torch.equal(move(layer).weight, expected)
 
 
-def test_parametrized_layer_is_not_moved() -> None:
-    layer = make_layer("G12 P12")
-    parametrize.register_parametrization(layer, "plain", nn.Identity())
-    with pytest.raises(ValueError, match="cannot rotate the layer: its kernels are parametrized"):
-        acl.rotate(layer, 30.0)
+def test_parametrized_and_pruned_layers_are_not_moved() -> None:
+    parametrized, pruned = make_layer("G12 P12"), make_layer("G12 P12")
+    parametrize.register_parametrization(parametrized, "plain", nn.Identity())
+    prune.l1_unstructured(pruned, "plain", 0.2)
+    for layer in (parametrized, pruned):
+        with pytest.raises(ValueError, match="cannot rotate the layer: its kernels are parametrized or pruned"):
+            acl.rotate(layer, 30.0)
+        with pytest.raises(ValueError, match="cannot rescale the layer: its kernels are parametrized or pruned"):
+            acl.rescale(layer, 2.0)
+
+
+def test_layers_that_share_kernels_share_the_gains_that_a_rotation_adds() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 5, padding=2), nn.Conv2d(2, 2, 5, padding=4, dilation=2))
+    model[1].weight = model[0].weight
+    acl.rotate(acl.convert(model, "all", "G100%"), 30.0)
+    assert model[0].raw is model[1].raw and "G_amplitude" in model[0].raw
+    assert torch.equal(model[0].weight, model[1].weight)
+    assert acl.fold(model)[0].weight is model[1].weight
 
 
 @pytest.mark.parametrize("amplitude", [False, True])

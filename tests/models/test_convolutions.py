@@ -88,3 +88,11 @@ def test_gaussian_basis_is_differentiable_and_cached_in_eval_mode() -> None:
 def test_gaussian_basis_preserves_variance() -> None:
     conv = GaussianBasisConv2d(32, 64, 5, padding=2, bias=False)
     assert conv(torch.randn(4, 32, 24, 24)).var().item() == pytest.approx(1, abs=0.3)
+
+
+def test_gaussian_basis_cached_under_autocast_is_used_without_it() -> None:
+    layer, x = GaussianBasisConv2d(3, 4, 5, 2, True).eval(), torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert layer(x).dtype == torch.float32

@@ -215,7 +215,8 @@ def test_constant_channel_becomes_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [([0.5], [0.5]), ([0.5, 0.5], None), (None, [1.0, 1.0]), ([0.5, 0.5], [0.5, 0.0])]
+    ("mean", "std"),
+    [([0.5], [0.5]), ([0.5, 0.5], None), (None, [1.0, 1.0]), ([0.5, 0.5], [0.5, 0.0]), ([125.0, 125.0], [50.0, 50.0])],
 )
 def test_moments_that_do_not_fit_the_channels_are_rejected(
     monkeypatch: pytest.MonkeyPatch, mean: list[float] | None, std: list[float] | None

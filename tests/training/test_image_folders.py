@@ -85,3 +85,13 @@ def test_folders_of_all_kinds_of_images_have_right_pixels(tmp_path: Path, capsys
     for path in wrong:
         with pytest.raises(UsageError, match=rf"{re.escape(str(path))} cannot be decoded \(.*\)"):
             load_decoded_images(path.parent, [path], SIZE, tmp_path / "cache", "mine")
+
+
+def test_images_in_one_class_folder_are_refused(tmp_path: Path) -> None:
+    for path in ("train/images/cat/1.png", "train/images/dog/2.png", "test/images/cat/3.png"):
+        write_image(tmp_path / path, 0, 0)
+    files = ImageFiles(
+        root=tmp_path, cache=tmp_path / "cache", title="mine", size=SIZE, validation=0.5, skip_undecodable=False
+    )
+    with pytest.raises(UsageError, match="all images are of one class, 'images'; each class needs a folder of its own"):
+        read_imagefolder(files)
