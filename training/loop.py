@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import functools
 import hashlib
 import io
 import sys
@@ -73,6 +74,8 @@ def run(settings: RunSettings) -> tuple[Record, bool]:
     fabric = build_fabric(settings.trainer)
     if settings.trainer.precision in ("16-mixed", "16") and fabric.device.type == "cpu":
         raise UsageError(f"trainer.precision={settings.trainer.precision} needs a GPU; use bf16-mixed on a CPU")
+    if settings.trainer.precision.startswith("bf16") and fabric.device.type == "cpu" and is_main_process():
+        report_slow_bf16(settings.trainer.precision)
     environment = describe_environment(fabric.device)
     data = load_run_data(settings)
     batch_size = settings.trainer.batch_size
@@ -211,6 +214,14 @@ def make_record(setup: Setup, state: TrainState, origin: dict[str, Any]) -> Reco
 def pack_correct(predictions: torch.Tensor, split: Split) -> str:
     """Which images of a split were classified correctly: their bits (numpy.packbits, in order), in base64."""
     return base64.b64encode(np.packbits((predictions == split.labels.cpu()).numpy()).tobytes()).decode()
+
+
+@functools.cache  # once per process
+def report_slow_bf16(precision: str) -> None:
+    """Says on stderr if this CPU has no instructions for bf16."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        slow = "this CPU has no instructions for bf16, so it can take 10 times as long as with 32-true"
+        print(f"trainer.precision={precision}: {slow}", file=sys.stderr)
 
 
 def compile_if_possible(model: nn.Module, device: torch.device) -> None:

@@ -255,6 +255,19 @@ def test_invalid_option_is_rejected_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_on_a_cpu_without_instructions_for_it_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_fast: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_fast)
+    loop.report_slow_bf16.cache_clear()
+    for seed in (0, 1):
+        options = ("trainer.epochs=1", "trainer.batch_size=600", "trainer.precision=bf16-mixed", f"seed={seed}")
+        run(parse_run(compose_run(tmp_path / "runs", *options)))
+    loop.report_slow_bf16.cache_clear()
+    assert capsys.readouterr().err.count("trainer.precision=bf16-mixed: this CPU has no instructions") == (not is_fast)
+
+
 def test_environment_is_described_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[torch.device] = []
 
