@@ -126,6 +126,14 @@ class ComputedConv2d(nn.Conv2d):
             conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return conv.train(self.training)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *lists: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
+        tensors = [tensor for name, tensor in state_dict.items() if name.startswith(prefix)]
+        if local_metadata.get("assign_to_params_buffers") and tensors:  # they replace the parameters
+            self._format = torch.empty_like(self._format, device=tensors[0].device, dtype=tensors[0].dtype)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith("weight") and isinstance(self._parameters, _Parameters):
             raise TypeError(COMPUTED_WEIGHT)

@@ -45,12 +45,6 @@ class SlottedConv2d(ComputedConv2d):
         if self.placement is not None and not self._format.is_meta:
             self.placement = self.placement.to(self._format.device)
 
-    def _follow(self, assigned: list[Tensor]) -> None:
-        """Takes over the device and dtype of tensors that become this layer's parameters."""
-        if assigned:
-            self._format = torch.empty_like(self._format, device=assigned[0].device, dtype=assigned[0].dtype)
-            self._move_placement()
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.placement is not None:
@@ -71,8 +65,7 @@ class SlottedConv2d(ComputedConv2d):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if local_metadata.get("assign_to_params_buffers"):
-            self._follow([tensor for name, tensor in state_dict.items() if name.startswith(prefix)])
+        self._move_placement()
         if bits is None or self.placement is None:
             keys = missing_keys if bits is None else unexpected_keys
             keys += [key] if strict and (bits is None) != (self.placement is None) else []

@@ -64,7 +64,8 @@ class GaussianBasisConv2d(ComputedConv2d):
         return basis / basis.square().sum((1, 2), keepdim=True).add(1e-12).sqrt()
 
     def _synthesize(self) -> Tensor:
-        weight = torch.einsum("oib,bhw->oihw", self.coefficients, self.compute_basis())
+        basis = self.compute_basis()  # in at least float32
+        weight = torch.einsum("oib,bhw->oihw", self.coefficients.to(basis.dtype), basis)
         return weight.to(self._format.dtype)  # under autocast, it has 16 bits, and may be cached
 
     def _get_sources(self) -> tuple[Sequence[Tensor | None], Hashable]:

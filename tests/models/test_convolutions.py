@@ -96,3 +96,10 @@ def test_gaussian_basis_cached_under_autocast_is_used_without_it() -> None:
         assert layer(x).dtype == torch.bfloat16
     with torch.no_grad():
         assert layer(x).dtype == torch.float32
+
+
+def test_gaussian_basis_follows_dtype_of_an_assigned_state() -> None:
+    source, layer = (GaussianBasisConv2d(3, 4, 5, 2, True).eval() for _ in range(2))
+    layer.load_state_dict(source.bfloat16().state_dict(), assign=True)
+    x = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), source(x))
