@@ -261,7 +261,7 @@ def share_parameters(model: nn.Module, layers: Mapping[nn.Conv2d, AnalyticConv2d
 
 def _match_layers(pattern: str, convolutions: Mapping[str, nn.Conv2d], model: nn.Module) -> list[str]:
     """The convolutions that a name, glob pattern or rule matches; a layer's name takes precedence over a rule."""
-    names = [name for name in convolutions if name == pattern or fnmatchcase(name, pattern)]
+    names = [pattern] if pattern in convolutions else [name for name in convolutions if fnmatchcase(name, pattern)]
     if not names and pattern == "first":
         names = list(convolutions)[:1]
         first_analytic = next(iter(analytic_layers(model)), None)
