@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from timing import parse_arguments
 
 from training.files import write_atomic
 from training.provenance import describe_environment
@@ -23,11 +24,11 @@ TABLE = ["table=mnist", "table.search=null", "table.seeds=[0,1]", "trainer.epoch
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    options = parse_arguments(folder="results/benchmarks", data="data")
     if not torch.cuda.is_available():
         print("check-gpu was skipped: torch finds no CUDA device")
         return
-    folder, data = Path(options.get("folder", "results/benchmarks")), options.get("data", "data")
+    folder, data = Path(options["folder"]), options["data"]
     environment = describe_environment(torch.device("cuda"))
     name = environment["machine"]["device"]
     with tempfile.TemporaryDirectory() as temporary:

@@ -6,13 +6,12 @@
 """
 
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from timing import compute_ratios, time_alternately
+from timing import compute_ratios, parse_arguments, time_alternately
 from torch import Tensor
 
 from acl import AnalyticConv2d
@@ -32,8 +31,8 @@ MODES = [
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    folder, rounds = Path(options.get("folder", "results/benchmarks")), int(options.get("rounds", "7"))
+    options = parse_arguments(folder="results/benchmarks", rounds="7")
+    folder, rounds = Path(options["folder"]), int(options["rounds"])
     environment = describe_environment(DEVICE)
     lines = [
         "# Filter mosaics as two convolutions",

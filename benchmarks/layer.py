@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torchvision
-from timing import Seconds, compute_ratios, time_alternately
+from timing import Seconds, compute_ratios, parse_arguments, time_alternately
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -53,10 +53,8 @@ class Ratio:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    folder, rounds = Path(options.get("folder", "results/benchmarks")), int(options.get("rounds", "15"))
-    if rounds < 2:
-        sys.exit(f"rounds={rounds}: quartiles need at least 2 rounds")
+    options = parse_arguments(folder="results/benchmarks", rounds="15")
+    folder, rounds = Path(options["folder"]), int(options["rounds"])
     ratios = [*compare_training(rounds), *compare_evaluation(rounds), *compare_synthesis(rounds)]
     frame = pd.DataFrame([asdict(ratio) for ratio in ratios])
     name = "layer" if DEVICE.type == "cpu" else f"layer_{DEVICE.type}"
@@ -252,7 +250,7 @@ def count_operations() -> str:
 
 
 def render(ratios: list[Ratio], rounds: int, operations: str) -> str:
-    environment = describe_environment(torch.device("cpu"))
+    environment = describe_environment(DEVICE)
     lines = [
         "# Cost of analytic layers",
         "",

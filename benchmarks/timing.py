@@ -1,6 +1,7 @@
 """Times tasks that alternate, so that other work on the machine and a drift of its speed affect all of them alike."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -19,6 +20,19 @@ Task = Callable[[int], object]
 Seconds = dict[str, list[float]]
 Feed = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Starts an epoch of images, ready for the network, and labels."""
+
+
+def parse_arguments(**defaults: str) -> dict[str, str]:
+    """Reads arguments such as rounds=7. Exits with one line for an unknown one, and for fewer than 2 rounds."""
+    options = dict(defaults)
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name not in defaults or not value:
+            sys.exit(f"error: unknown argument {argument}; known: {', '.join(f'{name}=...' for name in defaults)}")
+        options[name] = value
+    if not (rounds := options.get("rounds", "2")).isdecimal() or int(rounds) < 2:
+        sys.exit(f"error: rounds={rounds} is invalid: it should be a number of at least 2")
+    return options
 
 
 def time_alternately(tasks: Mapping[str, Task], rounds: int, title: str = "rounds") -> tuple[Seconds, Seconds]:

@@ -239,6 +239,9 @@ class Corruptions(Measurement):
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
         """The accuracy averaged over corruptions, which has the verdict, then under each corruption."""
+        _check_conditions(
+            tuple((name, len(values)) for name, values in line.values.items() if name != "none") for line in lines
+        )
         names = [name for name in lines[0].values if name != "none"]
         groups: list[tuple[str, list[str], float | None]] = [("corruptions", names, 0.0)]
         groups += [(name, [name], None) for name in names]
@@ -261,6 +264,7 @@ class Attacks(Measurement):
 
     @staticmethod
     def summarize(lines: Sequence[Line]) -> Iterable[Summary]:
+        _check_conditions(tuple(line.values) for line in lines)
         for row, by_seed in _group_by_row(lines):
             means = {
                 seed: sum(values[size] for size in values if size != "0") / (len(values) - 1)
@@ -322,6 +326,12 @@ class Transforms(Measurement):
 MEASUREMENTS = {measurement.name: measurement for measurement in Measurement.__subclasses__()}
 
 
+def _check_conditions(conditions: Iterable[tuple[object, ...]]) -> None:
+    """Raises ValueError unless all lines were measured under the same conditions, whose mean is thus comparable."""
+    if len(different := list(dict.fromkeys(conditions))) > 1:
+        raise ValueError(f"lines have different conditions, {different[0]} and {different[1]}; measure them again")
+
+
 def _group_by_row(lines: Sequence[Line]) -> Iterable[tuple[str, dict[int, Any]]]:
     """Yields each row with its values by seed."""
     for row in dict.fromkeys(line.row for line in lines):
@@ -337,7 +347,9 @@ def _group_by_row_and_name(lines: Sequence[Line]) -> Iterable[tuple[str, str, "p
 
 
 def read_measurements(file: Path, measurement: type[Measurement]) -> list[Line]:
-    """Reads a file that ``scripts/measure.py`` wrote. Raises UsageError as ``parse_json_lines`` does."""
+    """Reads a file of ``scripts/measure.py``, if there is one. Raises UsageError as ``parse_json_lines`` does."""
+    if not file.exists():
+        return []
     return parse_json_lines(
         read_bytes(file),
         file,
@@ -352,7 +364,7 @@ def write_measurement(file: Path, measurement: type[Measurement], line: Line) ->
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            lines = read_measurements(file, measurement) if file.exists() else []
+            lines = read_measurements(file, measurement)
             by_run = {(other.row, other.seed): other for other in lines} | {(line.row, line.seed): line}
             write_atomic(file, to_json_lines(other.to_dict() for other in by_run.values()))
     except OSError as error:

@@ -61,7 +61,11 @@ def render_run_page(
                 "before": _embed(plot.mosaic(initial_layers[name])) if has_mosaic and name in initial_layers else None,
                 "after": _embed(plot.mosaic(layer)) if has_mosaic else None,
                 "trajectories": _embed(plot.akp_trajectories(layer, history)) if history else None,
-                "kernels": list(_describe_kernels(name, layer, history, None if lost is None else lost[name])),
+                "kernels": list(
+                    _describe_kernels(
+                        name, layer, initial_layers.get(name), history, None if lost is None else lost[name]
+                    )
+                ),
                 "slots": slots,
             }
         )
@@ -85,7 +89,11 @@ def _read_kernel_panel() -> str:
 
 
 def _describe_kernels(
-    name: str, layer: AnalyticConv2d, history: Mapping[str, Tensor], lost: Tensor | None
+    name: str,
+    layer: AnalyticConv2d,
+    initial: AnalyticConv2d | None,
+    history: Mapping[str, Tensor],
+    lost: Tensor | None,
 ) -> Iterator[dict[str, Any]]:
     """Yields what the page shows of each kernel."""
     kernels = plot.get_slot_kernels(layer)
@@ -104,9 +112,11 @@ def _describe_kernels(
             if layer.gains is not None:
                 kernel["gains"] = _round(layer.gains_of(kind.symbol)[index])
             context["source"] = {"python": f"layer = net.get_submodule({json.dumps(name)})", "index": index}
-            if history:
-                before = {akp: history[f"{kind.symbol}/{akp}"][0, index].item() for akp in akps}
-                context["original"] = {"title": "before training", "kernel": kernel | {"akps": before}}
+            if history and (layer.gains is None or initial is not None):  # gains have no history
+                before = {"akps": {akp: history[f"{kind.symbol}/{akp}"][0, index].item() for akp in akps}}
+                if initial is not None and initial.gains is not None:
+                    before["gains"] = _round(initial.gains_of(kind.symbol)[index])
+                context["original"] = {"title": "before training", "kernel": kernel | before}
         else:
             kernel["weights"] = _round(kernels[slot].flatten())
         akp_texts = (f"{akp} {value:.3f} {kind.find_akp(akp).unit}".strip() for akp, value in kernel["akps"].items())

@@ -72,9 +72,7 @@ def measure_transforms(run: FinishedRun, data: Data) -> dict[str, Any]:
         rotated = replace(data, test=Split(images, data.test.labels))
         values["rotation"][f"{degrees:g}"] = _compare_ways(run, networks, moves, rotated, errors)
     for factor in SCALES:
-        size = [round(factor * length) for length in features.shape[-2:]]
-        resize_features = partial(resize, size=size, interpolation=InterpolationMode.BICUBIC, antialias=factor < 1)
-        errors = compare_outputs(networks, features, _list_rescalings(factor, False), resize_features)
+        errors = compare_outputs(networks, features, _list_rescalings(factor, False), partial(resize_by, factor=factor))
         moves = _list_rescalings(factor, multiply_stride)
         resized = _resize_test_images(data, factor)
         values["scale"][f"{factor:g}"] = _compare_ways(run, networks, moves, resized, errors)
@@ -171,6 +169,12 @@ def compare_outputs(
         kept, target = output[..., :rows, :columns][..., inside], expected[..., :rows, :columns][..., inside]
         errors[way] = 100 * float((kept - target).square().sum() / target.square().sum())
     return errors
+
+
+def resize_by(features: Tensor, factor: float) -> Tensor:
+    """Resizes features, or outputs of another size, by a factor, with bicubic interpolation."""
+    size = [round(factor * length) for length in features.shape[-2:]]
+    return resize(features, size, InterpolationMode.BICUBIC, antialias=factor < 1)
 
 
 def _make_disk(height: int, width: int, radius: float) -> Tensor:

@@ -106,7 +106,8 @@ def compare(
     seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
     bits = [[_unpack_correct(records_of[seed], split) for seed in seeds] for records_of in by_seed]
     digests = {(records_of[seed].data or {}).get("digest") for records_of in by_seed for seed in seeds}
-    if len(digests) != 1 or any(of_run is None for of_row in bits for of_run in of_row):
+    num_images = {None if of_run is None else len(of_run) for of_row in bits for of_run in of_row}
+    if len(digests) != 1 or len(num_images) != 1 or None in num_images:
         return interval_of_difference(accuracies, row, reference)
     return interval_of_difference(accuracies, row, reference, (np.array(bits[0]), np.array(bits[1])))
 

@@ -18,7 +18,7 @@ from reporting.rows import Row, read_results, summarize
 from reporting.settings import Search, TableSettings, is_seed
 from training.config import compose, is_in_identity, resolve
 from training.errors import BusyError, UsageError
-from training.files import to_json_lines, write_atomic, write_together
+from training.files import read_json_lines, to_json_lines, write_atomic, write_together
 from training.loggers import check_logger, log_table
 from training.loop import load_valid_record, run
 from training.record import Record
@@ -170,17 +170,19 @@ class Table:
             build_model(settings, data)
 
     def check_written(self) -> None:
-        """Raises UsageError if the table's own .jsonl file has runs that writing the table would lose."""
-        file = self.path.with_suffix(".jsonl")
-        if not file.exists():
-            return
+        """Raises UsageError if the table's own .jsonl files have runs that writing the table would lose."""
         chosen = [replace(row, chosen=c) for row in self.rows for c in self.settings.candidates or [[]]]
-        ids = {planned.directory.id for row in chosen for planned in self._plan_seeds(row)}
-        if lost := [record for record in read_results(file) if record.id not in ids]:
-            raise UsageError(
-                f"{file} has {len(lost)} runs of another recipe, such as row '{lost[0].row}', seed {lost[0].seed}; "
-                "move it away, or write this table elsewhere with paths.results=<folder>"
-            )
+        written = {self.path.with_suffix(".jsonl"): [planned for row in chosen for planned in self._plan_seeds(row)]}
+        if self.settings.search is not None:
+            written[self._search_file] = [planned for row in self.rows for planned in self._plan_trials(row)]
+        for file, runs in written.items():
+            ids = {planned.directory.id for planned in runs}
+            lines = read_json_lines(file, "the record of a run") if file.exists() else []
+            if lost := [line for line in lines if line.get("id") not in ids]:
+                raise UsageError(
+                    f"{file} has {len(lost)} runs of another recipe, such as of row '{lost[0].get('row')}'; "
+                    "move it away, or write this table elsewhere with paths.results=<folder>"
+                )
 
     def status(self) -> dict[str, list[str]]:
         """Lists the runs that are done, running, failed (with the last line of the error) or left to do."""

@@ -1,6 +1,7 @@
 """Reruns a table and compares it with its committed records."""
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ class RowVerification:
 def verify_table(table: Table, folder: Path) -> list[RowVerification]:
     """Reruns a table in a folder of its own and compares it with the table's .jsonl file, row by row.
 
-    An interrupted verification is resumed. Runs that other code has recorded in ``folder`` are run again.
+    An interrupted verification is resumed; after a finished one, all runs are performed again. Runs that other code has
+    recorded in ``folder`` are run again, too.
 
     Args:
         table: the table; its own files are only read.
@@ -51,7 +53,11 @@ def verify_table(table: Table, folder: Path) -> list[RowVerification]:
     committed = read_results(table.path.with_suffix(".jsonl"))
     quoted = [QuotedString(str(path), Quote.single).with_quotes() for path in (folder, folder / "results")]
     overrides = [f"paths.runs={quoted[0]}", f"paths.results={quoted[1]}", "fresh=true"]
-    rerun = Table(table.name, table.settings, [*table.user_overrides, *overrides])
+    earlier, rerun = (Table(table.name, table.settings, [*table.user_overrides, *overrides]) for _ in range(2))
+    earlier_runs = earlier.plan_runs()
+    if all(planned.load_record() is not None for planned in earlier_runs):
+        for planned in earlier_runs:
+            shutil.rmtree(planned.directory.path)
     rerun.reproduce()
     settings = rerun.plan_runs()[0].settings
     data = load_run_data(settings)

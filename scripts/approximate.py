@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from acl.plot import approximation, to_pdf, to_png
 from models.library import read_kernels
 from reporting.render import describe_machine
 from training.cli import run_script
+from training.config import CONFIGS
 from training.errors import UsageError
 from training.files import write_together
 from training.provenance import describe_environment
@@ -75,7 +77,7 @@ class ApproximateSettings:
 def main(settings: ApproximateSettings) -> None:
     try:
         weight, name = load_target(settings.source, settings.weights, settings.layer)
-        source = settings.source if settings.weights is True else f"{settings.source}, weights={settings.weights}"
+        source = describe_source(settings)
         check_outputs(settings.folder / f"{name}.md", source)
         lines, fits = [], {}
         for title, options in tqdm(FITS.items(), desc="settings", disable=None):
@@ -107,6 +109,14 @@ def main(settings: ApproximateSettings) -> None:
     }
     write_together({settings.folder / f"{name}{suffix}": content for suffix, content in contents.items()})
     print(text)
+
+
+def describe_source(settings: ApproximateSettings) -> str:
+    """Names the kernels, and the options that are not the default ones and change the report."""
+    defaults = OmegaConf.load(CONFIGS / "approximate.yaml")
+    options = {name: getattr(settings, name) for name in ("weights", "profile", "tolerances", "seed")}
+    changed = [f"{name}={value}" for name, value in options.items() if value != defaults[name]]
+    return ", ".join([settings.source, *changed])
 
 
 def check_outputs(report: Path, source: str) -> None:

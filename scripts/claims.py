@@ -25,6 +25,7 @@ class ClaimsSettings:
 
 
 def main(settings: ClaimsSettings) -> None:
+    headline = render_headline(settings.headline, settings.results)
     claims = [(claim, *collect_effects(claim, settings.results)) for claim in load_claims()]
     if not any(effects for _, effects, _ in claims):
         raise UsageError(f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/")
@@ -42,7 +43,7 @@ def main(settings: ClaimsSettings) -> None:
     }
     evidence = [(claim, effects) for claim, effects, _ in claims]
     write_atomic(settings.results / "CLAIMS.md", render_overview(evidence, untested))
-    write_atomic(settings.results / "headline.md", render_headline(settings.headline, settings.results))
+    write_atomic(settings.results / "headline.md", headline)
     print(settings.results / "CLAIMS.md")
 
 

@@ -105,7 +105,8 @@ def main(settings: CompareSettings) -> None:
     original = ("original", comparison.weight[0, 0].numel())
     tasks = {(name, numbers): (method, metric) for name, method, metric, numbers in list_tasks(settings, in_channels)}
     for key in tqdm([original, *tasks], "approximations", disable=None):
-        if key not in lines or (key == original and settings.features is not None):  # which trains the probe
+        trains_probe = key == original and settings.features is not None
+        if key not in lines or trains_probe or not settings.resume:
             name, numbers = key
             approximation, used = comparison.weight, numbers
             if key != original:
@@ -154,12 +155,17 @@ def create_extractor(model: nn.Module, settings: CompareSettings) -> nn.Module:
 
 
 def load_lines(settings: CompareSettings) -> dict[tuple[Any, Any], Mapping[str, Any]]:
-    """The approximations that the file already has, if they are of the same network and data."""
-    if not settings.resume or not settings.file.exists():
+    """The approximations that the file already has. Raises UsageError if they are of another network or other data."""
+    if not settings.file.exists():
         return {}
     content = read_bytes(settings.file)
     lines = parse_json_lines(content, settings.file, dict[str, Any], "an approximation", lambda line: str(to_key(line)))
-    return {to_key(line): line for line in lines if all(line.get(name) == getattr(settings, name) for name in RECORDED)}
+    if others := [name for line in lines for name in RECORDED if line.get(name) != getattr(settings, name)]:
+        raise UsageError(
+            f"file={settings.file} is invalid: it has approximations with other {others[0]}; set file=<another file>, "
+            "or move it away"
+        )
+    return {to_key(line): line for line in lines}
 
 
 def to_key(line: Mapping[str, Any]) -> tuple[Any, Any]:

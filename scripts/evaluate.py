@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -13,7 +14,7 @@ from evaluation.finished_run import DataLocation, load_data_as_trained, load_fin
 from reporting.render import draw_confusions
 from training.cli import run_script
 from training.errors import UsageError
-from training.files import write_atomic
+from training.files import write_together
 from training.settings import parse_data
 from training.validation import FilePath, OutputFile, strict_dataclass
 
@@ -47,8 +48,11 @@ def main(settings: EvaluateSettings) -> None:
     if settings.confusion is not None:
         frame = count_confusions(getattr(data, settings.split).labels, predictions, data.classes)
         figure = draw_confusions(frame, f"{run.path.name}, {settings.split}")
-        write_atomic(settings.confusion, frame.to_csv(float_format="%.2f"))
-        write_atomic(settings.confusion.with_suffix(".png"), to_png(figure))
+        contents: dict[Path, str | bytes] = {
+            settings.confusion: frame.to_csv(float_format="%.2f"),
+            settings.confusion.with_suffix(".png"): to_png(figure),
+        }
+        write_together(contents)
     recorded = None if run.record is None or is_other_data else run.record.results.get(settings.split)
     note = f" (recorded: {recorded.top1:.2f}%, loss {recorded.loss:.6f})" if recorded else ""
     images = len(getattr(data, settings.split))

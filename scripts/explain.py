@@ -16,7 +16,7 @@ from training.cli import run_script
 from training.errors import UsageError
 from training.files import write_together
 from training.settings import create_network
-from training.validation import FilePath, OutputFile, strict_dataclass
+from training.validation import FilePath, OutputFile, is_file_of_run, strict_dataclass
 
 REPLACED_BY = {
     "zero": "set to zero",
@@ -42,8 +42,10 @@ def main(settings: ExplainSettings) -> None:
     page_file = settings.file or run.path / "report.html"
     if run.record is None:
         raise UsageError(f"run={run.path} is invalid: a page needs the folder of a run, with its record and history")
-    if page_file.suffix == ".json":
-        raise UsageError(f"file={page_file} is invalid: it should end in .html; the numbers are written next to it")
+    numbers_file = page_file.with_suffix(".json")
+    if page_file == numbers_file or is_file_of_run(numbers_file):
+        reason = "it should end in .html" if page_file == numbers_file else "record.json of the run would be lost"
+        raise UsageError(f"file={page_file} is invalid: {reason}; the numbers are written to {numbers_file.name}")
     attributions: dict[str, Attribution] = {}
     lost: dict[str, Tensor] | None = None
     images = None
@@ -66,7 +68,7 @@ def main(settings: ExplainSettings) -> None:
         "kinds": {mode: summarize_attribution(attribution) for mode, attribution in attributions.items()},
         "kernels": None if lost is None else {name: values.tolist() for name, values in lost.items()},
     }
-    write_together({page_file.with_suffix(".json"): json.dumps(results) + "\n", page_file: page})
+    write_together({numbers_file: json.dumps(results) + "\n", page_file: page})
     for mode, attribution in attributions.items():
         values = ", ".join(
             f"{kind} {value:+.2f}" for kind, value in attribution.shapley().items() if kind in attribution.kinds

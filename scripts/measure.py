@@ -5,12 +5,13 @@ their weights have changed since; the line is then replaced. Any number of proce
 """
 
 import json
+from pathlib import Path
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from evaluation.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
-from evaluation.measurements import MEASUREMENTS, is_current, read_measurements, write_measurement
+from evaluation.measurements import MEASUREMENTS, Measurement, is_current, read_measurements, write_measurement
 from reporting.table import open_table
 from training.cli import run_script
 from training.config import resolve
@@ -42,9 +43,10 @@ def main(cfg: DictConfig) -> None:
     if not runs:
         raise UsageError(f"table {table.name} has no finished run in these rows; run scripts/reproduce_table.py first")
     file = table.path.parents[1] / "evidence" / f"{table.name}_{options.measurement}.jsonl"
+    check_written(file, measurement, {(row, planned.settings.seed): planned.directory.id for row, planned in runs})
     for row, planned in tqdm(runs, desc=measurement.name, unit="run", disable=None):
         data, path, seed = planned.settings.data, planned.directory.path, planned.settings.seed
-        lines = read_measurements(file, measurement) if file.exists() else []  # another process may have added some
+        lines = read_measurements(file, measurement)  # another process may have added some
         record = read_record(planned.directory.record_file)
         if any((line.row, line.seed) == (row, seed) and is_current(line, record, path) for line in lines):
             continue
@@ -59,6 +61,16 @@ def main(cfg: DictConfig) -> None:
         write_measurement(file, measurement, line)
         tqdm.write(f"{row}, seed {seed}: {json.dumps(values)}")
     print(file)
+
+
+def check_written(file: Path, measurement: type[Measurement], ids: dict[tuple[str, int], str]) -> None:
+    """Raises UsageError if lines of a file would be replaced by those of runs of another recipe, by row and seed."""
+    for line in read_measurements(file, measurement):
+        if line.id != ids.get((line.row, line.seed), line.id):
+            raise UsageError(
+                f"{file} has row '{line.row}', seed {line.seed}, of another recipe; move it away, or write elsewhere "
+                "with paths.results=<folder>"
+            )
 
 
 if __name__ == "__main__":

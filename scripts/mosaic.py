@@ -12,6 +12,7 @@ from training.errors import UsageError
 from training.files import write_atomic
 from training.validation import OutputFile, Seed, strict_dataclass
 
+MAX_WEIGHTS = 10**7
 Size = Annotated[int, Field(ge=1, le=2**12)]
 
 
@@ -26,6 +27,8 @@ class MosaicSettings:
 
 
 def main(settings: MosaicSettings) -> None:
+    if (num_weights := settings.in_channels * settings.out_channels * settings.kernel_size**2) > MAX_WEIGHTS:
+        raise UsageError(f"a layer of {num_weights:,} weights is too large for a figure; at most {MAX_WEIGHTS:,}")
     torch.manual_seed(settings.seed)
     try:
         layer = AnalyticConv2d(

@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> None:
             for title in status[state]:
                 print(f"  {state}: {title}")
     elif "--render" in FLAGS:
+        table.check_written()
         table.load_results()
         table.write()
         print(table.path.with_suffix(".md"))

@@ -76,6 +76,11 @@ def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def read_json_lines(file: Path, description: str) -> list[dict[str, Any]]:
+    """Reads the objects of a file, each of them once, without validating them. Raises as ``parse_json_lines`` does."""
+    return parse_json_lines(read_bytes(file), file, dict[str, Any], description, json.dumps)
+
+
 def parse_json_lines(
     content: bytes, file: Path, factory: Callable[..., T], description: str, name: Callable[[T], str]
 ) -> list[T]:

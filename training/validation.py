@@ -38,11 +38,23 @@ def _check_is_no_folder(path: Path) -> Path:
     return path
 
 
+def is_file_of_run(path: Path) -> bool:
+    """Whether a path is that of a file that a finished run cannot do without."""
+    return path.name in RUN_FILES and (path.parent / "record.json").exists()
+
+
+def _check_is_no_file_of_run(path: Path) -> Path:
+    if is_file_of_run(path):
+        raise ValueError("is a file of a run, which would be lost; it should be another path")
+    return path
+
+
+RUN_FILES = ("record.json", "config.yaml", "metrics.csv", "model.safetensors", "akps.safetensors", "optimizer.pt")
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_check_is_path)]  # given as a string
-OutputFile = Annotated[FilePath, AfterValidator(_check_is_no_folder)]
+OutputFile = Annotated[FilePath, AfterValidator(_check_is_no_folder), AfterValidator(_check_is_no_file_of_run)]
 
 
 def construct(factory: Callable[..., T], options: Mapping[str, Any], section: str = "") -> T:

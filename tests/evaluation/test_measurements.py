@@ -32,7 +32,7 @@ from evaluation.measurements import (
     write_measurement,
 )
 from evaluation.removal import iterate_pairs
-from evaluation.transforms import ROTATIONS, SCALES, compare_outputs
+from evaluation.transforms import ROTATIONS, SCALES, compare_outputs, resize_by
 from training.config import compose
 from training.data import Data
 from training.errors import UsageError
@@ -95,15 +95,35 @@ def test_transforms_compare_four_ways(run: FinishedRun) -> None:
             assert ways["splines"]["error"] < ways["unchanged"]["error"]
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 2, 3), (7, 2, 0), (11, 4, 2)])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 2, 3), (7, 2, 0), (11, 4, 2), (6, 1, 3), (8, 2, 3)])
 def test_outputs_are_compared_where_they_belong_whatever_the_padding(size: int, stride: int, padding: int) -> None:
     torch.manual_seed(0)
     layer = AnalyticConv2d(3, 8, size, stride, padding, arrangement="G100%")
     layer.set_akps("G", {"sigma": torch.full((24,), 2.0), "wavelength": torch.full((24,), 8.0)})
     features = resize(torch.randn(2, 3, 16, 16), [96, 96], InterpolationMode.BICUBIC)
-    enlarge = partial(resize, size=[192, 192], interpolation=InterpolationMode.BICUBIC)
+    enlarge = partial(resize_by, factor=2)
     errors = compare_outputs({"closed form": layer}, features, {"closed form": partial(acl.rescale, factor=2)}, enlarge)
     assert errors["closed form"] < 1 < errors["unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("measurement", "values", "fewer"),
+    [
+        ("attacks", {"0": 90.0, "1": 80.0, "4": 20.0}, {"0": 90.0, "1": 80.0}),
+        ("corruptions", {"none": 90.0, "noise": [80.0, 40.0]}, {"none": 90.0, "noise": [80.0]}),
+    ],
+)
+def test_means_over_different_conditions_are_refused(
+    measurement: str, values: dict[str, Any], fewer: dict[str, Any]
+) -> None:
+    line = MEASUREMENTS[measurement].make_line_type()
+    lines = [
+        line(row="plain", id="0" * 12, seed=0, values=values),
+        line(row="all Gabor", id="1" * 12, seed=0, values=fewer),
+    ]
+    assert len(list(MEASUREMENTS[measurement].summarize(lines[:1])))
+    with pytest.raises(ValueError, match="lines have different conditions"):
+        list(MEASUREMENTS[measurement].summarize(lines))
 
 
 def test_transforms_are_compared_with_each_way_that_a_line_has() -> None:

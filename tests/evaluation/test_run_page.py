@@ -1,5 +1,8 @@
+import html
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +26,24 @@ def test_page_escapes_names() -> None:
     assert page.count(escaped) >= 5 and title not in page and "<b>" not in page
     assert "Layer &lt;script&gt;alert(1)&lt;/script&gt;" in page and layer_name not in page
     assert 'data-title="&lt;script&gt;alert(1)&lt;/script&gt;, input channel 0' in page
+
+
+def test_kernels_before_training_have_the_gains_of_then() -> None:
+    torch.manual_seed(0)
+    before = AnalyticConv2d(2, 4, 5, arrangement="G100%", per="filter")
+    after = AnalyticConv2d(2, 4, 5, arrangement="G100%", per="filter")
+    history = {f"conv/G/{akp}": values[None] for akp, values in before.akps()["G"].items()}
+    record = make_record(0, 90.0, config={"model": {"backbone": "lenet"}, "data": {"name": "digits"}})
+
+    def read_originals(initial: nn.Module | None) -> list[dict[str, Any]]:
+        page = render_run_page(record, nn.ModuleDict({"conv": after}), initial, history, {}, None, None)
+        panels = [json.loads(html.unescape(text)) for text in re.findall(r'data-panel="([^"]*)"', page)]
+        return [panel["context"].get("original") for panel in panels]
+
+    for index, original in enumerate(read_originals(nn.ModuleDict({"conv": before}))):
+        gains = torch.tensor(original["kernel"]["gains"])
+        torch.testing.assert_close(gains, before.gains_of("G")[index].detach(), rtol=1e-4, atol=1e-6)
+    assert read_originals(None) == [None] * 4
 
 
 @needs_chromium

@@ -105,6 +105,15 @@ def test_bits_that_contradict_accuracy_are_refused(bits: str) -> None:
         summarize([Row("plain", [], records=[changed])])
 
 
+def test_records_of_fewer_images_give_interval_over_seeds_alone() -> None:
+    """The digest is of all images of the data set, of which ``data.max_images`` takes some."""
+    rows = [
+        Row(name, [], records=[make_record_of_images(seed, bits[:n]) for seed, bits in enumerate(correct)])
+        for (name, correct), n in zip(CORRECT.items(), (10, 8), strict=True)
+    ]
+    assert summarize(rows)["interval_over"].tolist() == ["", "3 seeds"]
+
+
 def test_only_rows_with_the_same_reference_share_variance() -> None:
     values = {"a": (90.0, 91.0, 90.2), "b": (89.0, 90.5, 89.9), "c": (91.0, 91.2, 90.1), "d": (90.5, 91.1, 90.7)}
     against = {"a": None, "b": None, "c": None, "d": "d"}

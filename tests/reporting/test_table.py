@@ -88,11 +88,14 @@ def test_table_of_another_recipe_is_not_overwritten(searched_table_copy: Path) -
     file = searched_table_copy / "results/tables/digits.jsonl"
     create_table(searched_table_copy, search=SEARCH).check_written()
     with pytest.raises(
-        UsageError, match=r"digits\.jsonl has 2 runs of another recipe, such as row 'LeNet-5 plain', seed 1;"
+        UsageError, match=r"digits\.jsonl has 2 runs of another recipe, such as of row 'LeNet-5 plain';"
     ):
         create_table(searched_table_copy, search=SEARCH, seeds=[0, 2]).check_written()
     with pytest.raises(UsageError, match="has 4 runs of another recipe"):
         create_table(searched_table_copy).check_written()
+    fewer = {"seed": 7, "candidates": SEARCH["candidates"][1:]}  # the chosen one, so that the seeds' runs stay
+    with pytest.raises(UsageError, match=r"digits_search\.jsonl has 2 runs of another recipe"):
+        create_table(searched_table_copy, search=fewer).check_written()
     file.unlink()
     create_table(searched_table_copy).check_written()
 

@@ -81,6 +81,8 @@ def test_outputs_of_other_kernels_of_same_name_are_kept(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"out/conv\.md describes {first}; set folder=<another folder>, or move"):
         approximate_file(second, tmp_path / "out")
     assert {path: path.read_bytes() for path in files} == files
+    with pytest.raises(UsageError, match=rf"describes {first}; set folder="):
+        approximate_file(first, tmp_path / "out", "profile=linear")
     approximate_file(first, tmp_path / "out")  # the same kernels again
 
 

@@ -93,21 +93,26 @@ def test_network_with_classes_of_imagenet_classifies_images_itself(
     assert errors["truncated SVD, patches"] < errors["truncated SVD"]
 
 
-def test_resumed_comparison_keeps_approximations_of_same_network(
+def test_comparison_keeps_approximations_that_it_does_not_measure(
     tmp_path: Path, call_script: RunScript, imagenet_options: list[str]
 ) -> None:
     file, options = tmp_path / "lines.jsonl", ["methods=[truncated SVD]", "numbers=[5,8]", *imagenet_options]
     assert call_script("compare_approximations.py", *options).returncode == 0
     lines: list[dict[str, Any]] = list(map(json.loads, file.read_text().splitlines()))
-    lines[1]["layer"], lines[2]["kept"] = "features.3", True
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps({**line, "kept": True}) + "\n" for line in lines))
     options[1] = "numbers=[5]"
-    assert call_script("compare_approximations.py", *options, "resume=true").returncode == 0
-    resumed = list(map(json.loads, file.read_text().splitlines()))
-    assert [line["numbers"] for line in resumed] == [49, 5, 8] and {line["layer"] for line in resumed} == {"features.0"}
-    assert ["kept" in line for line in resumed] == [False, False, True]
-    assert call_script("compare_approximations.py", *options).returncode == 0
-    assert len(file.read_text().splitlines()) == 2
+    for resume, kept in (("true", [True] * 3), ("false", [False, False, True])):
+        assert call_script("compare_approximations.py", *options, f"resume={resume}").returncode == 0
+        written = list(map(json.loads, file.read_text().splitlines()))
+        assert [line["numbers"] for line in written] == [49, 5, 8]
+        assert ["kept" in line for line in written] == kept
+    lines[1]["layer"] = "features.3"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    file.write_text(text)
+    for resume in ("true", "false"):
+        done = call_script("compare_approximations.py", *options, f"resume={resume}")
+        assert done.returncode == 2 and "has approximations with other layer; set file=<another file>" in done.stderr
+    assert file.read_text() == text
 
 
 def test_classes_that_imagenet_or_the_weights_lack_are_named(

@@ -59,6 +59,24 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_path / "report.html"
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("explain.py", ["file={run}/record.html"], "record.json of the run would be lost"),
+        ("explain.py", ["file={run}/metrics.csv"], "it is a file of a run, which would be lost"),
+        ("export.py", ["file={run}/model.safetensors"], "it is a file of a run, which would be lost"),
+        ("evaluate.py", ["confusion={run}/metrics.csv"], "it is a file of a run, which would be lost"),
+    ],
+)
+def test_files_of_the_run_are_not_overwritten(
+    run_path: Path, call_script: RunScript, script: str, options: list[str], message: str
+) -> None:
+    files = {file: file.read_bytes() for file in run_path.iterdir() if file.is_file()}
+    done = call_script(script, f"run={run_path}", *(option.format(run=run_path) for option in options))
+    assert done.returncode == 2 and message in done.stderr
+    assert {file: file.read_bytes() for file in run_path.iterdir() if file.is_file()} == files
+
+
 def test_page_is_self_contained_and_shows_every_kernel(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", text) and "http" not in text and "@import" not in text

@@ -161,6 +161,11 @@ def test_wandb_workspace_groups_runs_by_table_and_row() -> None:
         ("reproduce_table.py", ["--render"], "error: there is no "),
         ("reproduce_table.py", ["--verify"], "error: there is no "),
         ("reproduce_table.py", ["++table.without=[nix]"], "error: table.without has 'nix', which is not a row"),
+        (
+            "mosaic.py",
+            ["mosaic=G100%", "in_channels=64", "out_channels=64", "kernel_size=4096"],
+            "error: a layer of 68,719,476,736 weights is too large for a figure; at most 10,000,000",
+        ),
         ("mosaic.py", ["mosaic=G5"], "error: arrangement 'G5' has 5 kernels, but the layer has 192 (3 x 64)"),
     ],
 )
@@ -223,6 +228,15 @@ def test_reproduce_table_renders_committed_records_without_runs(tmp_path: Path, 
         assert (folder / name).read_bytes() == (committed / name).read_bytes()
     assert "| conv1 Gabor | conv1: G6 | 2,446 | 1.05 |" in (folder / "digits.md").read_text()
     assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
+    done = run_script(
+        "reproduce_table.py",
+        "--render",
+        "+table.without=[half plain]",
+        f"paths.runs={tmp_path}/runs",
+        f"paths.results={tmp_path}/results",
+    )
+    assert done.returncode == 2 and "has 3 runs of another recipe, such as of row 'half plain'" in done.stderr
+    assert (folder / "digits.jsonl").read_bytes() == (committed / "digits.jsonl").read_bytes()
     assert not (tmp_path / "runs").exists()
 
 
@@ -310,6 +324,11 @@ def test_measure_adds_one_line_per_run_and_skips_measured_runs(tmp_path: Path, c
         assert call_script("measure.py", *table, f"measurement={measurement}").returncode == 0
         replaced, kept = file.read_text().splitlines(keepends=True)
         assert json.loads(replaced)["values"] == values["LeNet-5 plain"] and kept == lines[0]
+    recorded = file.read_text()
+    assert call_script("reproduce_table.py", *table, "optim.lr=0.5", f"paths.results={tmp_path}/other").returncode == 0
+    done = call_script("measure.py", *table, "optim.lr=0.5", f"measurement={measurement}")
+    assert done.returncode == 2 and "has row 'LeNet-5 plain', seed 0, of another recipe" in done.stderr
+    assert file.read_text() == recorded
     for path in (tmp_path / "runs").glob("*/record.json"):
         record = json.loads(path.read_text())
         row = "conv1 Gabor" if record["config"]["arrangement"] else "LeNet-5 plain"
