@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 import torch
@@ -77,7 +78,7 @@ class Arrangement:
         shares = signs == {"%"}
         total = sum(terms.values())
         if shares and total != 100:
-            raise ValueError(f"the shares of arrangement '{text}' add up to {float(total):g}%, not 100%")
+            raise ValueError(f"the shares of arrangement '{text}' add up to {float(total):.17g}%, not 100%")
         return cls(tuple(terms.items()), shares)
 
     @classmethod
@@ -179,4 +180,4 @@ def decode_placement(bits: Tensor) -> Tensor:
 
 def _format_number(value: Fraction) -> str:
     """Formats a number without trailing zeros: 30, 33.3."""
-    return str(value.numerator) if value.denominator == 1 else str(float(value))
+    return str(value.numerator) if value.denominator == 1 else format(Decimal(str(float(value))), "f")

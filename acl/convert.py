@@ -19,7 +19,7 @@ from acl.fit_result import Fit, apply_fits, check_tolerance
 from acl.inspection import analytic_layers, find_plain_convolutions
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
-from acl.metric import Metric
+from acl.metric import METRICS, Metric
 from acl.options import LayerKeywords, LayerOptions
 from acl.refine import refine_jointly
 
@@ -64,7 +64,8 @@ def convert(
         init: ``random`` samples the AKPs; ``fit`` fits AKPs and gains to the original kernels. Defaults to ``fit``
             for ``auto``, else to ``random``. Without ``amplitude``, ``fit`` drops the gains of kernels, with a warning.
         tolerance: the largest share of the energy of a kernel's output that ``auto`` may leave unexplained, from 0 (all
-            plain) to 1 (all analytic).
+            plain) to 1 (all analytic). It is that of a kernel's own fit; if the chosen kernels of a filter are then
+            refined together, single ones can exceed it.
         metric: what ``fit`` and ``auto`` take as the error of a kernel; see ``acl.fit_kernels``.
         options: the fields of ``acl.LayerOptions``.
 
@@ -100,6 +101,10 @@ def convert(
     else:
         arrangement_by_pattern = dict.fromkeys([layers] if isinstance(layers, str) else layers, arrangement)
     resolved = LayerOptions.from_keywords(options)
+    if tolerance is not None:
+        check_tolerance(tolerance)
+    if isinstance(metric, str) and metric not in METRICS:
+        raise ValueError(f"unknown metric '{metric}'; known: {', '.join(METRICS)}, or a tensor")
     convolutions = find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
     for pattern, value in arrangement_by_pattern.items():
@@ -306,7 +311,7 @@ def _to_analytic(
             per=options.per,
             metric=Metric.create(metric, conv.weight.shape[1], size, dilation),
             profile=options.profile,
-            signed=not options.amplitude,
+            signed=options.per == "kernel" and not options.amplitude,
         )
 
     if arrangement.auto:

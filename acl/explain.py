@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acl.inspection import require_analytic_layers
+from acl.inspection import get_input, require_analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
@@ -227,8 +227,12 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Replaces the forward passes of layers temporarily; hooks still run."""
+
+    def take_input(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
+        return forward(input)
+
     for layer, forward in overrides.items():
-        layer.forward = forward  # type: ignore[assignment, method-assign]
+        layer.forward = partial(take_input, forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -238,8 +242,13 @@ def _override_forward(overrides: Mapping[AnalyticConv2d, Callable[[Tensor], Tens
 
 @contextmanager
 def _register_pre_hooks(layers: Iterable[AnalyticConv2d], hook: Callable[..., None]) -> Iterator[None]:
-    """Registers a forward pre-hook on layers temporarily."""
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    """Registers a forward pre-hook, which takes a layer and its input, temporarily."""
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: hook(layer, get_input(args, kwargs)), with_kwargs=True
+        )
+        for layer in layers
+    ]
     try:
         yield
     finally:
@@ -342,9 +351,9 @@ def _compute_mean_outputs(
     }
     counts = dict.fromkeys(parts, 0)
 
-    def accumulate(layer: AnalyticConv2d, inputs: tuple[Tensor, ...]) -> None:
+    def accumulate(layer: AnalyticConv2d, x: Tensor) -> None:
         for symbol, weight in parts[layer].items():
-            output = layer.convolve(inputs[0], weight)
+            output = layer.convolve(x, weight)
             output = output.cpu() if output.device.type == "mps" else output  # Apple's GPUs have no float64
             sums[layer][symbol] += output.double().sum((0, -2, -1)).cpu()
         counts[layer] += output.numel() // layer.out_channels

@@ -16,8 +16,9 @@ from acl.options import Per
 from acl.refine import refine_jointly
 
 
-@torch.inference_mode(False)  # the search needs gradients, whatever the mode of the caller
+@torch.inference_mode(False)  # the search needs gradients and its precision, whatever the mode of the caller
 @torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
 def fit_kernels(
     weight: Tensor,
     kinds: Iterable[str] | Sequence[Collection[str]] | None = None,
@@ -49,12 +50,14 @@ def fit_kernels(
         profile: the TGD kernel function.
         fixed: AKPs to hold constant in the kinds that have them, in natural units, such as ``{"gamma": 1.0}``.
         signed: allow only positive gains, as in layers without ``amplitude``; kernels are then not refined together.
+            Filters always have gains of either sign.
         seed: seeds the random kernels.
         progress: show a progress bar if stderr is a terminal.
 
     Raises:
         ValueError: for a weight that is not 4-D, has empty kernels or is not finite, an unknown kind, family, profile
-            or metric, or a fixed AKP that none of the kinds has or whose value is out of its range.
+            or metric, ``signed`` fits of filters, or a fixed AKP that none of the kinds has or whose value is out of
+            its range.
 
     Example:
         >>> fit = fit_kernels(torch.randn(4, 1, 5, 5), kinds=["G"], progress=False)
@@ -68,6 +71,8 @@ def fit_kernels(
     ):
         if value not in known:
             raise ValueError(f"unknown {option} '{value}'; known: {', '.join(known)}")
+    if signed and per == "filter":
+        raise ValueError("signed=True needs per='kernel'; the gains of a filter have either sign")
     target = _check_weight(weight)
     out_channels, in_channels, *size = target.shape
     slots = target.flatten(0, 1)[:, None] if per == "kernel" else target
@@ -75,9 +80,7 @@ def fit_kernels(
     symbols = [symbol for symbol in analytic_kinds() if any(symbol in names for names in candidates)]
     fixed = {name: parse_fixed_akp(name, value, symbols, family) for name, value in (fixed or {}).items()}
     resolved = Metric.create(metric, in_channels, (size[0], size[1]))
-    fit = Fit(
-        (out_channels, in_channels, size[0], size[1]), per, family, profile, resolved, fixed, signed and per == "kernel"
-    )
+    fit = Fit((out_channels, in_channels, size[0], size[1]), per, family, profile, resolved, fixed, signed)
     flat = slots.flatten(1)
     varies = (flat.amax(1) - flat.amin(1)) > 1e-6 * flat.abs().amax(1)
     by_kind: dict[str, tuple[KernelFit, ...]] = {}

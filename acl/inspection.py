@@ -1,7 +1,7 @@
 """Finds the analytic layers of a model, and its parameters and operations."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -139,18 +139,25 @@ def summary(model: nn.Module, inputs: torch.Tensor | None = None) -> str:
     )
 
 
+def get_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The input of a convolution that was called with these arguments, ``conv(x)`` or ``conv(input=x)``."""
+    tensor: torch.Tensor = args[0] if args else kwargs["input"]
+    return tensor
+
+
 def _count_multiply_adds(model: nn.Module, inputs: torch.Tensor) -> dict[nn.Module, int]:
     counts: dict[nn.Module, int] = {}
 
-    def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
         assert isinstance(layer, AnalyticConv2d)
         channels, taps = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
         count = output.numel() * channels * taps
         if is_factored(layer, output.device):
-            count = inputs[0].numel() // layer.groups * layer.out_channels + output.numel() * taps
+            count = get_input(args, kwargs).numel() // layer.groups * layer.out_channels + output.numel() * taps
         counts[layer] = counts.get(layer, 0) + count
 
-    handles = [layer.register_forward_hook(count) for layer in analytic_layers(model).values()]
+    layers = analytic_layers(model).values()
+    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     training = {module: module.training for module in model.modules()}
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code skips hooks

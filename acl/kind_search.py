@@ -53,8 +53,10 @@ class KindSearch:
 
     def to_raw(self, fits: Sequence[KernelFit]) -> Tensor:
         """The free AKPs of fits, as stored, (akps, fits) float64."""
-        values = torch.tensor([[fit.akps[akp.name] for fit in fits] for akp in self.free_akps], dtype=torch.float64)
-        return torch.stack([akp.to_raw(row) for akp, row in zip(self.free_akps, values, strict=True)])
+        raw = torch.empty(len(self.free_akps), len(fits), dtype=torch.float64)
+        for row, akp in zip(raw, self.free_akps, strict=True):
+            row.copy_(akp.to_raw(torch.tensor([fit.akps[akp.name] for fit in fits], dtype=torch.float64)))
+        return raw
 
     def to_akps(self, raw: Tensor) -> list[dict[str, float]]:
         """The AKPs in natural units of each column of ``raw`` (akps, fits)."""

@@ -173,8 +173,9 @@ class AnalyticConv2d(SlottedConv2d):
         for key, values in raw.items():
             if values.shape != (shape := self._get_stored(key)[index].shape):
                 raise ValueError(f"{key} needs values of the shape {tuple(shape)}, got {tuple(values.shape)}")
-            if not values.isfinite().all():
-                raise ValueError(f"{key} needs finite values, got {values[~values.isfinite()][0].item()}")
+            if not (is_finite := values.to(self.raw[key].dtype).isfinite()).all():
+                value, dtype = values[~is_finite][0].item(), self.raw[key].dtype
+                raise ValueError(f"{key} needs finite values of {dtype}, got {value}")
         for key, values in raw.items():
             self.raw[key][index] = values.to(self.raw[key])
 

@@ -43,6 +43,8 @@ class LayerOptions:
             value = getattr(self, field.name)
             if (known := get_args(field.type)) and isinstance(known[0], str) and value not in known:
                 raise ValueError(f"unknown {field.name} '{value}'; known: {', '.join(known)}")
+        if not isinstance(self.amplitude, bool):
+            raise ValueError(f"amplitude must be True or False, got {self.amplitude!r}")
         if self.per == "filter" and self.amplitude:
             raise ValueError("amplitude=True needs per='kernel'; a filter has a gain per input channel already")
         if self.per == "kernel" and self.compute == "factored":

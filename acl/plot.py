@@ -141,6 +141,8 @@ def akp_trajectories(layer: AnalyticConv2d, history: Mapping[str, Tensor]) -> Fi
         for symbol in layer.akps()
     }
     panels = {symbol: akps for symbol, akps in panels.items() if akps}
+    if not panels:
+        raise ValueError("the history has no AKPs of the layer")
     columns = max(map(len, panels.values()))
     figure = Figure(figsize=(3 * columns, 2.3 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), columns, squeeze=False)

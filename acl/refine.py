@@ -16,6 +16,7 @@ _RIDGE = 1e-6  # relative to kernels of unit energy
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
 def refine_jointly(fit: Fit, weight: Tensor) -> Fit:
     """Refines the selected kernels of each filter together, if their errors can add up in the metric of the fit.
 

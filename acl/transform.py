@@ -44,10 +44,10 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: for a network without analytic layers, a layer whose dilation differs between height and width, so
-            that its kernels are distorted in the image, a kind of kernel that has a direction but no AKP with that
-            role, parametrized or pruned kernels, layers that share only some of the AKPs that turn, or an angle that is
-            not finite. The model is then unchanged.
+        ValueError: for a network without analytic layers, a layer whose dilation or stride differs between height and
+            width, so that kernels, or those of later layers, are distorted in the image, a kind of kernel that has a
+            direction but no AKP with that role, parametrized or pruned kernels, layers that share only some of the AKPs
+            that turn, or an angle that is not finite. The model is then unchanged.
     """
     if not math.isfinite(degrees):
         raise ValueError(f"degrees must be finite, got {degrees}")
@@ -58,6 +58,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         where = name or "the layer"
         if layer.dilation[0] != layer.dilation[1]:
             raise ValueError(f"cannot rotate {where}: its dilation {layer.dilation} distorts its kernels")
+        if layer.stride[0] != layer.stride[1]:
+            raise ValueError(f"cannot rotate {where}: its stride {layer.stride} distorts its outputs")
         _check_stored(layer, f"cannot rotate {where}")
         for symbol, akps in layer.akps().items():
             kind = KINDS[symbol]
@@ -167,8 +169,8 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
     Args:
         model: a network, or an analytic layer itself.
         factor: above 0; 2 for images of twice the width and height.
-        multiply_stride: multiply the strides too, so that the outputs keep their size and the layers that follow see
-            features of the size that they were trained on.
+        multiply_stride: multiply the strides too, so that the outputs keep their size (to a pixel, if the factor is
+            below 1) and the layers that follow see features of the size that they were trained on.
 
     Returns:
         The model; if it is an analytic layer itself, the new layer. Without ``multiply_stride``, a warning says which

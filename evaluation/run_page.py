@@ -113,7 +113,9 @@ def _describe_kernels(
                 kernel["gains"] = _round(layer.gains_of(kind.symbol)[index])
             context["source"] = {"python": f"layer = net.get_submodule({json.dumps(name)})", "index": index}
             if history and (layer.gains is None or initial is not None):  # gains have no history
-                before = {"akps": {akp: history[f"{kind.symbol}/{akp}"][0, index].item() for akp in akps}}
+                before: dict[str, Any] = {
+                    "akps": {akp: history[f"{kind.symbol}/{akp}"][0, index].item() for akp in akps}
+                }
                 if initial is not None and initial.gains is not None:
                     before["gains"] = _round(initial.gains_of(kind.symbol)[index])
                 context["original"] = {"title": "before training", "kernel": kernel | before}

@@ -113,7 +113,7 @@ def main(settings: ApproximateSettings) -> None:
 
 def describe_source(settings: ApproximateSettings) -> str:
     """Names the kernels, and the options that are not the default ones and change the report."""
-    defaults = OmegaConf.load(CONFIGS / "approximate.yaml")
+    defaults: Any = OmegaConf.load(CONFIGS / "approximate.yaml")
     options = {name: getattr(settings, name) for name in ("weights", "profile", "tolerances", "seed")}
     changed = [f"{name}={value}" for name, value in options.items() if value != defaults[name]]
     return ", ".join([settings.source, *changed])

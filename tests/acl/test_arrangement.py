@@ -101,6 +101,7 @@ def test_from_slot_kinds_needs_no_placement_in_registry_order(slot_kinds: list[s
         ("G-3 P9", "'G-3'.*must be a whole number of at least 0"),
         ("G2.5 P3.5", "'G2.5'.*must be a whole number"),
         ("G50% P40%", "add up to 90%, not 100%"),
+        ("G33.3333333% P66.6666666%", r"add up to 99\.9999999\d*%, not 100%"),
         ("G150% P-50%", "'P-50%'"),
         ("G50% P3", "mixes counts and shares"),
         ("", "empty"),

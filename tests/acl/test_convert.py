@@ -384,6 +384,18 @@ def test_rules_skip_host_of_model_that_is_a_layer() -> None:
         convert(convert(Padded(1, 2, 3), "first", "G100%"), "all", "G100%")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "bogus"}, "unknown metric 'bogus'; known: images, pixels"),
+        ({"tolerance": 17.0}, "needs a tolerance from 0 .* to 1 .*, got 17"),
+    ],
+)
+def test_options_of_fits_are_checked_without_a_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(nn.Conv2d(3, 8, 5), "first", "G100%", **options)
+
+
 def test_convert_rejects_unknown_init() -> None:
     with pytest.raises(ValueError, match="unknown init 'xavier'; known: random"):
         convert(make_network(), "first", "G100%", init="xavier")

@@ -29,6 +29,29 @@ def make_network(*arrangements: acl.Arrangement | str) -> nn.Module:
     return model.train()
 
 
+class KeywordConv(nn.Module):
+    """Calls its convolution as ``conv(input=x)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = acl.AnalyticConv2d(3, 4, 5, arrangement="G50% Lg50%", per="filter", compute="factored")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(input=x).mean((2, 3))
+
+
+def test_input_may_be_given_by_name() -> None:
+    model = KeywordConv()
+    positional = nn.Sequential(model.conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for replace in ("zero", "mean"):
+        expected = attribute(positional, iterate_batches, replace, progress=False)
+        assert attribute(model, iterate_batches, replace, progress=False).correct == expected.correct
+    lost = leave_one_out(model, iterate_batches, progress=False)["conv"]
+    assert torch.equal(lost, leave_one_out(positional, iterate_batches, progress=False)["0"])
+    x = torch.randn(1, 3, 16, 16)
+    assert acl.summary(model, x).split()[-1] == acl.summary(positional, x).split()[-1]
+
+
 def iterate_batches() -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     for n in BATCH_SIZES:

@@ -128,6 +128,27 @@ def test_fit_does_not_depend_on_mode_or_default_dtype() -> None:
 
 
 @pytest.mark.usefixtures("quick_search")
+def test_kind_whose_akps_are_all_fixed_gets_only_gains() -> None:
+    torch.manual_seed(0)
+    fit = fit_kernels(torch.randn(2, 3, 5, 5), ["Lg"], fixed={"sigma": 1.0}, progress=False)
+    assert [kernel.akps for kernel in fit.kernels] == [{"sigma": 1.0}] * 6
+    assert len({kernel.gains for kernel in fit.kernels}) == 6
+
+
+def test_fit_is_the_same_under_autocast() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2, 3, 5, 5)
+    expected = fit_kernels(weight, ["G"], progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fit_kernels(weight, ["G"], progress=False).to_json() == expected.to_json()
+
+
+def test_filters_cannot_have_positive_gains_alone() -> None:
+    with pytest.raises(ValueError, match="signed=True needs per='kernel'"):
+        fit_kernels(torch.randn(2, 3, 5, 5), ["G"], per="filter", signed=True, progress=False)
+
+
+@pytest.mark.usefixtures("quick_search")
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("exponent", [-146, -139, -83, 100, 125])
 def test_scale_of_kernel_changes_only_the_gain(exponent: int, signed: bool) -> None:

@@ -411,7 +411,10 @@ def test_set_akps_rejects_value_at_floor(symbol: str, name: str) -> None:
     ("akps", "message"),
     [
         ({"theta": torch.ones(2), "sigma": torch.ones(3)}, r"G_sigma needs values of the shape \(2,\), got \(3,\)"),
-        ({"sigma": torch.ones(2), "theta": torch.tensor([1.0, math.nan])}, "G_theta needs finite values, got nan"),
+        (
+            {"sigma": torch.ones(2), "theta": torch.tensor([1.0, math.nan])},
+            "G_theta needs finite values of torch.float32, got nan",
+        ),
     ],
 )
 def test_set_akps_rejects_values_and_leaves_layer_unchanged(akps: dict[str, torch.Tensor], message: str) -> None:
@@ -420,6 +423,18 @@ def test_set_akps_rejects_values_and_leaves_layer_unchanged(akps: dict[str, torc
     with pytest.raises(ValueError, match=message):
         layer.set_akps("G", akps)
     assert torch.equal(layer.weight, weight)
+
+
+def test_set_akps_rejects_value_that_overflows() -> None:
+    layer = AnalyticConv2d(1, 2, 5, arrangement="G100%").half()
+    with pytest.raises(ValueError, match=r"G_theta needs finite values of torch.float16, got 100000"):
+        layer.set_akps("G", {"theta": torch.tensor([1.0, 1e5])})
+    assert layer.weight.isfinite().all()
+
+
+def test_amplitude_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="amplitude must be True or False, got 'no'"):
+        AnalyticConv2d(1, 2, 5, arrangement="G100%", amplitude="no")  # type: ignore[arg-type]
 
 
 def test_set_akps_rejects_unknown_name() -> None:

@@ -68,6 +68,11 @@ def test_akp_trajectories_draws_one_panel_per_akp_and_one_line_per_kernel(family
             assert line.get_ydata().tolist() == trajectory.tolist()
 
 
+def test_history_without_akps_of_the_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="the history has no AKPs of the layer"):
+        akp_trajectories(AnalyticConv2d(1, 2, 3, arrangement="P2"), {})
+
+
 def test_to_png_renders_figure() -> None:
     layer = AnalyticConv2d(1, 2, 3, arrangement="G2")
     assert to_png(akp_trajectories(layer, make_history(layer))).startswith(b"\x89PNG\r\n")

@@ -325,6 +325,11 @@ def test_rescaled_frozen_layer_stays_frozen() -> None:
     assert all(parameter.requires_grad for parameter in acl.rescale(make_layer("G50% P50%"), 2.0).parameters())
 
 
+def test_rotate_refuses_unequal_stride() -> None:
+    with pytest.raises(ValueError, match=r"cannot rotate the layer: its stride \(2, 1\) distorts"):
+        acl.rotate(make_layer("G100%", stride=(2, 1)), 30.0)
+
+
 def test_rotate_refuses_unequal_dilation_and_leaves_network_unchanged() -> None:
     model = nn.Sequential(make_layer("Tf100%"), make_layer("Tf100%", dilation=(1, 2)))
     theta = model[0].akps()["Tf"]["theta"].clone()
