@@ -1,4 +1,5 @@
 import io
+import os
 import runpy
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def run_script(script_command: Command) -> RunScript:
     """Runs a script and waits until it ends; the result has the exit status, stdout and stderr."""
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(script_command(name, *arguments), capture_output=True, text=True, check=False)
+        env = {**os.environ, "HYDRA_FULL_ERROR": "0"}  # scripts that ran in this process set it
+        return subprocess.run(script_command(name, *arguments), capture_output=True, text=True, check=False, env=env)
 
     return run
 

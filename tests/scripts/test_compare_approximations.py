@@ -149,7 +149,7 @@ def test_classes_that_imagenet_or_the_weights_lack_are_named(
         (["layer=conv2", "features=conv1"], "features=conv1 is invalid: it should come after layer=conv2"),
     ],
 )
-def test_invalid_layer_is_named(options: list[str], message: str, call_script: RunScript) -> None:
+def test_invalid_layer_is_named(tmp_path: Path, options: list[str], message: str, call_script: RunScript) -> None:
     defaults = [] if any("overrides" in option for option in options) else ['overrides=["data=digits","model=lenet"]']
-    done = call_script("compare_approximations.py", *defaults, *options)
+    done = call_script("compare_approximations.py", *defaults, *options, f"file={tmp_path}/lines.jsonl")
     assert (done.returncode, done.stderr.splitlines()) == (2, [f"error: {message}"])
