@@ -214,7 +214,9 @@ def test_reproduce_table_writes_table_and_reports_outdated_runs(tmp_path: Path, 
     assert (records[0].parent / "superseded-1/record.json").exists()
 
 
-def test_reproduce_table_renders_committed_records_without_runs(tmp_path: Path, run_script: RunScript) -> None:
+def test_reproduce_table_renders_committed_records_without_runs(
+    tmp_path: Path, run_script: RunScript, call_script: RunScript
+) -> None:
     committed, folder = ROOT / "results/tables", tmp_path / "results/tables"
     folder.mkdir(parents=True)
     shutil.copy(committed / "digits.jsonl", folder)
@@ -228,7 +230,7 @@ def test_reproduce_table_renders_committed_records_without_runs(tmp_path: Path, 
         assert (folder / name).read_bytes() == (committed / name).read_bytes()
     assert "| conv1 Gabor | conv1: G6 | 2,446 | 1.05 |" in (folder / "digits.md").read_text()
     assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
-    done = run_script(
+    done = call_script(
         "reproduce_table.py",
         "--render",
         "+table.without=[half plain]",
