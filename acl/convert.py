@@ -19,7 +19,7 @@ from acl.fit_result import Fit, apply_fits, check_tolerance
 from acl.inspection import analytic_layers, find_plain_convolutions
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
-from acl.metric import METRICS, Metric
+from acl.metric import Metric, check_metric_name
 from acl.options import LayerKeywords, LayerOptions
 from acl.refine import refine_jointly
 
@@ -103,8 +103,8 @@ def convert(
     resolved = LayerOptions.from_keywords(options)
     if tolerance is not None:
         check_tolerance(tolerance)
-    if isinstance(metric, str) and metric not in METRICS:
-        raise ValueError(f"unknown metric '{metric}'; known: {', '.join(METRICS)}, or a tensor")
+    if isinstance(metric, str):
+        check_metric_name(metric)
     convolutions = find_plain_convolutions(model)
     arrangements: dict[str, Arrangement] = {}
     for pattern, value in arrangement_by_pattern.items():

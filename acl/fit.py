@@ -50,7 +50,6 @@ def fit_kernels(
         profile: the TGD kernel function.
         fixed: AKPs to hold constant in the kinds that have them, in natural units, such as ``{"gamma": 1.0}``.
         signed: allow only positive gains, as in layers without ``amplitude``; kernels are then not refined together.
-            Filters always have gains of either sign.
         seed: seeds the random kernels.
         progress: show a progress bar if stderr is a terminal.
 

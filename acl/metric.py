@@ -15,6 +15,12 @@ _IMAGES_PER_BATCH = 64
 _RIDGE = 1e-9  # relative to the mean second moment
 
 
+def check_metric_name(metric: str) -> None:
+    """Raises ValueError for an unknown name of a metric."""
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric '{metric}'; known: {', '.join(METRICS)}, or a tensor")
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
     """The second moments of image patches, as a product of one factor for channels and one for pixels.
@@ -60,8 +66,7 @@ class Metric:
             return metric
         if isinstance(metric, Tensor):
             return cls("data", *_factorize(_measure_moments(metric, in_channels, size, dilation), in_channels))
-        if metric not in METRICS:
-            raise ValueError(f"unknown metric '{metric}'; known: {', '.join(METRICS)}, or a tensor")
+        check_metric_name(metric)
         channels = torch.eye(in_channels, dtype=torch.float64)
         if metric == "pixels":
             return cls(metric, channels, torch.eye(num_pixels, dtype=torch.float64))

@@ -127,6 +127,10 @@ def test_counts_reject_shares_and_auto() -> None:
         _ = Arrangement.parse("auto").counts
 
 
+def test_tiny_share_is_written_as_it_is_read() -> None:
+    assert str(Arrangement.parse("G0.00001% P99.99999%")) == "G0.00001% P99.99999%"
+
+
 def test_warning_names_kinds_whose_share_rounds_to_none() -> None:
     with pytest.warns(UserWarning, match="conv1 gets no Lg and no P: the share of its 6 kernels rounds to 0"):
         assert str(Arrangement.parse("G92% Lg4% P4% Ts0%").fill(1, 6, "conv1")) == "G6"
