@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from acl import convert
+from acl import convert, fold
 from models.controls import Control, apply_control
 from models.four_layer import FourLayer
 from models.lenet import LeNet
@@ -50,7 +50,8 @@ def create_model(
         channels, classes: the numbers of image channels and classes.
         arrangement: convolution name -> arrangement; convolutions without one stay plain.
         layer: options of ``acl.convert`` for an AnaNN, where None stands for the default; None for a plain network.
-        control: for a plain network: how its first convolution differs (see ``models.controls``).
+        control: for a plain network: how its first convolution differs (see ``models.controls``). For an AnaNN:
+            ``folded``, a plain network that starts with the same weights.
         options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
@@ -66,7 +67,7 @@ def create_model(
         if control is not None:
             apply_control(model, control)
         return model
-    if control is not None:
+    if control not in (None, "folded"):
         raise ValueError(f"model.control={control} is for plain networks; use model={config_name}")
     if not arrangement:
         raise ValueError(
@@ -75,7 +76,8 @@ def create_model(
         )
     # An option without a value has its default, but fits recorded without a metric are fits to pixels.
     layer_options = {"metric": "pixels"} | {name: value for name, value in layer.items() if value is not None}
-    return convert(model, arrangement, **layer_options)
+    model = convert(model, arrangement, **layer_options)
+    return model if control is None else fold(model)
 
 
 def find_random_layers(model: nn.Module) -> list[str] | None:

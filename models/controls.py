@@ -1,4 +1,4 @@
-"""Controls: plain networks with another first convolution, to tell what a formula there is good for."""
+"""Controls: plain networks that differ in one respect, to tell what formulas are good for."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from acl.computed_conv import ComputedConv2d, get_convolution_arguments
 
-Control = Literal["random", "permuted", "zero_sum"]
+Control = Literal["random", "permuted", "zero_sum", "folded"]
 
 
 def apply_control(model: nn.Module, control: Control) -> None:
@@ -18,14 +18,18 @@ def apply_control(model: nn.Module, control: Control) -> None:
         control: ``random``: a pretrained network's first convolution has random weights instead, which learn at the
             rate of all random layers; ``permuted``: it has its pretrained filters in a random order, so that the next
             layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too.
+            (``folded`` is for AnaNNs: see ``models.create_model``.)
 
     Raises:
         ValueError: for a network without convolutions, for ``random`` and ``permuted`` with a network that is not
-            pretrained, and for ``zero_sum`` with a first convolution of another type than nn.Conv2d, or of 1 x 1.
+            pretrained, for ``zero_sum`` with a first convolution of another type than nn.Conv2d, or of 1 x 1, and for
+            ``folded``.
     """
     name, conv = next(((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if conv is None:
         raise ValueError(f"model.control={control} needs a network with convolutions")
+    if control == "folded":
+        raise ValueError("model.control=folded needs formulas to start from; use model=ana_<backbone>")
     if control == "zero_sum":
         if type(conv) is not nn.Conv2d or max(conv.kernel_size) == 1:
             size = " x ".join(map(str, conv.kernel_size))

@@ -67,11 +67,10 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
         difference = compare(records, row.name, reference, references, row.split)
         if not difference.n:
             raise UsageError(f"rows '{row.name}' and '{reference}' have no seed in common")
-        arrangement = row.records[0].config["arrangement"]
         lines.append(
             {
                 "row": row.name,
-                "arrangement": "; ".join(f"{k}: {v}" for k, v in arrangement.items() if v) or "plain",
+                "arrangement": _describe_arrangement(row.records[0]),
                 "conv_params": round(mean_num_parameters(row.records)),
                 "params": round(mean_num_parameters(row.records, "total")),
                 "conv_ratio": compute_conv_ratio(records[reference], row.records),
@@ -85,6 +84,12 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+def _describe_arrangement(record: Record) -> str:
+    if record.config["model"].get("control") == "folded":  # the formulas are those of its start
+        return "plain"
+    return "; ".join(f"{k}: {v}" for k, v in record.config["arrangement"].items() if v) or "plain"
 
 
 def compare(

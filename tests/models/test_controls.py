@@ -1,4 +1,4 @@
-"""Plain networks whose first convolution differs in one respect."""
+"""Plain networks that differ in one respect."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,25 @@ def test_controls_of_pretrained_kernels_need_them(control: Any) -> None:
         models.create_model("lenet", 1, 10, {}, None, control)
 
 
-def test_analytic_networks_take_no_control() -> None:
+def test_folded_has_the_start_of_an_analytic_network_and_is_plain() -> None:
+    arrangement = {"conv1": "G3 P3", "conv2": "G24 Lg6 Lt6 Tf9 Ts3 P48"}
+    torch.manual_seed(0)
+    analytic = models.create_model("lenet", 1, 10, arrangement, {"amplitude": True})
+    torch.manual_seed(0)
+    folded = models.create_model("lenet", 1, 10, arrangement, {"amplitude": True}, "folded")
+    assert models.count_parameters(folded) == models.count_parameters(LeNet())
+    assert type(folded.conv1) is type(folded.conv2) is nn.Conv2d
+    assert all(parameter.requires_grad for parameter in folded.parameters())
+    x = torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(folded(x), analytic(x))
+
+
+def test_folded_needs_formulas() -> None:
+    with pytest.raises(ValueError, match=r"model\.control=folded needs formulas to start from"):
+        models.create_model("lenet", 1, 10, {}, None, "folded")
+
+
+def test_analytic_networks_take_no_other_control() -> None:
     with pytest.raises(ValueError, match=r"model\.control=zero_sum is for plain networks; use model=lenet"):
         models.create_model("lenet", 1, 10, {"conv1": "G6"}, {}, "zero_sum")
 

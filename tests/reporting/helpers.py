@@ -19,7 +19,7 @@ def make_record(
     seed: int, top1: float, conv: int = 100, config: dict[str, Any] | None = None, **changes: Any
 ) -> Record:
     """A run's record, with its validation result and its losses set to constants."""
-    full_config = {"seed": seed, "arrangement": {}, "trainer": {"epochs": 3}, **(config or {})}
+    full_config = {"seed": seed, "model": {}, "arrangement": {}, "trainer": {"epochs": 3}, **(config or {})}
     values = {
         "format": 1,
         "id": compute_run_id(full_config),

@@ -73,6 +73,13 @@ CORRECT = {
 }
 
 
+def test_arrangement_of_folded_network_is_plain() -> None:
+    arrangement = {"conv1": "G6", "conv2": None}
+    configs = [{"arrangement": arrangement, "model": {"control": control}} for control in (None, "folded")]
+    rows = [Row(str(i), [], records=[make_record(0, 90.0, config=config)]) for i, config in enumerate(configs)]
+    assert summarize(rows)["arrangement"].tolist() == ["conv1: G6", "plain"]
+
+
 def test_records_of_images_give_interval_over_seeds_and_images() -> None:
     rows = [
         Row(name, [], records=[make_record_of_images(seed, bits) for seed, bits in enumerate(correct)])
