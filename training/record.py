@@ -51,6 +51,7 @@ class _RecordedTrainer(TypedDict):
 
 class _RecordedConfig(TypedDict):
     seed: Seed
+    model: dict[str, Any]
     arrangement: dict[str, Any]
     trainer: _RecordedTrainer
 
