@@ -120,7 +120,8 @@ class ComputedConv2d(nn.Conv2d):
             conv = copy.deepcopy(self.host)
         else:
             conv = nn.Conv2d(**get_convolution_arguments(self), device="meta")
-        is_weight_trained = any(p.requires_grad for p in self.parameters() if p is not self.bias)
+        others = [self.bias, *(self.host.parameters() if self.host is not None else ())]
+        is_weight_trained = any(p.requires_grad and all(p is not other for other in others) for p in self.parameters())
         conv.weight = nn.Parameter(self.weight.detach().clone(), is_weight_trained)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
@@ -130,7 +131,12 @@ class ComputedConv2d(nn.Conv2d):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *lists: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
-        tensors = [tensor for name, tensor in state_dict.items() if name.startswith(prefix)]
+        others = (f"{prefix}bias", f"{prefix}host.")
+        tensors = [
+            tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(prefix) and not name.startswith(others) and tensor.is_floating_point()
+        ]
         if local_metadata.get("assign_to_params_buffers") and tensors:  # they replace the parameters
             self._format = torch.empty_like(self._format, device=tensors[0].device, dtype=tensors[0].dtype)
 

@@ -16,7 +16,7 @@ from acl.computed_conv import get_convolution_arguments
 from acl.factored import is_factored
 from acl.fit import fit_kernels
 from acl.fit_result import Fit, apply_fits, check_tolerance
-from acl.inspection import analytic_layers, find_plain_convolutions
+from acl.inspection import analytic_layers, find_plain_convolutions, refuse_patched_forward
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 from acl.metric import Metric, check_metric_name
@@ -75,7 +75,7 @@ def convert(
     Raises:
         ValueError: for a name that matches no convolution, a layer that cannot be converted or that shares its weight
             or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
-            ``fit`` cannot fit, 1 x 1 kernels of a kind whose kernels sum to 0, an AKP in ``learn`` that none of the
+            ``fit`` cannot fit, kernels of at most 2 x 2 pixels that would be 0, an AKP in ``learn`` that none of the
             layers has, or arguments that AnalyticConv2d rejects. The model is then unchanged.
         TypeError: for an unknown option, or an arrangement that is neither text nor an ``Arrangement``.
 
@@ -153,19 +153,24 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     Returns:
         The model, or the new convolution if the model is a single analytic convolution.
 
+    Raises:
+        ValueError: for a layer whose forward pass is patched. The model is then unchanged.
+
     Example:
         >>> net = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G24"))
         >>> [name for name, _ in fold(net).named_parameters()]
         ['0.weight', '0.bias']
     """
     cpu = torch.device("cpu")
-    replacements = {
-        layer: layer.fold(factored and is_factored(layer, cpu)) for layer in analytic_layers(model).values()
-    }
+    layers = analytic_layers(model)
+    for name, layer in layers.items():
+        refuse_patched_forward(layer, f"cannot fold {name or 'the layer'}")
+    replacements = {layer: layer.fold(factored and is_factored(layer, cpu)) for layer in layers.values()}
     folded: dict[Any, Any] = {}
     for layer, new in replacements.items():
         first = folded.setdefault((*layer.raw.parameters(), layer.plain, layer.gains), new)
-        for conv, first_conv in zip(_list_convolutions(new), _list_convolutions(first), strict=True):
+        # One of two layers with the same kernels can be a single convolution and the other one factored.
+        for conv, first_conv in zip(_list_convolutions(new), _list_convolutions(first), strict=False):
             is_same_shape = conv.weight.shape == first_conv.weight.shape
             if is_same_shape and (conv.weight.is_meta or torch.equal(conv.weight, first_conv.weight)):
                 conv.weight = first_conv.weight
@@ -191,8 +196,7 @@ def check_convertible(conv: nn.Conv2d, name: str) -> None:
         raise ValueError(f"cannot convert {name}: its bias is parametrized or pruned; make it permanent first")
     if not conv.weight.is_floating_point():
         raise ValueError(f"cannot convert {name}: its weight is {conv.weight.dtype}, not floating-point")
-    if {"forward", "_conv_forward"} & vars(conv).keys():
-        raise ValueError(f"cannot convert {name}: its forward pass is patched, which would be lost; use a subclass")
+    refuse_patched_forward(conv, f"cannot convert {name}")
     if hasattr(conv, "weight_fake_quant"):
         raise ValueError(f"cannot convert {name}: it is prepared for quantization; convert the model before that")
 
@@ -322,9 +326,10 @@ def _to_analytic(
     else:
         layer = create_analytic(conv, arrangement, **vars(options))
         if zero := _find_zero_kinds(layer):
+            size = " x ".join(map(str, layer.kernel_size))
             raise ValueError(
-                f"cannot convert {name}: its 1 x 1 kernels of {' and '.join(zero)} would be 0 whatever their AKPs; "
-                "leave them plain, or convert only larger kernels, as the rule k>=2 does"
+                f"cannot convert {name}: its {size} kernels of {' and '.join(zero)} would be 0; leave them plain, or "
+                "convert only larger kernels, as the rule k>=3 does"
             )
         if init != "fit":
             return layer
@@ -342,10 +347,10 @@ def _to_analytic(
 
 
 def _find_zero_kinds(layer: AnalyticConv2d) -> list[str]:
-    """The kinds of a layer whose 1 x 1 kernels are 0."""
-    if max(layer.kernel_size) > 1 or layer._format.is_meta:
+    """The kinds of a layer whose kernels are 0, because all of its pixels have the same distance to the center."""
+    if max(layer.kernel_size) > 2 or layer._format.is_meta:
         return []
-    return [symbol for symbol in layer.akps() if not layer.compute_shapes(symbol).any()]
+    return [symbol for symbol in layer.akps() if layer.compute_shapes(symbol).abs().max() < 1e-6]
 
 
 def _replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> nn.Module:

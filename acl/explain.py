@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acl.inspection import get_input, require_analytic_layers
+from acl.inspection import get_input, refuse_patched_forward, require_analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
@@ -91,11 +91,11 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
         progress: show progress bars if stderr is a terminal.
 
     Raises:
-        ValueError: for a network without analytic layers, no data, an unknown ``replace``, or ``mean`` for layers
-            converted from a subclass of nn.Conv2d.
+        ValueError: for a network without analytic layers or with one whose forward pass is patched, no data, an unknown
+            ``replace``, or ``mean`` for layers converted from a subclass of nn.Conv2d.
     """
     _check_replacement(replace, REPLACEMENTS)
-    layers = require_analytic_layers(model).values()
+    layers = _require_measurable_layers(model).values()
     kinds = tuple(symbol for symbol in KINDS if any(symbol in layer.slot_kinds for layer in layers))
     subsets = [frozenset(kept) for size in range(len(kinds) + 1) for kept in combinations(kinds, size)]
     correct = dict.fromkeys(subsets, 0)
@@ -158,12 +158,12 @@ def leave_one_out(
         without the filter in a filter mosaic.
 
     Raises:
-        ValueError: for a network without analytic layers, no data, another ``replace``, or a name in ``slots`` that is
-            none of an analytic layer.
+        ValueError: for a network without analytic layers or with one whose forward pass is patched, no data, another
+            ``replace``, or a name in ``slots`` that is none of an analytic layer.
         IndexError: for a slot that a layer does not have.
     """
     _check_replacement(replace, ("zero", "constant"))
-    layers = require_analytic_layers(model)
+    layers = _require_measurable_layers(model)
     for name, of_layer in (slots or {}).items():
         if name not in layers:
             raise ValueError(f"no analytic layer is named '{name}'; the network has: {', '.join(layers)}")
@@ -202,13 +202,20 @@ def _check_replacement(replace: str, known: Sequence[str]) -> None:
         raise ValueError(f"unknown replace '{replace}'; known: {', '.join(known)}")
 
 
+def _require_measurable_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
+    layers = require_analytic_layers(model)
+    for name, layer in layers.items():
+        refuse_patched_forward(layer, f"cannot measure {name or 'the layer'}")
+    return layers
+
+
 def _flatten_kernels(weight: Tensor) -> Tensor:
     """Replaces each kernel of a weight (out, in / groups, kh, kw) by a constant one with the same sum."""
     return weight.mean((-2, -1), keepdim=True).expand_as(weight)
 
 
 def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
-    return int((model(inputs).argmax(1) == labels).sum())
+    return int((model(inputs.clone()).argmax(1) == labels).sum())  # some networks edit their input in place
 
 
 @contextmanager
@@ -272,7 +279,7 @@ def _find_first_layer(model: nn.Module, layers: Iterable[AnalyticConv2d], batche
     with _register_pre_hooks(layers, lambda layer, _: calls.append(layer)):
         inputs, _ = next(iter(batches()), (None, None))
         if inputs is not None:
-            model(inputs[:1])
+            model(inputs[:1].clone())
     return calls[0] if calls and calls.count(calls[0]) == 1 and calls[0].host is None else None
 
 
@@ -360,7 +367,7 @@ def _compute_mean_outputs(
 
     with _register_pre_hooks(parts, accumulate):
         for inputs, _ in tqdm(batches(), desc="mean outputs", disable=None if progress else True):
-            model(inputs)
+            model(inputs.clone())
     return {
         layer: {symbol: (total / max(counts[layer], 1)).to(layer.weight) for symbol, total in by_kind.items()}
         for layer, by_kind in sums.items()

@@ -40,16 +40,22 @@ def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
     return layers
 
 
+def refuse_patched_forward(conv: nn.Module, problem: str) -> None:
+    """Raises ValueError, which starts with the problem, if a convolution has a forward pass that its class has not."""
+    if {"forward", "_conv_forward"} & vars(conv).keys():
+        raise ValueError(f"{problem}: its forward pass is patched, which would be lost; use a subclass")
+
+
 def akp_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the stored AKPs of every analytic layer in a model, which need their own learning rate.
+    """Yields each stored AKP of the analytic layers in a model once; AKPs need their own learning rate.
 
     Example:
         >>> layer = AnalyticConv2d(1, 6, 5, arrangement="G6")
         >>> [p.numel() for p in akp_parameters(layer)]
         [6, 6, 6, 6]
     """
-    for layer in analytic_layers(model).values():
-        yield from layer.raw.parameters()  # including those of parametrizations
+    # parameters() includes those of parametrizations; layers can share AKPs
+    yield from dict.fromkeys(akp for layer in analytic_layers(model).values() for akp in layer.raw.parameters())
 
 
 def param_groups(

@@ -13,6 +13,7 @@ STEPS = 300
 _POOL_SIZE = 8192  # random kernels of each kind, compared with every target to find starting points
 _STARTS = 16  # starting points per target: the nearest kernels of the pool
 _LEARNING_RATE = 0.4
+_ROUNDING = 1e-5  # of scores, which are computed in float32
 _PIXELS_PER_BATCH = 2**22
 _ROWS_PER_COMPARISON = 4096  # channels of targets compared with the pool at a time, to limit memory
 
@@ -97,8 +98,8 @@ class KindSearch:
         unit = (self.channel_root.T @ whitened).float()
         unit = unit / unit.flatten(1).norm(dim=1)[:, None, None]
         with torch.no_grad():
-            raw = self.find_starts(unit)
-        raw.requires_grad_()
+            starts = self.find_starts(unit)
+        raw = starts.clone().requires_grad_()
         optimizer = torch.optim.Adam([raw], lr=_LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS if self.free_akps else 0):
@@ -107,9 +108,11 @@ class KindSearch:
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            raw = raw.detach()
-            best_start = self.score(self.whiten(self.synthesize(raw)), unit).argmax(0).expand(len(raw), 1, -1)
-            chosen = raw.gather(1, best_start)[:, 0].double()
+            scores, start_scores = (self.score(self.whiten(self.synthesize(akps)), unit) for akps in (raw, starts))
+            is_worse = scores < start_scores - _ROUNDING  # a large step can lead to where all kernels are 0
+            raw = torch.where(is_worse, starts, raw)
+            best = torch.where(is_worse, start_scores, scores).argmax(0).expand(len(raw), 1, -1)
+            chosen = raw.gather(1, best)[:, 0].double()
             kernels = self.whiten(self.synthesize(chosen))[:, None]
             dots, energy = (kernels * whitened).sum(2), kernels.square().sum(2).clamp(min=1e-20)
             gains = dots / energy

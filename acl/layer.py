@@ -223,8 +223,11 @@ class AnalyticConv2d(SlottedConv2d):
         """Sets the gains (count, channels) of an analytic kind.
 
         Raises:
-            ValueError: for kernels without gains, or parametrized gains.
+            ValueError: for kernels without gains, gains of another shape, or parametrized gains.
         """
+        shape = tuple(self.gains_of(symbol).shape)
+        if tuple(gains.shape) != shape:
+            raise ValueError(f"the gains of {symbol} have the shape {tuple(gains.shape)} instead of {shape}")
         if self.gains is not None:
             if "gains" not in self._parameters:
                 raise ValueError("gains is parametrized and cannot be set; remove its parametrization first")
@@ -333,10 +336,8 @@ class AnalyticConv2d(SlottedConv2d):
             return f"{' x '.join(map(str, self.plain.shape[1:]))} free weights"
         i = self.slots_of(symbol).index(slot)
         akps = {name: values[i : i + 1] for name, values in self.akps()[symbol].items()}
-        amplitude = akps.pop("amplitude", torch.ones(1))
-        if self.gains is not None:
-            amplitude = self.gains[self.gain_rows(symbol)][i]
-        gains = (amplitude * self.scale_factors(self.compute_kernels(symbol, akps)).flatten()).tolist()
+        akps.pop(AMPLITUDE.name, None)
+        gains = (self.gains_of(symbol)[i] * self.scale_factors(self.compute_kernels(symbol, akps)).flatten()).tolist()
         numbers = [f"{gain:.{digits}g}" for gain in (gains if len(gains) <= 4 else (min(gains), max(gains)))]
         text = kind.formula({name: value.item() for name, value in akps.items()}, self.options.profile, digits)
         expression, separator, definitions = text.partition("; ")

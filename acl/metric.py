@@ -136,7 +136,14 @@ def output_error(
         metric: as for ``Metric.create``, but the second moments of a tensor are used as they are. With ``pixels``, this
             is 1 - R^2.
         dilation: of the layer.
+
+    Raises:
+        ValueError: for an approximation of another shape, or a metric of other kernels.
     """
+    if approximation.shape != weight.shape:
+        raise ValueError(
+            f"the approximation has the shape {tuple(approximation.shape)}, the weight {tuple(weight.shape)}"
+        )
     dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
     size = (weight.shape[2], weight.shape[3])
     weight, error = weight.detach().cpu().double(), (weight - approximation).detach().cpu().double()

@@ -47,7 +47,7 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         ValueError: for a network without analytic layers, a layer whose dilation or stride differs between height and
             width, so that kernels, or those of later layers, are distorted in the image, a kind of kernel that has a
             direction but no AKP with that role, parametrized or pruned kernels, layers that share only some of the AKPs
-            that turn, or an angle that is not finite. The model is then unchanged.
+            that turn or that need other gains then, or an angle that is not finite. The model is then unchanged.
     """
     if not math.isfinite(degrees):
         raise ValueError(f"degrees must be finite, got {degrees}")
@@ -76,6 +76,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
                 new["amplitude"] = akps["amplitude"] * ratios
             elif not torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
                 gains.setdefault(layer, {})[symbol] = ratios
+                if any(o.raw is layer.raw and not torch.allclose(g[symbol], ratios) for o, g in gains.items()):
+                    raise ValueError(f"cannot rotate {where}: it shares its AKPs with a layer that needs other gains")
             for key, values in new.items():
                 parameter = layer.raw[f"{symbol}_{key}"]
                 if not torch.allclose(turned.setdefault(parameter, values), values):

@@ -103,7 +103,7 @@ def test_name_of_a_layer_with_brackets_is_no_pattern() -> None:
 @pytest.mark.parametrize("init", ["random", "fit"])
 def test_kernels_of_1_x_1_that_would_be_zero_are_refused(per: Any, init: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1))
-    message = "cannot convert 1: its 1 x 1 kernels of Lg and Tf would be 0 whatever their AKPs"
+    message = "cannot convert 1: its 1 x 1 kernels of Lg and Tf would be 0"
     with pytest.raises(ValueError, match=message):
         convert(model, "all", "G25% Lg25% Tf25% P25%", init, per=per)
     assert analytic_layers(model) == {}
@@ -571,3 +571,44 @@ def test_network_without_values_converts_and_folds(per: Any) -> None:
     second.weight = first.weight
     net = acl.fold(acl.convert(nn.Sequential(first, second), "all", "G50% P50%", per=per))
     assert net[0].weight.is_meta and net[0].weight is net[1].weight
+
+
+@pytest.mark.parametrize("size", [1, 2, (1, 2), (2, 1)])
+@pytest.mark.parametrize("symbol", ["Lg", "Lt"])
+def test_kinds_without_kernels_of_this_size_are_refused(size: Any, symbol: str) -> None:
+    for amplitude, init in ((False, "random"), (True, "fit")):
+        model = nn.Sequential(nn.Conv2d(8, 16, size))
+        with pytest.raises(ValueError, match=rf"of {symbol} would be 0; .* as the rule k>=3 does"):
+            acl.convert(model, "0", f"{symbol}100%", amplitude=amplitude, init=init)
+
+
+def test_fold_refuses_patched_forward_pass() -> None:
+    model = nn.Sequential(AnalyticConv2d(1, 6, 3, arrangement="G6"))
+    forward = model[0].forward
+    model[0].forward = lambda x: 2 * forward(x)
+    with pytest.raises(ValueError, match="cannot fold 0: its forward pass is patched"):
+        acl.fold(model)
+
+
+def test_fold_of_shared_kernels_in_another_form_keeps_outputs() -> None:
+    first, second = nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3, stride=2)
+    second.weight = first.weight
+    model = acl.convert(nn.Sequential(first, second), "all", "G100%", per="filter").eval()
+    x = torch.randn(1, 32, 9, 9)
+    expected = model(x)
+    torch.testing.assert_close(acl.fold(model, factored=True)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fold_keeps_weight_frozen_beside_trained_parameter_of_subclass() -> None:
+    class Scaled(nn.Conv2d):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.gain = nn.Parameter(torch.ones(1))
+
+    model = nn.Sequential(Scaled(1, 4, 3))
+    model[0].weight.requires_grad_(False)
+    acl.fold(acl.convert(model, "0", "G50% P50%", learn="none"))
+    assert {name: p.requires_grad for name, p in model.named_parameters() if "bias" not in name} == {
+        "0.weight": False,
+        "0.gain": True,
+    }

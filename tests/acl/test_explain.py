@@ -296,3 +296,35 @@ def test_attribute_leaves_no_hooks_if_network_fails(replace: str, num_passes: in
     with pytest.raises(RuntimeError, match="channels"):
         attribute(nn.Sequential(layer), lambda: [(next(inputs), torch.zeros(1))], replace, progress=False)
     assert not layer._forward_pre_hooks
+
+
+class CenterInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.4)
+
+
+def test_network_that_edits_its_input_is_measured_right() -> None:
+    model = make_network("G100%")
+    model[0].set_akps("G", {"psi": torch.zeros(24)})
+    in_place = nn.Sequential(CenterInPlace(), *model)
+
+    class Center(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - 0.4
+
+    copying = nn.Sequential(Center(), *model)
+    lost = [leave_one_out(m, iterate_batches, progress=False)["1"] for m in (in_place, copying)]
+    assert torch.equal(*lost)
+    for replace in REPLACEMENTS:
+        shares = [attribute(m, iterate_batches, replace, progress=False).correct for m in (in_place, copying)]
+        assert shares[0] == shares[1]
+
+
+def test_patched_forward_pass_is_refused_and_kept() -> None:
+    model = make_network("G100%")
+    forward = model[0].forward
+    patched = model[0].forward = lambda x: 2 * forward(x)
+    for measure in (attribute, leave_one_out):
+        with pytest.raises(ValueError, match="cannot measure 0: its forward pass is patched"):
+            measure(model, iterate_batches, progress=False)
+    assert model[0].forward is patched

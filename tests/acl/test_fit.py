@@ -670,3 +670,24 @@ def test_metric_of_few_or_constant_images_can_be_fitted(images: Tensor) -> None:
     for per in ("kernel", "filter"):
         fit = fit_kernels(torch.randn(2, 3, 5, 5), ["G"], per=per, metric=images, progress=False)
         assert fit.weight().isfinite().all()
+
+
+@pytest.mark.parametrize("symbol", ["Lt", "Ts"])
+@pytest.mark.parametrize("profile", ["linear", "exponential"])
+def test_fit_is_never_worse_than_its_start(symbol: str, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(60, 1, 5, 5)
+    fitted = acl.fit_kernels(weight, [symbol], metric="pixels", profile=profile).kernels
+    monkeypatch.setattr("acl.kind_search.STEPS", 0)
+    starts = acl.fit_kernels(weight, [symbol], metric="pixels", profile=profile).kernels
+    for kernel, start in zip(fitted, starts, strict=True):
+        assert kernel.r2 is not None and start.r2 is not None
+        assert kernel.r2 > start.r2 - 1e-5
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 5, 5), (3, 5, 5), ()])
+def test_output_error_refuses_approximation_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"the approximation has the shape {shape}, the weight (4, 3, 5, 5)")
+    ):
+        acl.output_error(torch.randn(4, 3, 5, 5), torch.randn(shape))

@@ -3,6 +3,7 @@ import importlib
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -927,3 +928,44 @@ def test_functional_call_grad_and_vmap_use_given_parameters(training: bool) -> N
     stacked = {name: torch.stack([p, p + 0.1]) for name, p in parameters.items()}
     outputs = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(stacked)
     torch.testing.assert_close(outputs[0], other(x))
+
+
+def test_shared_akps_are_listed_once() -> None:
+    layers = [nn.Conv2d(4, 4, 3) for _ in range(2)]
+    layers[1].weight = layers[0].weight
+    parameters = list(acl.akp_parameters(acl.convert(nn.Sequential(*layers), "all", "G100%")))
+    assert len(parameters) == len(set(parameters)) == 4
+
+
+def test_formula_is_computed_on_device_of_layer() -> None:
+    layer = AnalyticConv2d(3, 4, 5, arrangement="G12")
+    expected = layer.formula(0)
+    with torch.device("meta"):
+        assert layer.formula(0) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"), [({"per": "filter"}, (4, 1)), ({"amplitude": True}, (12, 5)), ({"amplitude": True}, (12,))]
+)
+def test_gains_of_another_shape_are_refused(options: dict[str, Any], wrong: tuple[int, ...]) -> None:
+    layer = AnalyticConv2d(3, 4, 5, arrangement="G100%", **options)
+    shape = tuple(layer.gains_of("G").shape)
+    with pytest.raises(ValueError, match=f"{re.escape(str(wrong))} instead of {re.escape(str(shape))}"):
+        layer.set_gains("G", torch.ones(wrong))
+    layer.set_gains("G", torch.full(shape, 2.0))
+    assert torch.equal(layer.gains_of("G"), torch.full(shape, 2.0))
+
+
+def test_load_with_assign_takes_dtype_from_what_the_weight_is_computed_from() -> None:
+    class Counting(nn.Conv2d):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    model = acl.convert(nn.Sequential(Counting(1, 4, 3)), "0", "G100%")
+    state = dict(sorted(model.state_dict().items()))  # as safetensors returns it
+    state["0.bias"] = state["0.bias"].double()
+    assert list(state)[:2] == ["0.bias", "0.host.count"]
+    expected = model[0].weight
+    model.load_state_dict(state, assign=True)
+    torch.testing.assert_close(model[0].weight, expected, rtol=0, atol=0)

@@ -369,3 +369,13 @@ def test_stride_that_would_not_be_whole_is_refused() -> None:
         acl.rescale(model, 1.5, multiply_stride=True)
     with pytest.raises(ValueError, match="factor must be positive and finite, got 0"):
         acl.rescale(model, 0)
+
+
+def test_rotate_refuses_akps_shared_by_kernels_of_other_sizes() -> None:
+    small, large = (AnalyticConv2d(1, 4, size, arrangement="Ts4") for size in (5, 9))
+    large.raw = small.raw
+    model = nn.ModuleList([small, large])
+    before = [layer.weight for layer in (small, large)]
+    with pytest.raises(ValueError, match="cannot rotate 1: it shares its AKPs with a layer that needs other gains"):
+        acl.rotate(model, 40.0)
+    assert all(map(torch.equal, before, [layer.weight for layer in (small, large)]))
