@@ -41,7 +41,8 @@ def save(model: nn.Module, file: str | Path, info: Any = None) -> None:
     """Writes the weights of a model and the specification of its analytic layers, in the safetensors format.
 
     The file holds ``model.state_dict()``, which any reader of safetensors can load, and one metadata entry in JSON,
-    without the option ``compute``, which changes no output. Equal models and ``info`` give equal bytes. An existing file is replaced only once the new one is complete.
+    without the option ``compute``, which changes no output. Equal models and ``info`` give equal bytes. An existing
+    file is replaced only once the new one is complete.
 
     Args:
         model: any network, analytic or plain.
