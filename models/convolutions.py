@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from acl.computed_conv import ComputedConv2d
 from acl.factored import convolve_depthwise
 
-Convolution = Literal["separable", "gaussian_basis"]
+Convolution = Literal["separable", "separable_unit", "gaussian_basis"]
 
 
 def create_convolution(
@@ -21,14 +21,19 @@ def create_convolution(
 
     Args:
         kind: ``separable``: a 1 x 1 convolution, then a depthwise one, as of a filter mosaic with free kernels instead
-            of formulas; ``gaussian_basis``: see ``GaussianBasisConv2d``; None: nn.Conv2d.
+            of formulas; ``separable_unit``: the same, with initial weights that preserve unit variance, as those of
+            filter mosaics do; ``gaussian_basis``: see ``GaussianBasisConv2d``; None: nn.Conv2d.
         in_channels, out_channels, kernel_size, padding, bias: as for nn.Conv2d.
     """
-    if kind == "separable":
+    if kind in ("separable", "separable_unit"):
         depthwise = DepthwiseConv2d(
             out_channels, out_channels, kernel_size, padding=padding, groups=out_channels, bias=bias
         )
-        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), depthwise)
+        pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        if kind == "separable_unit":
+            for conv in (pointwise, depthwise):
+                conv.weight.data *= math.sqrt(3)  # nn.Conv2d starts with a third of the variance
+        return nn.Sequential(pointwise, depthwise)
     create = nn.Conv2d if kind is None else GaussianBasisConv2d
     return create(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
 

@@ -33,7 +33,16 @@ def test_four_layer_network_has_expected_convolution_parameters(
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("convolution", ["separable", "gaussian_basis"])
+@pytest.mark.parametrize(
+    ("convolution", "expected"), [("separable", 1 / 9), ("separable_unit", 1), ("gaussian_basis", 1)]
+)
+def test_rivals_start_with_known_variance(convolution: Any, expected: float) -> None:
+    torch.manual_seed(0)
+    outputs = [create_convolution(convolution, 32, 64, 5, 2, False)(torch.randn(8, 32, 16, 16)) for _ in range(4)]
+    assert torch.stack(outputs)[..., 2:-2, 2:-2].var().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("convolution", ["separable", "separable_unit", "gaussian_basis"])
 def test_lenet_trains_with_other_convolutions(convolution: Any) -> None:
     model = LeNet(convolution=convolution)
     model(torch.randn(2, 1, 28, 28)).square().sum().backward()
