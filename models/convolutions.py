@@ -14,6 +14,20 @@ from acl.factored import convolve_depthwise
 Convolution = Literal["separable", "separable_unit", "gaussian_basis"]
 
 
+def scale_channels(channels: Sequence[int], width: float | None) -> list[int]:
+    """Multiplies numbers of channels by a width; None stands for 1.
+
+    Raises:
+        ValueError: for a width that leaves no channel, or above 100.
+    """
+    width = 1 if width is None else width
+    if round(min(channels) * width) < 1:
+        raise ValueError(f"model.width={width} leaves no channel; it should be at least {1 / min(channels):.2g}")
+    if width > 100:
+        raise ValueError(f"model.width={width} is too large; it should be at most 100")
+    return [round(n * width) for n in channels]
+
+
 def create_convolution(
     kind: Convolution | None, in_channels: int, out_channels: int, kernel_size: int, padding: int, bias: bool
 ) -> nn.Module:

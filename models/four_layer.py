@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from models.convolutions import Convolution, create_convolution
+from models.convolutions import Convolution, create_convolution, scale_channels
 
 
 class FourLayer(nn.Module):
@@ -18,7 +18,7 @@ class FourLayer(nn.Module):
         width: multiplies the numbers of channels; 1 if None.
 
     Raises:
-        ValueError: for any other kernel size, or a width that leaves no channel.
+        ValueError: for any other kernel size, or a width that leaves no channel or is above 100.
 
     Shape:
         Input (N, channels, H, W) with H, W >= 8, output (N, classes).
@@ -38,9 +38,7 @@ class FourLayer(nn.Module):
                 f"model.kernel_size={kernel_size} must be odd, to preserve the image size, and between 1 and 99"
             )
 
-        widths = [round(n * (1 if width is None else width)) for n in (32, 64, 128, 128)]
-        if min(widths) < 1:
-            raise ValueError(f"model.width={width} leaves no channel; it should be at least {1 / 32:g}")
+        widths = scale_channels((32, 64, 128, 128), width)
 
         def make_conv(in_channels: int, out_channels: int) -> nn.Module:
             return create_convolution(

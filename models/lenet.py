@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from models.convolutions import Convolution, create_convolution
+from models.convolutions import Convolution, create_convolution, scale_channels
 
 
 class LeNet(nn.Module):
@@ -16,7 +16,7 @@ class LeNet(nn.Module):
         width: multiplies the numbers of channels of the convolutions; 1 if None.
 
     Raises:
-        ValueError: for a width that leaves no channel.
+        ValueError: for a width that leaves no channel, or above 100.
 
     Shape:
         Input (N, channels, 28, 28), output (N, classes).
@@ -30,9 +30,7 @@ class LeNet(nn.Module):
         width: float | None = None,
     ) -> None:
         super().__init__()
-        first, second = (round(n * (1 if width is None else width)) for n in (6, 16))
-        if first < 1:
-            raise ValueError(f"model.width={width} leaves no channel; it should be at least {1 / 6:.2g}")
+        first, second = scale_channels((6, 16), width)
         self.conv1 = create_convolution(convolution, channels, first, 5, padding=2, bias=True)
         self.conv2 = create_convolution(convolution, first, second, 5, padding=0, bias=True)
         self.fc1 = nn.Linear(second * 5 * 5, 120)

@@ -35,6 +35,8 @@ class TrainState:
     seconds: float = 0.0  # spent on the run
     generator: torch.Tensor | None = None  # state of the generator that shuffles and augments the training images
     inputs: dict[str, Any] = field(default_factory=dict)  # what the run is trained on, as in its record
+    sources: str | None = None  # the digest of the code; None if other code has resumed the run
+    lr: float = 0.0  # of the first group, in the last step
     best_correct: str = ""  # which validation images were classified correctly in that epoch, as in the record
 
 

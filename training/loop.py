@@ -118,9 +118,14 @@ def train(settings: RunSettings, fabric: Fabric, model: nn.Module, data: Data, e
     inputs = describe_inputs(settings, data)
     losses = torch.zeros(len(data.train) // settings.trainer.batch_size, device=fabric.device)
     hits = torch.zeros((), dtype=torch.long, device=fabric.device)
-    state = TrainState(losses=losses, hits=hits, inputs=inputs)
+    state = TrainState(losses=losses, hits=hits, inputs=inputs, sources=environment["sources"])
     if not checkpointer.restore(state):
         state.akps.append(snapshot_akps(model))
+    if state.sources != environment["sources"]:
+        state.sources = None
+        environment = {**environment, "commit": None, "sources": None}
+        if fabric.is_global_zero:
+            print(f"{directory.path} was begun with other code, so its record will name none", file=sys.stderr)
     if fabric.is_global_zero:
         directory.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.config)))
     with (
@@ -164,7 +169,7 @@ def finish_epoch(setup: Setup, state: TrainState, train_metrics: dict[str, float
     """Validates a trained epoch, keeps its weights if they are the best, and returns its metrics."""
     data, directory = setup.data, setup.settings.directory
     val, predictions = predict(setup.parallel_model, data, data.val, setup.fabric)
-    metrics = {"epoch": state.epoch + 1, "lr": float(setup.schedule.get_last_lr()[0]), **train_metrics}
+    metrics = {"epoch": state.epoch + 1, "lr": state.lr, **train_metrics}
     metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
     is_best = not state.best or _score(metrics) > _score(state.best)
     if is_best:
@@ -270,6 +275,7 @@ def train_one_epoch(setup: Setup, state: TrainState) -> dict[str, float]:
         setup.optimizer.zero_grad()
         fabric.backward(loss)
         setup.optimizer.step()
+        state.lr = float(setup.schedule.get_last_lr()[0])
         setup.schedule.step()
         state.losses[step] = loss.detach()
         state.hits += (logits.detach().argmax(1) == labels).sum()

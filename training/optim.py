@@ -60,8 +60,17 @@ def _separate_pretrained(groups: list[dict[str, Any]], model: nn.Module, lr_scal
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: OptimSettings, steps: int) -> LRScheduler:
-    """Builds a schedule over ``steps`` optimizer steps that peaks at each group's learning rate."""
+    """Builds a schedule over ``steps`` optimizer steps that peaks at each group's learning rate.
+
+    Raises:
+        UsageError: for one step, in which ``onecycle`` would train at its lowest rate.
+    """
     if settings.schedule == "onecycle":
+        if steps == 1:
+            raise UsageError(
+                "optim.schedule=onecycle needs more than one step, and the run has one: set a larger trainer.epochs or "
+                "a smaller trainer.batch_size"
+            )
         peaks = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     return CosineAnnealingLR(optimizer, steps)

@@ -4,6 +4,7 @@ import atexit
 import functools
 import inspect
 import json
+import os
 import tempfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -128,7 +129,7 @@ def parse_run(cfg: DictConfig) -> RunSettings:
         directory=RunDirectory(runs, identity(config)),
         seed=options.seed,
         fresh=options.fresh,
-        model={**_parse_model(config["model"]), "arrangement": _parse_arrangement(config["arrangement"])},
+        model=_parse_model(config["model"], _parse_arrangement(config["arrangement"])),
         data=parse_data(config["data"]),
         optim=construct(OptimSettings, config["optim"], "optim"),
         trainer=construct(TrainerSettings, config["trainer"], "trainer"),
@@ -160,7 +161,7 @@ def parse_data(section: dict[str, Any]) -> dict[str, Any]:
     return {**options, "augmentation": augmentation}
 
 
-def _parse_model(section: dict[str, Any]) -> dict[str, Any]:
+def _parse_model(section: dict[str, Any], arrangement: dict[str, str]) -> dict[str, Any]:
     backbone, layer, control = (section.get(name) for name in ("backbone", "layer", "control"))
     if not isinstance(backbone, str):
         raise UsageError(f"model.backbone={format_value(backbone)} is invalid: it should be the name of a network")
@@ -179,7 +180,12 @@ def _parse_model(section: dict[str, Any]) -> dict[str, Any]:
         known = {field.name for field in fields(LayerSettings)}
         given = {name: value for name, value in layer.items() if value is not None or name not in known}
         construct(LayerSettings, given, "model.layer")
-    return section
+        is_auto = any(Arrangement.parse(text).auto for text in arrangement.values())
+        if layer.get("tolerance") is not None and not is_auto:
+            raise UsageError(f"model.layer.tolerance={layer['tolerance']} needs arrangement=auto, or one layer with it")
+        if layer.get("metric") is not None and layer.get("init") != "fit" and not is_auto:
+            raise UsageError(f"model.layer.metric={layer['metric']} needs a fit: set model.layer.init=fit")
+    return {**section, "arrangement": arrangement}
 
 
 def _parse_arrangement(section: dict[str, Any]) -> dict[str, str]:
@@ -225,7 +231,9 @@ def digest_pretrained(settings: RunSettings) -> str | None:
     backbone, pretrained = settings.model["backbone"], settings.model.get("pretrained", False)
     if pretrained is True and backbone in models.TORCHVISION:
         pretrained = str(find_torchvision_weights(backbone))
-    return digest_file(Path(pretrained)) if isinstance(pretrained, str) else None
+    if not isinstance(pretrained, str):
+        return None
+    return digest_file(Path(os.path.expanduser(pretrained)))  # noqa: PTH111 - as models.library does
 
 
 def create_network(settings: RunSettings, channels: int, classes: int) -> nn.Module:

@@ -76,13 +76,20 @@ def test_finished_run_of_a_control_needs_no_pretrained_weights(tmp_path: Path, c
     save_file(models.create_model("squeezenet1_0", 3, 3, {}).state_dict(), pretrained)
     images = write_imagefolder(tmp_path / "images", train=2, val=1, test=1)
     options = ["data=imagefolder", "data.title=toy", f"data.root={images}", f"data.cache={tmp_path}/cache"]
-    options += ["data.size=36", "data.crop=32", "model=squeezenet1_0", "arrangement=plain", "trainer.batch_size=4"]
+    options += ["data.size=36", "data.crop=32", "model=squeezenet1_0", "arrangement=plain", "trainer.batch_size=3"]
     options += [f"model.pretrained={pretrained}", f"model.control={control}"]
     path = train_run(tmp_path, *options)
     pretrained.unlink()
     finished = load_finished_run(path)
     assert has_weights(finished, load_file(path / "model.safetensors"))
     assert isinstance(finished.model.get_submodule("features.0"), ZeroSumConv2d) == (control == "zero_sum")
+
+
+def test_finished_folded_run_is_plain(tmp_path: Path) -> None:
+    path = train_run(tmp_path, "model=ana_lenet", "model.control=folded", "arrangement=mosaic")
+    finished = load_finished_run(path)
+    assert has_weights(finished, load_file(path / "model.safetensors"))
+    assert not acl.analytic_layers(finished.model)
 
 
 def test_finished_run_with_auto_arrangement_needs_neither_data_nor_initial_weights(tmp_path: Path) -> None:

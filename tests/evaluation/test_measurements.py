@@ -70,7 +70,7 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def double_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    options = ["model=ana_four_layer", "arrangement.all=G50%_P50%", "trainer.epochs=1", "trainer.batch_size=4"]
+    options = ["model=ana_four_layer", "arrangement.all=G50%_P50%", "trainer.epochs=1", "trainer.batch_size=2"]
     options += ["trainer.precision=64-true", "+data.max_images=4"]
     return load_trained(tmp_path_factory.mktemp("runs"), *options)
 

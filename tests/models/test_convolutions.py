@@ -66,6 +66,12 @@ def test_width_without_channels_is_refused(create: Any, width: float) -> None:
         create(width=width)
 
 
+@pytest.mark.parametrize("create", [FourLayer, LeNet])
+def test_large_width_is_refused(create: Any) -> None:
+    with pytest.raises(ValueError, match=r"model\.width=1000 is too large; it should be at most 100"):
+        create(width=1000)
+
+
 def test_gaussian_basis_has_derivatives_of_gaussian() -> None:
     conv = GaussianBasisConv2d(2, 3, 15, padding=7, bias=False).double()
     basis = conv.compute_basis().detach()

@@ -418,7 +418,7 @@ def test_finished_run_lists_but_does_not_decode_images(
 
 def test_recorded_run_does_not_download_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_mnist(tmp_path / "data")
-    cfg = compose_run(tmp_path / "runs", "data=mnist", f"data.root={tmp_path}/data", "trainer.epochs=1")
+    cfg = compose_run(tmp_path / "runs", "data=mnist", f"data.root={tmp_path}/data", "trainer.epochs=2")
     run(parse_run(cfg))
     assert list_changes(cfg) == []
     shutil.rmtree(raw)
@@ -457,6 +457,23 @@ def test_other_content_of_pretrained_file_is_announced(photo_run: tuple[DictConf
     assert find_changes(parse_run(pretrained), record) == ["pretrained weights"]
     file.unlink()
     assert find_changes(parse_run(pretrained), record) == []
+
+
+def test_pretrained_file_in_home_folder_has_a_digest(
+    photo_run: tuple[DictConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, root = photo_run
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "source.pth").write_bytes(b"weights")
+    cfg = compose_photo_run(tmp_path, root, "model=resnet18", "model.pretrained='~/source.pth'")
+    assert digest_pretrained(parse_run(cfg)) == "9a129038d9a0"
+
+
+def test_last_learning_rate_is_that_of_the_last_step(finished_run: tuple[DictConfig, Record]) -> None:
+    cfg, _ = finished_run
+    with (parse_run(cfg).directory.path / "metrics.csv").open() as file:
+        rates = [float(line["lr"]) for line in csv.DictReader(file)]
+    assert rates[-1] < 1e-5 * cfg.optim.lr
 
 
 @pytest.mark.parametrize("change", [add_images, move_image_to_training])

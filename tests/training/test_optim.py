@@ -98,6 +98,12 @@ def test_learning_rates_of_all_groups_end_near_zero(name: str, schedule_name: st
     assert all(rate < 0.02 * peak for rate, peak in zip(rates[-1], peaks, strict=True))
 
 
+def test_schedule_of_one_step_is_refused() -> None:
+    model, settings = build_model_and_settings()
+    with pytest.raises(UsageError, match=r"optim\.schedule=onecycle needs more than one step, and the run has one"):
+        build_schedule(build_optimizer(model, settings), settings, 1)
+
+
 @pytest.mark.parametrize(("name", "optimizer_class"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
 def test_name_selects_optimizer(name: str, optimizer_class: type[torch.optim.Optimizer]) -> None:
     model, settings = build_model_and_settings(f"optim={name}")

@@ -111,6 +111,17 @@ def run_killed_after_last_epoch(tmp_path_factory: pytest.TempPathFactory) -> Dic
     return cfg
 
 
+def test_run_resumed_by_other_code_names_none(
+    run_killed_in_second_epoch: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    cfg = copy_run(run_killed_in_second_epoch, tmp_path)
+    monkeypatch.setattr("training.provenance.digest_sources", lambda: "other")
+    assert run_in_child(lambda: run(parse_run(cfg))) == 0
+    record = read_outcome(cfg)[2]
+    assert record["sources"] is None and record["commit"] is None
+    assert "was begun with other code, so its record will name none" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
 def test_damaged_checkpoint_falls_back_to_previous_one(
     tmp_path: Path,
