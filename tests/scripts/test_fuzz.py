@@ -140,7 +140,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished_color_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("color")
-    cfg = compose_photo_run(folder, write_imagefolder(folder / "photos", train=2, val=1, test=1))
+    cfg = compose_photo_run(folder, write_imagefolder(folder / "photos", train=4, val=1, test=1))
     run(parse_run(cfg))
     return parse_run(cfg).directory.path
 

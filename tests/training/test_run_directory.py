@@ -24,7 +24,7 @@ def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs", {"seed": 0})
 
 
-CONFIG: dict[str, Any] = {"seed": 0, "arrangement": {}, "trainer": {"epochs": 1}}
+CONFIG: dict[str, Any] = {"seed": 0, "model": {}, "arrangement": {}, "trainer": {"epochs": 1}}
 RECORD = {
     "format": 1,
     "id": compute_run_id(CONFIG),
