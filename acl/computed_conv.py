@@ -120,9 +120,9 @@ class ComputedConv2d(nn.Conv2d):
             conv = copy.deepcopy(self.host)
         else:
             conv = nn.Conv2d(**get_convolution_arguments(self), device="meta")
-        others = [self.bias, *(self.host.parameters() if self.host is not None else ())]
-        is_weight_trained = any(p.requires_grad and all(p is not other for other in others) for p in self.parameters())
-        conv.weight = nn.Parameter(self.weight.detach().clone(), is_weight_trained)
+        with torch.enable_grad():
+            weight = self.weight
+        conv.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return conv.train(self.training)

@@ -41,7 +41,7 @@ def require_analytic_layers(model: nn.Module) -> dict[str, AnalyticConv2d]:
 
 
 def refuse_patched_forward(conv: nn.Module, problem: str) -> None:
-    """Raises ValueError, which starts with the problem, if a convolution has a forward pass that its class has not."""
+    """Raises ValueError with the message ``problem: ...`` if a convolution's own forward pass replaces its class's."""
     if {"forward", "_conv_forward"} & vars(conv).keys():
         raise ValueError(f"{problem}: its forward pass is patched, which would be lost; use a subclass")
 

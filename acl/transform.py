@@ -53,7 +53,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
         raise ValueError(f"degrees must be finite, got {degrees}")
     layers = require_analytic_layers(model)
     turned: dict[nn.Parameter, Tensor] = {}  # every parameter that turns -> its new value
-    gains: dict[AnalyticConv2d, dict[str, Tensor]] = {}  # factors that layers without amplitude must gain, by kind
+    # The factors that kernels without gains need, by kind, of the AKPs of each layer, which layers can share
+    gains: dict[nn.ParameterDict, dict[str, Tensor]] = {}
     for name, layer in layers.items():
         where = name or "the layer"
         if layer.dilation[0] != layer.dilation[1]:
@@ -74,10 +75,8 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
                 turned.setdefault(layer.gains, layer.gains.clone())[rows] = layer.gains[rows] * ratios[:, None]
             elif layer.options.amplitude:
                 new["amplitude"] = akps["amplitude"] * ratios
-            elif not torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6):
-                gains.setdefault(layer, {})[symbol] = ratios
-                if any(o.raw is layer.raw and not torch.allclose(g[symbol], ratios) for o, g in gains.items()):
-                    raise ValueError(f"cannot rotate {where}: it shares its AKPs with a layer that needs other gains")
+            elif not torch.allclose(gains.setdefault(layer.raw, {}).setdefault(symbol, ratios), ratios):
+                raise ValueError(f"cannot rotate {where}: it shares its AKPs with a layer that needs other gains")
             for key, values in new.items():
                 parameter = layer.raw[f"{symbol}_{key}"]
                 if not torch.allclose(turned.setdefault(parameter, values), values):
@@ -86,9 +85,11 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
             turned[layer.plain] = _turn_kernels(layer.plain, math.radians(degrees))
     for parameter, values in turned.items():
         parameter.copy_(values)  # AKPs that turn have no floor, so they are stored in natural units
-    new_raw: dict[nn.ParameterDict, nn.ParameterDict] = {}  # by the old one, which layers can share
-    for layer, ratios_by_kind in gains.items():
-        old_raw = layer.raw
+    new_raw: dict[nn.ParameterDict, nn.ParameterDict] = {}  # by the old one
+    for layer in layers.values():
+        old_raw, ratios_by_kind = layer.raw, gains.get(layer.raw, {})
+        if all(torch.allclose(ratios, torch.ones_like(ratios), rtol=1e-6) for ratios in ratios_by_kind.values()):
+            continue
         layer.add_amplitude()
         layer.raw = new_raw.setdefault(old_raw, layer.raw)
         for symbol, ratios in ratios_by_kind.items():
@@ -98,7 +99,7 @@ def rotate(model: nn.Module, degrees: float) -> nn.Module:
 
 
 def _check_stored(layer: AnalyticConv2d, problem: str) -> None:
-    """Raises ValueError, which starts with the problem, if kernels are computed from other parameters."""
+    """Raises ValueError with the message ``problem: ...`` if kernels are computed from other parameters."""
     is_pruned = any(getattr(layer, name) is not None and name not in layer._parameters for name in ("plain", "gains"))
     if is_pruned or parametrize.is_parametrized(layer.raw) or parametrize.is_parametrized(layer):
         raise ValueError(f"{problem}: its kernels are parametrized or pruned; make that permanent first")

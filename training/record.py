@@ -80,7 +80,8 @@ class Record(Recorded):
     seconds: float = Field(ge=0)
     commit: str | None
     sources: str | None = None
-    """The digest of the code; this and the following are None in records of code that did not store them."""
+    """The digest of the code; None if other code resumed the run. This and the following are None in records of code
+    that did not store them."""
     machine: Machine
     versions: dict[str, str]
     weights: str | None = None
