@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from acl import convert, fold
+from acl import convert
 from models.controls import Control, apply_control
 from models.four_layer import FourLayer
 from models.lenet import LeNet
@@ -50,8 +50,7 @@ def create_model(
         channels, classes: the numbers of image channels and classes.
         arrangement: convolution name -> arrangement; convolutions without one stay plain.
         layer: options of ``acl.convert`` for an AnaNN, where None stands for the default; None for a plain network.
-        control: for a plain network: how its first convolution differs (see ``models.controls``). For an AnaNN:
-            ``folded``, a plain network that starts with the same weights.
+        control: how a plain network differs from others, or ``folded`` for an AnaNN (see ``models.controls``).
         options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
@@ -64,20 +63,22 @@ def create_model(
     if layer is None:
         if arrangement:
             raise ValueError(f"model={config_name} is plain and takes no arrangement; use model=ana_{config_name}")
-        if control is not None:
-            apply_control(model, control)
-        return model
-    if control not in (None, "folded"):
-        raise ValueError(f"model.control={control} is for plain networks; use model={config_name}")
-    if not arrangement:
-        raise ValueError(
-            f"model=ana_{config_name} needs an arrangement: one of configs/arrangement, such as arrangement=mosaic, "
-            "or one per layer, such as arrangement.conv1=G6"
-        )
-    # An option without a value has its default, but fits recorded without a metric are fits to pixels.
-    layer_options = {"metric": "pixels"} | {name: value for name, value in layer.items() if value is not None}
-    model = convert(model, arrangement, **layer_options)
-    return model if control is None else fold(model)
+        if control == "folded":
+            raise ValueError(f"model.control=folded needs formulas to start from; use model=ana_{config_name}")
+    else:
+        if control not in (None, "folded"):
+            raise ValueError(f"model.control={control} is for plain networks; use model={config_name}")
+        if not arrangement:
+            raise ValueError(
+                f"model=ana_{config_name} needs an arrangement: one of configs/arrangement, such as "
+                "arrangement=mosaic, or one per layer, such as arrangement.conv1=G6"
+            )
+        # An option without a value has its default, but fits recorded without a metric are fits to pixels.
+        layer_options = {"metric": "pixels"} | {name: value for name, value in layer.items() if value is not None}
+        model = convert(model, arrangement, **layer_options)
+    if control is not None:
+        apply_control(model, control)
+    return model
 
 
 def find_random_layers(model: nn.Module) -> list[str] | None:

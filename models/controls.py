@@ -5,31 +5,32 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from acl import fold
 from acl.computed_conv import ComputedConv2d, get_convolution_arguments
 
 Control = Literal["random", "permuted", "zero_sum", "folded"]
 
 
 def apply_control(model: nn.Module, control: Control) -> None:
-    """Changes the first convolution of a plain network in place.
+    """Turns a network into a control in place.
 
     Args:
-        model: the network, whose layers are defined in the order of their use.
+        model: the network, plain but for ``folded``, whose layers are defined in the order of their use.
         control: ``random``: a pretrained network's first convolution has random weights instead, which learn at the
             rate of all random layers; ``permuted``: it has its pretrained filters in a random order, so that the next
-            layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too.
-            (``folded`` is for AnaNNs: see ``models.create_model``.)
+            layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too;
+            ``folded``: an AnaNN becomes plain, and starts with the same weights.
 
     Raises:
         ValueError: for a network without convolutions, for ``random`` and ``permuted`` with a network that is not
-            pretrained, for ``zero_sum`` with a first convolution of another type than nn.Conv2d, or of 1 x 1, and for
-            ``folded``.
+            pretrained, and for ``zero_sum`` with a first convolution of another type than nn.Conv2d, or of 1 x 1.
     """
+    if control == "folded":
+        fold(model)
+        return
     name, conv = next(((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if conv is None:
         raise ValueError(f"model.control={control} needs a network with convolutions")
-    if control == "folded":
-        raise ValueError("model.control=folded needs formulas to start from; use model=ana_<backbone>")
     if control == "zero_sum":
         if type(conv) is not nn.Conv2d or max(conv.kernel_size) == 1:
             size = " x ".join(map(str, conv.kernel_size))

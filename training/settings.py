@@ -182,7 +182,7 @@ def _parse_model(section: dict[str, Any], arrangement: dict[str, str]) -> dict[s
         construct(LayerSettings, given, "model.layer")
         is_auto = any(Arrangement.parse(text).auto for text in arrangement.values())
         if layer.get("tolerance") is not None and not is_auto:
-            raise UsageError(f"model.layer.tolerance={layer['tolerance']} needs arrangement=auto, or one layer with it")
+            raise UsageError(f"model.layer.tolerance={layer['tolerance']} needs the arrangement auto")
         if layer.get("metric") is not None and layer.get("init") != "fit" and not is_auto:
             raise UsageError(f"model.layer.metric={layer['metric']} needs a fit: set model.layer.init=fit")
     return {**section, "arrangement": arrangement}

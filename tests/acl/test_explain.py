@@ -298,26 +298,23 @@ def test_attribute_leaves_no_hooks_if_network_fails(replace: str, num_passes: in
     assert not layer._forward_pre_hooks
 
 
-class CenterInPlace(nn.Module):
+class Center(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.sub_(0.4)
+        return x.sub_(0.4) if self.in_place else x - 0.4
 
 
 def test_network_that_edits_its_input_is_measured_right() -> None:
-    model = make_network("G100%")
-    model[0].set_akps("G", {"psi": torch.zeros(24)})
-    in_place = nn.Sequential(CenterInPlace(), *model)
-
-    class Center(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x - 0.4
-
-    copying = nn.Sequential(Center(), *model)
-    lost = [leave_one_out(m, iterate_batches, progress=False)["1"] for m in (in_place, copying)]
+    layers = make_network("G100%")
+    in_place, copying = (nn.Sequential(Center(value), *layers) for value in (True, False))
+    lost = [leave_one_out(model, iterate_batches, progress=False)["1"] for model in (in_place, copying)]
     assert torch.equal(*lost)
     for replace in REPLACEMENTS:
-        shares = [attribute(m, iterate_batches, replace, progress=False).correct for m in (in_place, copying)]
-        assert shares[0] == shares[1]
+        attributions = [attribute(model, iterate_batches, replace, progress=False) for model in (in_place, copying)]
+        assert attributions[0].correct == attributions[1].correct
 
 
 def test_patched_forward_pass_is_refused_and_kept() -> None:

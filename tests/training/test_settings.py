@@ -63,7 +63,7 @@ def test_invalid_share_of_training_images_is_named() -> None:
         ("model.layer.amplitude=maybe", "model.layer.amplitude=maybe is invalid: it should be a valid boolean"),
         ("model.layer.learn=3", "model.layer.learn=3 is invalid: it should be a valid string or iterable"),
         ("model.layer.tolerance=2", "model.layer.tolerance=2 is invalid: it should be less than or equal to 1"),
-        ("model.layer.tolerance=0.1", "model.layer.tolerance=0.1 needs arrangement=auto, or one layer with it"),
+        ("model.layer.tolerance=0.1", "model.layer.tolerance=0.1 needs the arrangement auto"),
         ("model.layer.metric=images", "model.layer.metric=images needs a fit: set model.layer.init=fit"),
         ("model.backbone=null", "model.backbone=null is invalid: it should be the name of a network"),
         ("model.backbone=vgg", "model.backbone=vgg is invalid: unknown backbone 'vgg'; known: lenet, "),
