@@ -76,7 +76,7 @@ def convert(
         ValueError: for a name that matches no convolution, a layer that cannot be converted or that shares its weight
             or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
             ``fit`` cannot fit, kernels of at most 2 x 2 pixels that would be 0, an AKP in ``learn`` that none of the
-            layers has, or arguments that AnalyticConv2d rejects. The model is then unchanged.
+            layers has, a tolerance without ``auto``, or arguments that AnalyticConv2d rejects. The model is then unchanged.
         TypeError: for an unknown option, or an arrangement that is neither text nor an ``Arrangement``.
 
     Example:
@@ -119,6 +119,8 @@ def convert(
                 in_channels = conv.in_channels // conv.groups
                 where = name or "the layer"
                 arrangements[name] = parsed.fill(in_channels, conv.out_channels, where, resolved.per)
+    if tolerance is not None and not any(parsed.auto for parsed in arrangements.values()):
+        raise ValueError(f"tolerance={tolerance} needs the arrangement 'auto'")
     replacements = {
         convolutions[name]: _to_analytic(
             convolutions[name], name or "the layer", parsed, init, tolerance, metric, resolved

@@ -612,3 +612,8 @@ def test_fold_keeps_weight_frozen_beside_trained_parameter_of_subclass() -> None
         "0.weight": False,
         "0.gain": True,
     }
+
+
+def test_tolerance_without_auto_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tolerance=0\.1 needs the arrangement 'auto'"):
+        acl.convert(nn.Sequential(nn.Conv2d(3, 8, 5)), "0", "G100%", tolerance=0.1)
