@@ -76,7 +76,8 @@ def convert(
         ValueError: for a name that matches no convolution, a layer that cannot be converted or that shares its weight
             or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
             ``fit`` cannot fit, kernels of at most 2 x 2 pixels that would be 0, an AKP in ``learn`` that none of the
-            layers has, a tolerance without ``auto``, or arguments that AnalyticConv2d rejects. The model is then unchanged.
+            layers has, a tolerance without ``auto``, or arguments that AnalyticConv2d rejects. The model is then
+            unchanged.
         TypeError: for an unknown option, or an arrangement that is neither text nor an ``Arrangement``.
 
     Example:
