@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from acl import convert
-from models.controls import Control, apply_control
+from models.controls import CONTROLS_OF_ANALYTIC, Control, apply_control
 from models.four_layer import FourLayer
 from models.lenet import LeNet
 from models.library import create_from_timm, create_from_torchvision
@@ -50,12 +50,12 @@ def create_model(
         channels, classes: the numbers of image channels and classes.
         arrangement: convolution name -> arrangement; convolutions without one stay plain.
         layer: options of ``acl.convert`` for an AnaNN, where None stands for the default; None for a plain network.
-        control: how a plain network differs from others, or ``folded`` for an AnaNN (see ``models.controls``).
+        control: in what the network differs from others (see ``models.controls``).
         options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
-        ValueError: for an unknown backbone, an arrangement for a plain network, a control for an AnaNN or no
-            arrangement for it, or arguments that the backbone, the control or ``acl.convert`` rejects.
+        ValueError: for an unknown backbone, an arrangement for a plain network, no arrangement for an AnaNN, a control
+            of the other kind of network, or arguments that the backbone, the control or ``acl.convert`` rejects.
     """
     create = find_backbone(backbone)
     config_name = backbone.split("/")[0]
@@ -63,10 +63,10 @@ def create_model(
     if layer is None:
         if arrangement:
             raise ValueError(f"model={config_name} is plain and takes no arrangement; use model=ana_{config_name}")
-        if control == "folded":
-            raise ValueError(f"model.control=folded needs formulas to start from; use model=ana_{config_name}")
+        if control in CONTROLS_OF_ANALYTIC:
+            raise ValueError(f"model.control={control} needs formulas to start from; use model=ana_{config_name}")
     else:
-        if control not in (None, "folded"):
+        if control not in (None, *CONTROLS_OF_ANALYTIC):
             raise ValueError(f"model.control={control} is for plain networks; use model={config_name}")
         if not arrangement:
             raise ValueError(

@@ -5,28 +5,37 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from acl import fold
+from acl import AnalyticConv2d, analytic_layers, fold
 from acl.computed_conv import ComputedConv2d, get_convolution_arguments
+from acl.kernels import KINDS
 
-Control = Literal["random", "permuted", "zero_sum", "folded"]
+Control = Literal["random", "permuted", "zero_sum", "folded", "shuffled"]
+CONTROLS_OF_ANALYTIC = ("folded", "shuffled")
+"""The controls that turn an AnaNN into a plain network; the others change plain networks."""
 
 
 def apply_control(model: nn.Module, control: Control) -> None:
     """Turns a network into a control in place.
 
     Args:
-        model: the network, plain but for ``folded``, whose layers are defined in the order of their use.
+        model: the network, whose layers are defined in the order of their use: an AnaNN for ``CONTROLS_OF_ANALYTIC``,
+            plain for the others.
         control: ``random``: a pretrained network's first convolution has random weights instead, which learn at the
             rate of all random layers; ``permuted``: it has its pretrained filters in a random order, so that the next
             layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too;
-            ``folded``: an AnaNN becomes plain, and starts with the same weights.
+            ``folded``: an AnaNN becomes plain, and starts with the same weights; ``shuffled``: and those of each
+            formula's kernel are in a random order, so that its norm and sum are left, but not its shape.
 
     Raises:
         ValueError: for a network without convolutions, for ``random`` and ``permuted`` with a network that is not
             pretrained, and for ``zero_sum`` with a first convolution of another type than nn.Conv2d, or of 1 x 1.
     """
-    if control == "folded":
+    if control in CONTROLS_OF_ANALYTIC:
+        layers = analytic_layers(model)
         fold(model)
+        if control == "shuffled":
+            for name, layer in layers.items():
+                _shuffle_formulas(layer, model.get_parameter(f"{name}.weight").data)
         return
     name, conv = next(((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if conv is None:
@@ -48,6 +57,16 @@ def apply_control(model: nn.Module, control: Control) -> None:
         order = torch.randperm(conv.out_channels)
         for parameter in conv.parameters():
             parameter.data = parameter.data[order]
+
+
+def _shuffle_formulas(layer: AnalyticConv2d, weight: Tensor) -> None:
+    """Gives a weight of a layer's shape another order of the pixels in each formula's kernel, in place."""
+    kernels = layer.view_slots(weight.contiguous())
+    pixels = kernels.flatten(-2)
+    shuffled = pixels.gather(-1, torch.rand_like(pixels).argsort(-1)).view_as(kernels)
+    is_formula = torch.tensor([KINDS[symbol].is_analytic for symbol in layer.slot_kinds])
+    is_formula = is_formula.view(-1, *[1] * (kernels.ndim - 1))
+    weight.copy_(torch.where(is_formula, shuffled, kernels).view_as(weight))
 
 
 class ZeroSumConv2d(ComputedConv2d):

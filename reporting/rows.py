@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from models.controls import CONTROLS_OF_ANALYTIC
 from reporting.statistics import Interval, interval_of_difference
 from training.config import flatten
 from training.errors import UsageError
@@ -87,7 +88,7 @@ def summarize(rows: Sequence[Row], against: str | None = None) -> pd.DataFrame:
 
 
 def _describe_arrangement(record: Record) -> str:
-    if record.config["model"].get("control") == "folded":  # the formulas are those of its start
+    if record.config["model"].get("control") in CONTROLS_OF_ANALYTIC:  # the formulas are those of its start
         return "plain"
     return "; ".join(f"{k}: {v}" for k, v in record.config["arrangement"].items() if v) or "plain"
 

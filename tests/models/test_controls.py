@@ -85,9 +85,29 @@ def test_folded_has_the_start_of_an_analytic_network_and_is_plain() -> None:
     torch.testing.assert_close(folded(x), analytic(x))
 
 
-def test_folded_needs_formulas() -> None:
-    with pytest.raises(ValueError, match=r"model\.control=folded needs formulas to start from"):
-        models.create_model("lenet", 1, 10, {}, None, "folded")
+@pytest.mark.parametrize("per", ["kernel", "filter"])
+def test_shuffled_changes_the_shape_of_formulas_alone(per: str) -> None:
+    arrangement = {"conv2": "G50% P50%"}
+    torch.manual_seed(0)
+    analytic = models.create_model("lenet", 1, 10, arrangement, {"per": per})
+    torch.manual_seed(0)
+    shuffled = models.create_model("lenet", 1, 10, arrangement, {"per": per}, "shuffled")
+    assert type(shuffled.conv2) is nn.Conv2d
+    assert torch.equal(shuffled.conv1.weight, analytic.conv1.weight)
+    assert torch.equal(shuffled.conv2.bias, analytic.conv2.bias)
+    is_formula = torch.tensor([kind == "G" for kind in analytic.conv2.slot_kinds])
+    before, after = (analytic.conv2.view_slots(net.conv2.weight.detach()) for net in (analytic, shuffled))
+    assert torch.equal(before[~is_formula], after[~is_formula])
+    before, after = before[is_formula].flatten(-2), after[is_formula].flatten(-2)
+    assert torch.equal(before.sort().values, after.sort().values)
+    orders = before.argsort().flatten(0, -2).gather(1, after.argsort().argsort().flatten(0, -2))
+    assert len(orders.unique(dim=0)) == len(orders)
+
+
+@pytest.mark.parametrize("control", ["folded", "shuffled"])
+def test_controls_that_start_from_formulas_need_them(control: Any) -> None:
+    with pytest.raises(ValueError, match=rf"model\.control={control} needs formulas to start from"):
+        models.create_model("lenet", 1, 10, {}, None, control)
 
 
 def test_analytic_networks_take_no_other_control() -> None:

@@ -73,11 +73,12 @@ CORRECT = {
 }
 
 
-def test_arrangement_of_folded_network_is_plain() -> None:
+def test_arrangement_of_a_network_that_only_starts_with_formulas_is_plain() -> None:
     arrangement = {"conv1": "G6", "conv2": None}
-    configs = [{"arrangement": arrangement, "model": {"control": control}} for control in (None, "folded")]
+    controls = (None, "folded", "shuffled")
+    configs = [{"arrangement": arrangement, "model": {"control": control}} for control in controls]
     rows = [Row(str(i), [], records=[make_record(0, 90.0, config=config)]) for i, config in enumerate(configs)]
-    assert summarize(rows)["arrangement"].tolist() == ["conv1: G6", "plain"]
+    assert summarize(rows)["arrangement"].tolist() == ["conv1: G6", "plain", "plain"]
 
 
 def test_records_of_images_give_interval_over_seeds_and_images() -> None:
