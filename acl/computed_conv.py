@@ -14,10 +14,21 @@ COMPUTED_WEIGHT = (
 )
 
 
+CONVOLUTION_FIELDS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+
+
 def get_convolution_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """The arguments of nn.Conv2d that create a convolution like this one, apart from device and dtype."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
+    return {**{name: getattr(conv, name) for name in CONVOLUTION_FIELDS}, "bias": conv.bias is not None}
 
 
 class _Parameters(dict[str, Any]):

@@ -319,6 +319,7 @@ def _to_analytic(
             metric=Metric.create(metric, conv.weight.shape[1], size, dilation),
             profile=options.profile,
             signed=options.per == "kernel" and not options.amplitude,
+            refine=not arrangement.auto,  # only once the kinds are chosen
         )
 
     if arrangement.auto:

@@ -7,19 +7,24 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial, reduce
 from itertools import combinations
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acl.inspection import get_input, refuse_patched_forward, require_analytic_layers
+from acl.inspection import eval_mode, get_input, refuse_patched_forward, require_analytic_layers
 from acl.kernels import KINDS
 from acl.layer import AnalyticConv2d
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """A function that starts a new pass over the data: batches of inputs to the model and their labels (n,)."""
-REPLACEMENTS = ("zero", "mean", "constant")
+Replacement = Literal["zero", "mean", "constant"]
 """What can stand for a removed kernel: see ``attribute``."""
+KernelReplacement = Literal["zero", "constant"]
+"""The same for ``leave_one_out``."""
+REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
+KERNEL_REPLACEMENTS: tuple[KernelReplacement, ...] = get_args(KernelReplacement)
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Attribution:
     """For each subset of kinds to keep, the number of correctly classified images."""
     images: int
     """The number of images in the data."""
-    replaced_by: str
-    """What stands for a removed kernel, one of ``REPLACEMENTS``."""
+    replaced_by: Replacement
+    """What stands for a removed kernel."""
 
     def accuracy(self, kept: Iterable[str]) -> float:
         """Top-1 accuracy in percent with only these kinds, such as ``["G", "P"]`` or ``"G"``.
@@ -74,7 +79,7 @@ class Attribution:
 
 
 @torch.no_grad()
-def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progress: bool = True) -> Attribution:
+def attribute(model: nn.Module, batches: Batches, replace: Replacement = "zero", progress: bool = True) -> Attribution:
     """Measures a network's accuracy for every subset of its kernel kinds, with the others removed from all layers.
 
     This takes one pass over the data, in which the network processes each batch once per subset. A convolution is
@@ -100,7 +105,7 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
     subsets = [frozenset(kept) for size in range(len(kinds) + 1) for kept in combinations(kinds, size)]
     correct = dict.fromkeys(subsets, 0)
     images = 0
-    with _eval_mode(model):
+    with eval_mode(model):
         parts = {layer: _split_by_kind(layer, kinds) for layer in layers}
         constants = {
             layer: {symbol: _flatten_kernels(part) for symbol, part in parts[layer].items()}
@@ -138,7 +143,7 @@ def attribute(model: nn.Module, batches: Batches, replace: str = "zero", progres
 def leave_one_out(
     model: nn.Module,
     batches: Batches,
-    replace: str = "zero",
+    replace: KernelReplacement = "zero",
     progress: bool = True,
     slots: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
@@ -162,7 +167,7 @@ def leave_one_out(
             ``replace``, or a name in ``slots`` that is none of an analytic layer.
         IndexError: for a slot that a layer does not have.
     """
-    _check_replacement(replace, ("zero", "constant"))
+    _check_replacement(replace, KERNEL_REPLACEMENTS)
     layers = _require_measurable_layers(model)
     for name, of_layer in (slots or {}).items():
         if name not in layers:
@@ -172,7 +177,7 @@ def leave_one_out(
     slots = {name: range(len(layer.slot_kinds)) for name, layer in layers.items()} if slots is None else slots
     correct_lost = {name: torch.zeros(len(of_layer), dtype=torch.float64) for name, of_layer in slots.items()}
     images = 0
-    with _eval_mode(model):
+    with eval_mode(model):
         for inputs, labels in batches():
             images += len(labels)
             correct = _count_correct(model, inputs, labels)
@@ -216,19 +221,6 @@ def _flatten_kernels(weight: Tensor) -> Tensor:
 
 def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
     return int((model(inputs.clone()).argmax(1) == labels).sum())  # some networks edit their input in place
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode, without compiled code, which skips hooks; then restores the mode of each module."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from acl.fit_result import Fit, KernelFit, make_plain_fit, parse_fixed_akp
-from acl.kernels import FAMILIES, PROFILES, Family, Profile, analytic_kinds
+from acl.kernels import Family, Profile, analytic_kinds
 from acl.kind_search import KindSearch
 from acl.metric import Metric
-from acl.options import Per
+from acl.options import LayerOptions, Per
 from acl.refine import refine_jointly
 
 
@@ -29,6 +29,7 @@ def fit_kernels(
     profile: Profile = "exponential",
     fixed: Mapping[str, float] | None = None,
     signed: bool = False,
+    refine: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
@@ -37,7 +38,7 @@ def fit_kernels(
     The gains are linear and therefore eliminated (variable projection): the fit maximizes the share of the target's
     energy that the formula explains. Each target is compared with many random kernels of a kind. Adam with a decaying
     learning rate refines the nearest ones, for many targets in one batch. If errors of a filter's kernels can add up
-    in the metric, the kernels of each filter are then refined together. The same seed gives the same fit.
+    in the metric, ``refine`` then refines the kernels of each filter together. The same seed gives the same fit.
 
     Args:
         weight: (out, in / groups, kh, kw); evaluated in float32.
@@ -50,6 +51,7 @@ def fit_kernels(
         profile: the TGD kernel function.
         fixed: AKPs to hold constant in the kinds that have them, in natural units, such as ``{"gamma": 1.0}``.
         signed: allow only positive gains, as in layers without ``amplitude``; kernels are then not refined together.
+        refine: refine the kernels of each filter together, which ``Fit.by_kind`` does not depend on.
         seed: seeds the random kernels.
         progress: show a progress bar if stderr is a terminal.
 
@@ -63,13 +65,7 @@ def fit_kernels(
         >>> fit.kernels[0].kind, list(fit.kernels[0].akps)
         ('G', ['theta', 'wavelength', 'psi', 'sigma'])
     """
-    for option, value, known in (
-        ("family", family, FAMILIES),
-        ("profile", profile, PROFILES),
-        ("per", per, get_args(Per)),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {option} '{value}'; known: {', '.join(known)}")
+    LayerOptions(per=per, family=family, profile=profile)  # raises ValueError for an unknown one
     if signed and per == "filter":
         raise ValueError("signed=True needs per='kernel'; the gains of a filter have either sign")
     target = _check_weight(weight)
@@ -100,7 +96,7 @@ def fit_kernels(
         for fits in zip(*by_kind.values(), plain, strict=True)
     )
     fit = replace(fit, energies=tuple(fit.compute_energies(target).tolist()), kernels=best, by_kind=by_kind)
-    return refine_jointly(fit, target)
+    return refine_jointly(fit, target) if refine else fit
 
 
 def _check_weight(weight: Tensor) -> Tensor:

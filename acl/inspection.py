@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,26 +152,37 @@ def get_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     return tensor
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode, without compiled code, which skips hooks; then restores the mode of each module."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _count_multiply_adds(model: nn.Module, inputs: torch.Tensor) -> dict[nn.Module, int]:
     counts: dict[nn.Module, int] = {}
 
     def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
         assert isinstance(layer, AnalyticConv2d)
         channels, taps = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
-        count = output.numel() * channels * taps
+        multiply_adds = output.numel() * channels * taps
         if is_factored(layer, output.device):
-            count = get_input(args, kwargs).numel() // layer.groups * layer.out_channels + output.numel() * taps
-        counts[layer] = counts.get(layer, 0) + count
+            pixels = get_input(args, kwargs).numel() // layer.groups
+            multiply_adds = pixels * layer.out_channels + output.numel() * taps
+        counts[layer] = counts.get(layer, 0) + multiply_adds
 
     layers = analytic_layers(model).values()
     handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code skips hooks
-            model.eval()(inputs)
+        with eval_mode(model):
+            model(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return counts

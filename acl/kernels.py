@@ -38,7 +38,8 @@ class _Grid:
     operations then vectorize over the kernels, and an AKP broadcasts without a view.
 
     ``x`` is (1, kw, ...), ``y`` is (kh, 1, ...), and ``axes`` (2, 1, 1, ...) are the angles of the x and the y axis.
-    The properties (kh, kw, ...) are computed when they are first read.
+    The properties (kh, kw, ...) are computed when they are first read; not by functools.cached_property, whose lock
+    torch.compile does not support on Python 3.11.
     """
 
     def __init__(self, x: Tensor, y: Tensor, axes: Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-METRICS = ("images", "pixels")
+MetricName = Literal["images", "pixels"]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
 _COLOR_CORRELATION = 0.9
 _IMAGE_SIZE = 224
 _IMAGES_PER_BATCH = 64

@@ -109,12 +109,11 @@ def contributions(attribution: Attribution) -> Figure:
     """Plots each kind's contribution to the accuracy: its Shapley value, and the accuracy lost by removing only it."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    full, values = attribution.accuracy(KINDS), attribution.shapley()
+    values, lost = attribution.shapley(), attribution.leave_one_out()
     for i, symbol in enumerate(attribution.kinds):
-        lost = full - attribution.accuracy(set(KINDS) - {symbol})
         bars = axes.bar(i - 0.2, values[symbol], 0.4, color=KINDS[symbol].color)
         axes.bar_label(bars, fmt="%+.2f", padding=2)
-        axes.bar(i + 0.2, lost, 0.4, color="none", edgecolor=KINDS[symbol].color, hatch="///")
+        axes.bar(i + 0.2, lost[symbol], 0.4, color="none", edgecolor=KINDS[symbol].color, hatch="///")
     axes.bar(0, 0, color="gray", label="Shapley value")
     axes.bar(0, 0, color="none", edgecolor="gray", hatch="///", label="lost by removing only this kind")
     axes.set_xticks(range(len(attribution.kinds)), [KINDS[symbol].name for symbol in attribution.kinds])
@@ -123,7 +122,8 @@ def contributions(attribution: Attribution) -> Figure:
     axes.margins(y=0.15)
     axes.legend(frameon=False)
     axes.set_title(
-        f"{attribution.accuracy(()):.2f}% without kernels, {full:.2f}% with all ({attribution.images:,} images)",
+        f"{attribution.accuracy(()):.2f}% without kernels, {attribution.accuracy(KINDS):.2f}% with all "
+        f"({attribution.images:,} images)",
         fontsize=10,
     )
     return figure

@@ -16,25 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from acl.arrangement import decode_placement
+from acl.computed_conv import CONVOLUTION_FIELDS, get_convolution_arguments
 from acl.convert import check_convertible, create_analytic, replace_convolutions, share_parameters
 from acl.layer import AnalyticConv2d
 from acl.options import LayerOptions
 
 FORMAT = 1
 _METADATA_KEY = "acl"  # the only one: safetensors writes several keys in random order
-_CONVOLUTION_FIELDS = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-)
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _OPTIONS = {field.name: field.default for field in fields(LayerOptions) if field.name not in ("learn", "compute")}
-_FIELDS = {"class", "bias", *_CONVOLUTION_FIELDS, "arrangement", "has_placement", *_OPTIONS, "learn"}
+_FIELDS = {"class", "bias", *CONVOLUTION_FIELDS, "arrangement", "has_placement", *_OPTIONS, "learn"}
 
 
 def save(model: nn.Module, file: str | Path, info: Any = None) -> None:
@@ -213,10 +204,9 @@ def _remove_wrappers(
 def _describe_convolution(conv: nn.Conv2d) -> dict[str, Any]:
     """What an analytic layer has in common with the convolution that it replaces."""
     original = conv.host if isinstance(conv, AnalyticConv2d) else conv
-    values = {name: getattr(conv, name) for name in _CONVOLUTION_FIELDS}
+    values = get_convolution_arguments(conv)
     return {
         "class": type(original).__name__ if original is not None else nn.Conv2d.__name__,
-        "bias": conv.bias is not None,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
     }
 
@@ -227,7 +217,6 @@ def _describe_options(layer: AnalyticConv2d) -> dict[str, Any]:
         "arrangement": str(layer.arrangement),
         "has_placement": layer.placement is not None,
         **{name: getattr(layer.options, name) for name in _OPTIONS},
-        "amplitude": bool(layer.options.amplitude),
     }
 
 

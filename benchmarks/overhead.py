@@ -15,7 +15,7 @@ from timing import print_ratios, time_alternately
 from torch.nn import functional as F
 
 from training.config import compose
-from training.evaluate import evaluate
+from training.evaluate import predict
 from training.loop import run
 from training.optim import build_optimizer, build_schedule
 from training.settings import RunSettings, build_model, load_run_data, parse_run
@@ -54,8 +54,8 @@ def run_bare(settings: RunSettings) -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        evaluate(model, data, data.val)
-    evaluate(model, data, data.test)
+        predict(model, data, data.val)
+    predict(model, data, data.test)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field, create_model
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from acl.explain import attribute
+from acl.explain import KernelReplacement, attribute
 from acl.inspection import analytic_layers
 from acl.kernels import KINDS
 from evaluation.akp_travel import NonNegative, Travel, measure_akp_travel
@@ -26,7 +26,7 @@ from evaluation.transforms import measure_transforms
 from training.config import flatten
 from training.data import Data
 from training.errors import UsageError
-from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
+from training.files import read_json_lines, to_json_lines, write_atomic
 from training.provenance import digest_file
 from training.record import Percent, Record, Recorded
 from training.splits import Split
@@ -181,7 +181,7 @@ class LeaveOneOut(Measurement):
     """Validation accuracy lost without a kind of kernel and without single kernels, set to zero or made constant."""
 
     name = "leave_one_out"
-    values = dict[Literal["zero", "constant"], dict[str, Loss]]
+    values = dict[KernelReplacement, dict[str, Loss]]
     measure = staticmethod(measure_removal)
 
     @staticmethod
@@ -347,11 +347,10 @@ def _group_by_row_and_name(lines: Sequence[Line]) -> Iterable[tuple[str, str, "p
 
 
 def read_measurements(file: Path, measurement: type[Measurement]) -> list[Line]:
-    """Reads a file of ``scripts/measure.py``, if there is one. Raises UsageError as ``parse_json_lines`` does."""
+    """Reads a file of ``scripts/measure.py``, if there is one. Raises UsageError as ``read_json_lines`` does."""
     if not file.exists():
         return []
-    return parse_json_lines(
-        read_bytes(file),
+    return read_json_lines(
         file,
         measurement.make_line_type(),
         f"a measurement of {measurement.name}",

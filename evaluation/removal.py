@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from acl.explain import attribute, leave_one_out
+from acl.explain import KERNEL_REPLACEMENTS, attribute, leave_one_out
 from acl.inspection import analytic_layers
 from evaluation.finished_run import FinishedRun
 from training.data import Data
@@ -18,8 +18,6 @@ from training.record import Percent
 from training.splits import Split
 from training.validation import Count
 
-REPLACEMENTS = ("zero", "constant")
-"""What replaces removed kernels, as in ``acl.explain.attribute``."""
 MAX_KERNELS = 200
 """Kernels of each kind that are removed one by one; of kinds with more, random ones."""
 Points = Annotated[float, Field(ge=-100, le=100)]
@@ -54,7 +52,8 @@ def measure_removal(run: FinishedRun, data: Data) -> dict[str, Any]:
     that is removed on its own.
 
     Returns:
-        One of ``REPLACEMENTS`` -> symbol of the kind -> ``Loss``; empty for a network without analytic layers.
+        One of ``acl.explain.KERNEL_REPLACEMENTS`` -> symbol of the kind -> ``Loss``; empty for a network without
+        analytic layers.
     """
     layers = analytic_layers(run.model)
     if not layers:
@@ -69,7 +68,7 @@ def measure_removal(run: FinishedRun, data: Data) -> dict[str, Any]:
     removed = [kernel for kernels in samples.values() for kernel in kernels]
     slots = {name: [slot for layer, slot in removed if layer == name] for name in layers}
     values: dict[str, Any] = {}
-    for replace in REPLACEMENTS:
+    for replace in KERNEL_REPLACEMENTS:
         attribution = attribute(run.model, batches, replace)
         lost_kinds, shapley = attribution.leave_one_out(), attribution.shapley()
         lost_by_layer = leave_one_out(run.model, batches, replace, slots=slots)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from acl import AnalyticConv2d, analytic_layers, plot
-from acl.explain import Attribution
+from acl.explain import Attribution, Replacement
 from acl.kernels import KINDS
 from training.record import Record
 
@@ -30,7 +30,7 @@ def render_run_page(
     model: nn.Module,
     initial_model: nn.Module | None,
     akp_history: Mapping[str, Tensor],
-    attributions: Mapping[str, Attribution],
+    attributions: Mapping[Replacement, Attribution],
     lost: Mapping[str, Tensor] | None,
     split: str | None,
 ) -> str:
@@ -41,7 +41,7 @@ def render_run_page(
         model: the trained network.
         initial_model: the network before training; None if it is not available.
         akp_history: AKPs over epochs, as in the run's akps.safetensors; empty if there is no such file.
-        attributions: maps what stands for removed kernels, one of ``acl.explain.REPLACEMENTS``, to the attribution.
+        attributions: maps what stands for removed kernels to the attribution.
         lost: maps layer names to the points lost without each single kernel; None if these were not measured.
         split: describes the images used for ``attributions`` and ``lost``; None if there are none.
     """

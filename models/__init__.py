@@ -81,11 +81,6 @@ def create_model(
     return model
 
 
-def find_random_layers(model: nn.Module) -> list[str] | None:
-    """The layers of a pretrained network that kept their random weights; None for a network trained from scratch."""
-    return getattr(model, "random_layers", None)
-
-
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Counts the parameters, including frozen ones and biases: (in all convolutions, in the whole model)."""
     convolutions = nn.ModuleList(module for module in model.modules() if isinstance(module, nn.Conv2d))

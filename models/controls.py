@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from acl import AnalyticConv2d, analytic_layers, fold
 from acl.computed_conv import ComputedConv2d, get_convolution_arguments
 from acl.kernels import KINDS
+from models.library import find_random_layers
 
 Control = Literal["random", "permuted", "zero_sum", "folded", "shuffled"]
 CONTROLS_OF_ANALYTIC = ("folded", "shuffled")
@@ -47,7 +48,7 @@ def apply_control(model: nn.Module, control: Control) -> None:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, ZeroSumConv2d(conv))
         return
-    random_layers = getattr(model, "random_layers", None)
+    random_layers = find_random_layers(model)
     if random_layers is None:
         raise ValueError(f"model.control={control} needs a pretrained network; set model.pretrained")
     if control == "random":

@@ -55,7 +55,7 @@ def create_from_torchvision(
         random_layers: the layers that the weights file lacks, which keep their random weights; None: it has all.
 
     Returns:
-        The network; ``models.find_random_layers`` lists the layers of a pretrained one that start at random.
+        The network; ``find_random_layers`` lists the layers of a pretrained one that start at random.
 
     Raises:
         ValueError: if ``channels`` is not 3, or the weights are unavailable or do not fit the network.
@@ -261,6 +261,11 @@ def _list_layers_beside(model: nn.Module, layer: str) -> list[str]:
         for name, module in model.named_modules()
         if name not in containing and name.rpartition(".")[0] in containing and any(True for _ in module.parameters())
     ]
+
+
+def find_random_layers(model: nn.Module) -> list[str] | None:
+    """The layers of a pretrained network that kept their random weights; None for a network trained from scratch."""
+    return getattr(model, "random_layers", None)
 
 
 def _set_random_layers(model: nn.Module, layers: list[str]) -> None:

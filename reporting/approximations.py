@@ -10,7 +10,7 @@ from pydantic import Field
 
 from reporting.statistics import interval_of_mean
 from training.errors import UsageError
-from training.files import parse_json_lines, read_bytes
+from training.files import read_json_lines
 from training.record import Recorded
 
 Correct = list[Annotated[int, Field(ge=0, le=1)]]
@@ -57,8 +57,7 @@ MARKERS = "osv^DPX*"
 
 def read_approximations(file: Path) -> list[Approximation]:
     """Reads the approximations of a layer, the original first. Raises UsageError for a corrupt file."""
-    lines = parse_json_lines(
-        read_bytes(file),
+    lines = read_json_lines(
         file,
         Approximation,
         "an approximation",

@@ -143,7 +143,7 @@ def _select_drawn(claim: Claim, effects: Sequence[Effect]) -> list[Effect]:
 
 
 def draw_effects(claim: Claim, effects: Sequence[Effect]) -> Figure | None:
-    """Draws up to ten of a claim's differences in accuracy; None if there are none."""
+    """Draws up to ``MAX_DRAWN`` of a claim's differences in accuracy; None if there are none."""
     drawn = _select_drawn(claim, effects)
     if not drawn:
         return None

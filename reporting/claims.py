@@ -17,7 +17,7 @@ from reporting.effects import (
     summarize_measurements,
 )
 from reporting.rows import read_results
-from reporting.settings import find_plain_row, load_table_settings
+from reporting.settings import find_plain_row
 from reporting.statistics import find_significant
 from training.config import CONFIGS, format_error
 from training.errors import UsageError
@@ -98,7 +98,7 @@ def collect_effects(claim: Claim, results: Path) -> tuple[list[Effect], list[str
         file = results / "tables" / f"{table}.jsonl"
         if not file.exists():
             missing[f"`make reproduce-table TABLE={table}`"] = None
-        elif effect := compare_rows(table, row, reference, load_table_settings(table).references, read_results(file)):
+        elif effect := compare_rows(table, row, reference, read_results(file)):
             effects.append(effect)
         else:
             missing[f"'{row}' against '{reference}' in table {table}"] = None

@@ -1,6 +1,6 @@
 """Effects with intervals and verdicts, computed from the records of tables and measurements."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,15 +55,12 @@ class Effect:
         return None if self.margin is None else self.interval.equivalence_p_value(self.margin)
 
 
-def compare_rows(
-    table: str, row: str, reference: str, references: Mapping[str, str], records: Sequence[Record]
-) -> Effect | None:
+def compare_rows(table: str, row: str, reference: str, records: Sequence[Record]) -> Effect | None:
     """The difference of two rows in test accuracy, paired by seed; None if one is missing or has no test results.
 
     Args:
         table: the name of the table.
         row, reference: the names of the two rows.
-        references: the row that the table compares each row with.
         records: of all rows of the table.
     """
     by_row: dict[str, list[Record]] = {}
@@ -71,6 +68,7 @@ def compare_rows(
         by_row.setdefault(record.row or "", []).append(record)
     if not {row, reference} <= by_row.keys() or by_row[row][0].test is None:
         return None
+    references = load_table_settings(table).references
     on_test, on_validation = (compare(by_row, row, reference, references, split) for split in ("test", "val"))
     return Effect(
         table,

@@ -43,9 +43,9 @@ def render_headline(rows: Sequence[HeadlineRow], results: Path) -> str:
         file = results / "tables" / f"{row['table']}.jsonl"
         if not file.exists():
             continue
-        records, references = read_results(file), load_table_settings(row["table"]).references
-        reference = references.get(row["row"], "")
-        effect = compare_rows(row["table"], row["row"], reference, references, records)
+        records = read_results(file)
+        reference = load_table_settings(row["table"]).references.get(row["row"], "")
+        effect = compare_rows(row["table"], row["row"], reference, records)
         if effect is None:
             raise UsageError(f"the headline names the row '{row['row']}', which {file} does not have")
         before, after = ([record for record in records if record.row == name] for name in (reference, row["row"]))

@@ -8,7 +8,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from training.config import compose, resolve
+from training.config import compose, get_key, resolve
 from training.errors import UsageError
 from training.validation import Seed, construct, strict_dataclass
 
@@ -104,7 +104,7 @@ def find_plain_row(table: str) -> str:
 
 def is_seed(override: str) -> bool:
     """Whether an override such as ``seed=3`` sets the seed of a run."""
-    return override.lstrip("+").split("=")[0] == "seed"
+    return get_key(override) == "seed"
 
 
 def _check_values(key: str, values: Iterable[Any]) -> None:

@@ -1,11 +1,12 @@
 """Turns the rows of a table into runs, which any number of workers share."""
 
-import re
+import json
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +17,7 @@ from acl.plot import to_pdf, to_png
 from reporting.render import draw_table, render_latex, render_markdown
 from reporting.rows import Row, read_results, summarize
 from reporting.settings import Search, TableSettings, is_seed
-from training.config import compose, is_in_identity, resolve
+from training.config import compose, get_key, is_in_identity, resolve
 from training.errors import BusyError, UsageError
 from training.files import read_json_lines, to_json_lines, write_atomic, write_together
 from training.loggers import check_logger, log_table
@@ -26,6 +27,8 @@ from training.run_directory import RunDirectory
 from training.settings import RunSettings, build_model, create_smoke_folder, find_changes, load_run_data, parse_run
 from training.validation import construct
 
+RUN_KEY_ROOTS = ("arrangement", "data", "model", "optim", "trainer", "logger")
+"""The ``new_key_roots`` of scripts: data sets have keys of their own, which are known only once a row is composed."""
 POLL_SECONDS = 1.0
 """Time between checks whether other workers have finished their runs."""
 
@@ -177,7 +180,7 @@ class Table:
             written[self._search_file] = [planned for row in self.rows for planned in self._plan_trials(row)]
         for file, runs in written.items():
             ids = {planned.directory.id for planned in runs}
-            lines = read_json_lines(file, "the record of a run") if file.exists() else []
+            lines = _read_recorded(file) if file.exists() else []
             if lost := [line for line in lines if line.get("id") not in ids]:
                 raise UsageError(
                     f"{file} has {len(lost)} runs of another recipe, such as of row '{lost[0].get('row')}'; "
@@ -333,20 +336,25 @@ class Table:
         return frame
 
 
+def _read_recorded(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of a table, which older code may have written, so they are not validated."""
+    return read_json_lines(file, dict[str, Any], "the record of a run", json.dumps)
+
+
 def open_table(cfg: DictConfig, *script_keys: str) -> Table:
     """Creates the table that a script's command line names; the user's other overrides apply to each of its runs.
 
     Args:
         cfg: configs/reproduce_table.yaml, or a configuration that extends it.
-        script_keys: keys that are options of the script, not of runs.
+        script_keys: keys that are options of the script, not of runs, apart from ``table`` and ``worker``.
 
     Raises:
         UsageError: for invalid settings of the table.
     """
     hydra = HydraConfig.get()
     words = [word.removeprefix("++") for word in hydra.overrides.task]
-    own_keys = {"table", *script_keys}
-    run_overrides = [word for word in words if re.split(r"[.=]", word.lstrip("+"))[0] not in own_keys]
+    own_keys = {"table", "worker", *script_keys}
+    run_overrides = [word for word in words if get_key(word).partition(".")[0] not in own_keys]
     settings = construct(TableSettings, resolve(cfg)["table"], "table")
     if cfg.debug is not None:  # one run of each row, and one trial of its search
         search = settings.search and Search(**{**settings.search, "candidates": settings.search["candidates"][:1]})

@@ -21,7 +21,7 @@ ERROR_RATE = 0.05
 """The probability that any row of a rerun that differs only by chance is reported to differ."""
 
 Records = Sequence[Record]
-Verdict = Literal["reproduced", "consistent", "differs", "incomplete"]
+Outcome = Literal["reproduced", "consistent", "differs", "incomplete"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class RowVerification:
     """How the rerun of a row compares with its committed records; see ``compare_records``."""
 
     row: str
-    verdict: Verdict
+    outcome: Outcome
     details: str
 
     @property
     def is_confirmed(self) -> bool:
-        return self.verdict in ("reproduced", "consistent")
+        return self.outcome in ("reproduced", "consistent")
 
 
 def verify_table(table: Table, folder: Path) -> list[RowVerification]:
@@ -91,29 +91,29 @@ def compare_records(committed: Records, rerun: Records, num_images: Mapping[str,
     for row in rows:
         common = sorted(key for key in old.keys() & new.keys() if key[0] == row)
         befores, afters = [old[key] for key in common], [new[key] for key in common]
-        verdict: Verdict = "reproduced"
+        outcome: Outcome = "reproduced"
         details = []
         # Without the same trainer.test, only one of the two has a test result.
         splits = [split for split in num_images if all(split in record.results for record in (*befores, *afters))]
         if any(b.results[split] != a.results[split] for b, a in zip(befores, afters, strict=True) for split in splits):
-            verdict = "consistent"
+            outcome = "consistent"
             for split in splits:
                 top1 = pd.DataFrame([(record.row, record.results[split].top1) for record in committed])
                 limit = chance_difference(top1[1], top1[0], len(common), confidence)
                 difference = interval_of_mean(top1_by_seed(afters, split) - top1_by_seed(befores, split), confidence)
                 details.append(f"{split} {_describe_difference(difference, limit)}")
                 if not _is_explained(difference, limit, num_images[split]):
-                    verdict = "differs"
+                    outcome = "differs"
         for problem, missing in (("not rerun", old.keys() - new.keys()), ("not committed", new.keys() - old.keys())):
             seeds = ", ".join(str(seed) for name, seed in sorted(missing) if name == row)
             if seeds:
-                verdict = "differs" if verdict == "differs" else "incomplete"
+                outcome = "differs" if outcome == "differs" else "incomplete"
                 details.append(f"{problem}: seed {seeds}")
         changes = [change for b, a in zip(befores, afters, strict=True) for change in describe_changes(b, a)]
         if changes:
-            verdict = "differs"
+            outcome = "differs"
             details.append(f"other configuration: {', '.join(dict.fromkeys(changes))}")
-        comparisons.append(RowVerification(row, verdict, "; ".join(details)))
+        comparisons.append(RowVerification(row, outcome, "; ".join(details)))
     return comparisons
 
 

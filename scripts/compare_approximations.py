@@ -16,14 +16,13 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from tqdm import tqdm
 
 import acl
-import models
-from models.library import find_imagenet_labels
+from models.library import find_imagenet_labels, find_random_layers
 from models.rivals import quantize, truncate_svd
 from training.cli import run_script
 from training.config import compose
 from training.data import Data
 from training.errors import UsageError
-from training.files import parse_json_lines, read_bytes, to_json_lines, write_atomic
+from training.files import read_json_lines, to_json_lines, write_atomic
 from training.provenance import describe_environment
 from training.settings import RunSettings, create_network, load_run_data, parse_run
 from training.splits import Split
@@ -92,7 +91,7 @@ def main(settings: CompareSettings) -> None:
     conv = dict(model.named_modules()).get(settings.layer)
     if not isinstance(conv, nn.Conv2d) or isinstance(conv, acl.AnalyticConv2d):
         raise UsageError(f"layer={settings.layer} is invalid: it is not a plain convolution of the network")
-    comparison = Comparison(create_extractor(model, settings), conv, data, labels, settings)
+    comparison = ComparedNetwork(create_extractor(model, settings), conv, data, labels, settings)
     lines = load_lines(settings)
     in_channels, size = conv.weight.shape[1], (conv.kernel_size[0], conv.kernel_size[1])
     metrics = {
@@ -134,7 +133,7 @@ def create_classifier(run: RunSettings, data: Data, settings: CompareSettings) -
     except ValueError as error:
         raise UsageError(f"classes={settings.classes} is invalid: {error}") from error
     model = create_network(run, data.channels, IMAGENET_CLASSES).eval()
-    if (random_layers := models.find_random_layers(model)) != []:
+    if (random_layers := find_random_layers(model)) != []:
         layers = "all layers are" if random_layers is None else f"{', '.join(random_layers)} would be"
         raise UsageError(
             f"classes={settings.classes} is invalid: it needs pretrained weights with ImageNet's {IMAGENET_CLASSES} "
@@ -158,8 +157,7 @@ def load_lines(settings: CompareSettings) -> dict[tuple[Any, Any], Mapping[str, 
     """The approximations that the file already has. Raises UsageError if they are of another network or other data."""
     if not settings.file.exists():
         return {}
-    content = read_bytes(settings.file)
-    lines = parse_json_lines(content, settings.file, dict[str, Any], "an approximation", lambda line: str(to_key(line)))
+    lines = read_json_lines(settings.file, dict[str, Any], "an approximation", lambda line: str(to_key(line)))
     if others := [name for line in lines for name in RECORDED if line.get(name) != getattr(settings, name)]:
         raise UsageError(
             f"file={settings.file} is invalid: it has approximations with other {others[0]}; set file=<another file>, "
@@ -197,7 +195,7 @@ def measure_patches(model: nn.Module, conv: nn.Conv2d, data: Data, settings: Com
     return total / count
 
 
-class Comparison:
+class ComparedNetwork:
     """The network whose layer is replaced, and its probe."""
 
     def __init__(

@@ -8,7 +8,7 @@ from lightning_fabric.utilities.seed import seed_everything
 from pydantic import Field
 from torch import Tensor, nn
 
-from acl.explain import Attribution, attribute, leave_one_out
+from acl.explain import Attribution, Replacement, attribute, leave_one_out
 from evaluation.finished_run import DataLocation, FinishedRun, load_akp_history, load_data_as_trained, load_finished_run
 from evaluation.removal import iterate_pairs
 from evaluation.run_page import render_run_page
@@ -18,7 +18,7 @@ from training.files import write_together
 from training.settings import create_network
 from training.validation import FilePath, OutputFile, is_file_of_run, strict_dataclass
 
-REPLACED_BY = {
+REPLACED_BY: dict[Replacement, str] = {
     "zero": "set to zero",
     "mean": "replaced by their mean outputs",
     "constant": "replaced by constant kernels of the same sums",
@@ -30,7 +30,7 @@ REPLACED_BY = {
 class ExplainSettings:
     run: FilePath
     split: Literal["train", "val", "test"] | None
-    replace: list[Literal["zero", "mean", "constant"]]
+    replace: list[Replacement]
     single: bool
     data: DataLocation
     images: int | None = Field(ge=1)
@@ -46,7 +46,7 @@ def main(settings: ExplainSettings) -> None:
     if page_file == numbers_file or is_file_of_run(numbers_file):
         reason = "it should end in .html" if page_file == numbers_file else "record.json of the run would be lost"
         raise UsageError(f"file={page_file} is invalid: {reason}; the numbers are written to {numbers_file.name}")
-    attributions: dict[str, Attribution] = {}
+    attributions: dict[Replacement, Attribution] = {}
     lost: dict[str, Tensor] | None = None
     images = None
     if settings.split is not None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from evaluation.finished_run import DataLocation, build_run_fabric, load_data_as_trained, load_finished_run
 from evaluation.measurements import MEASUREMENTS, Measurement, is_current, read_measurements, write_measurement
-from reporting.table import open_table
+from reporting.table import RUN_KEY_ROOTS, open_table
 from training.cli import run_script
 from training.config import resolve
 from training.errors import UsageError
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     measurement = MEASUREMENTS.get(options.measurement)
     if measurement is None:
         raise UsageError(f"measurement={options.measurement} is invalid; known: {', '.join(MEASUREMENTS)}")
-    table = open_table(cfg, "worker", "measurement", "only")
+    table = open_table(cfg, "measurement", "only")
     names = [row.name for row in table.rows]
     wanted = names if options.only is None else options.only
     if unknown := [name for name in wanted if name not in names]:
@@ -74,4 +74,4 @@ def check_written(file: Path, measurement: type[Measurement], ids: dict[tuple[st
 
 
 if __name__ == "__main__":
-    run_script(main, "measure", new_key_roots=("arrangement", "data", "model", "optim", "trainer", "logger"))
+    run_script(main, "measure", new_key_roots=RUN_KEY_ROOTS)

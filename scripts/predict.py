@@ -43,7 +43,8 @@ def main(settings: PredictSettings) -> None:
         size = run.settings.data.get("size", run.input_format.height)
         root = settings.images if settings.images.is_dir() else settings.images.parent
         images, skipped = load_decoded_images(root, paths, size, Path(cache), "images", skip_undecodable=True)
-        kept = [path for i, path in enumerate(paths) if i not in set(skipped)]
+        undecodable = set(skipped)
+        kept = [path for i, path in enumerate(paths) if i not in undecodable]
         if not kept:
             raise UsageError(f"images={settings.images}: no image can be decoded")
         probabilities = predict_probabilities(run, images if run.input_format.channels == 3 else to_gray(images))
@@ -84,7 +85,7 @@ def predict_probabilities(run: FinishedRun, images: torch.Tensor) -> torch.Tenso
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (run.input_format.mean, run.input_format.std))
     memory_format = torch.channels_last if run.settings.trainer.channels_last else torch.contiguous_format
     augmentation = run.settings.data["augmentation"]
-    data = Data(split, split, split, run.classes or [], "", mean, std, augmentation, memory_format)
+    data = Data(split[:0], split[:0], split, run.classes or [], "", mean, std, augmentation, memory_format)
     model, data, _ = prepare_run(run, data)
     probabilities = []
     with tqdm(desc="predicting", total=len(images), unit="image", disable=None) as progress:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from reporting.table import open_table
+from reporting.table import RUN_KEY_ROOTS, open_table
 from reporting.verification import verify_table
 from training.cli import run_script
 from training.errors import UsageError
@@ -24,12 +24,12 @@ def main(cfg: DictConfig) -> None:
         raise UsageError(f"{' and '.join(sorted(FLAGS))} cannot be combined")
     if FLAGS and cfg.debug is not None:
         raise UsageError(f"debug={cfg.debug} records nothing, so {', '.join(FLAGS)} has nothing to work on")
-    table = open_table(cfg, "worker")
+    table = open_table(cfg)
     if "--verify" in FLAGS:
         comparisons = verify_table(table, Path(cfg.paths.runs).expanduser() / "verify")
         print(f"\n{table.name}, compared with {table.path.with_suffix('.jsonl')}:")
         for comparison in comparisons:
-            print(f"  {comparison.row}: {', '.join(filter(None, (comparison.verdict, comparison.details)))}")
+            print(f"  {comparison.row}: {', '.join(filter(None, (comparison.outcome, comparison.details)))}")
         sys.exit(0 if all(comparison.is_confirmed for comparison in comparisons) else 1)
     if "--status" in FLAGS:
         status = table.status()
@@ -55,5 +55,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # The keys of a run's configuration are known only once a row is composed: data sets have keys of their own.
-    run_script(main, "reproduce_table", new_key_roots=("arrangement", "data", "model", "optim", "trainer", "logger"))
+    run_script(main, "reproduce_table", new_key_roots=RUN_KEY_ROOTS)

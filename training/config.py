@@ -59,9 +59,14 @@ def identity(values: dict[str, Any], parent_path: tuple[str, ...] = ()) -> dict[
     return kept
 
 
+def get_key(override: str) -> str:
+    """The key that an override such as ``++optim.lr=1e-3`` sets."""
+    return override.lstrip("+").partition("=")[0]
+
+
 def is_in_identity(override: str) -> bool:
     """Whether an override such as ``seed=3`` can change a run's result."""
-    key_path = tuple(override.lstrip("+").split("=")[0].split("."))
+    key_path = tuple(get_key(override).split("."))
     return not any(key_path[: len(excluded)] == excluded for excluded in _NOT_IN_IDENTITY)
 
 
@@ -86,7 +91,7 @@ def complete_overrides(overrides: list[str], config: str, new_key_roots: tuple[s
     """
     prefixes = tuple(f"{root}." for root in new_key_roots)
     completed = [f"++{override}" if override.startswith(prefixes) else override for override in overrides]
-    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    keys = [get_key(override) for override in overrides]
     choices = [i for i, key in enumerate(keys) if re.match(r"model$|arrangement\.", key)]
     if config == "train" and choices and "arrangement" not in keys:
         completed.insert(choices[0], "arrangement=plain")  # not at the end: Hydra reads no override behind a flag

@@ -10,11 +10,6 @@ from training.distributed import all_reduce
 from training.splits import Split
 
 
-def evaluate(model: nn.Module, data: Data, split: Split, fabric: Fabric | None = None) -> dict[str, float]:
-    """Computes top-1 accuracy (percent) and mean cross-entropy (nats) over a split, as ``predict`` does."""
-    return predict(model, data, split, fabric)[0]
-
-
 @torch.no_grad()
 def predict(
     model: nn.Module, data: Data, split: Split, fabric: Fabric | None = None

@@ -76,9 +76,9 @@ def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def read_json_lines(file: Path, description: str) -> list[dict[str, Any]]:
-    """Reads the objects of a file, each of them once, without validating them. Raises as ``parse_json_lines`` does."""
-    return parse_json_lines(read_bytes(file), file, dict[str, Any], description, json.dumps)
+def read_json_lines(file: Path, factory: Callable[..., T], description: str, name: Callable[[T], str]) -> list[T]:
+    """Reads the objects of a file. Raises UsageError as ``parse_json_lines`` does."""
+    return parse_json_lines(read_bytes(file), file, factory, description, name)
 
 
 def parse_json_lines(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import models
 from acl import analytic_layers
+from models.library import find_random_layers
 from training.checkpoint import Checkpointer, TrainState, serialize_weights
 from training.data import Data
 from training.distributed import all_reduce, build_fabric, is_main_process, synchronize_batch_norm
@@ -206,7 +207,7 @@ def make_record(setup: Setup, state: TrainState, origin: dict[str, Any]) -> Reco
         "val": {"top1": state.best["val_top1"], "loss": state.best["val_loss"]},
         "best_epoch": state.best["epoch"],
         "parameters": {"conv": num_conv_parameters, "total": num_parameters},
-        "random_layers": models.find_random_layers(setup.model),
+        "random_layers": find_random_layers(setup.model),
         "seconds": round(setup.checkpointer.elapsed, 2),
         **origin,
         "classes": data.classes,

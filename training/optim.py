@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-import models
 from acl import param_groups
+from models.library import find_random_layers
 from training.errors import UsageError
 from training.validation import strict_dataclass
 
@@ -47,7 +47,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
 
 
 def _separate_pretrained(groups: list[dict[str, Any]], model: nn.Module, lr_scale: float) -> list[dict[str, Any]]:
-    random_layers = models.find_random_layers(model)
+    random_layers = find_random_layers(model)
     if random_layers is None:
         raise UsageError(f"optim.pretrained_lr_scale={lr_scale} needs a pretrained network; set model.pretrained")
     random = {id(p) for name in random_layers for p in model.get_submodule(name).parameters()}

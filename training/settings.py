@@ -19,6 +19,7 @@ from torch import nn
 import models
 from acl import Arrangement, LayerOptions
 from acl.convert import Init
+from acl.metric import MetricName
 from models.controls import apply_control
 from models.library import find_torchvision_weights
 from training.config import flatten, format_error, identity, resolve
@@ -56,7 +57,7 @@ class LayerSettings(LayerOptions):
 
     init: Init | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
-    metric: Literal["images", "pixels"] | None = None
+    metric: MetricName | None = None
 
 
 Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true", "16", "bf16", "32", "64"]

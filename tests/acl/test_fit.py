@@ -578,6 +578,14 @@ def test_refining_filters_never_increases_output_error_and_keeps_other_kernels()
 
 
 @pytest.mark.usefixtures("quick_search")
+def test_refining_can_be_left_for_later() -> None:
+    weight = torch.randn(2, 3, 5, 5)
+    refined, alone = (fit_kernels(weight, ["G", "Ts"], refine=refine, progress=False) for refine in (True, False))
+    assert refined.by_kind == alone.by_kind and refined.kernels != alone.kernels
+    assert acl.refine_jointly(alone, weight).kernels == refined.kernels
+
+
+@pytest.mark.usefixtures("quick_search")
 def test_fixed_akp_stays_fixed_when_filters_are_refined() -> None:
     fit = fit_kernels(torch.randn(2, 3, 5, 5), ["G"], "extended", fixed={"gamma": 1.0}, progress=False)
     assert all(kernel.akps["gamma"] == 1.0 for kernel in fit.kernels)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import models
 from acl.inspection import analytic_layers
 from evaluation.akp_travel import compute_limits, measure_akp_travel
 from evaluation.finished_run import FinishedRun, load_akp_history, load_finished_run
 from evaluation.measurements import AkpTravel, Line
+from models.library import find_random_layers
 from training.config import compose
 from training.loop import run as perform_run
 from training.loop import snapshot_akps
@@ -82,7 +82,7 @@ def test_allowed_distance_is_sum_of_learning_rates_up_to_best_epoch(run: Finishe
 
 
 def test_pretrained_layers_have_their_own_limit(run: FinishedRun) -> None:
-    assert run.record is not None and models.find_random_layers(run.model) is None
+    assert run.record is not None and find_random_layers(run.model) is None
     limits = compute_limits(run, 640)
     settings = replace(run.settings, optim=replace(run.settings.optim, pretrained_lr_scale=0.25))
     run.model.random_layers = ["fc1"]  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from models.controls import ZeroSumConv2d
 from tests.training.configurations import compose_run
 from tests.training.trees import write_imagefolder
 from training.errors import UsageError
-from training.evaluate import evaluate
+from training.evaluate import predict
 from training.loop import run
 from training.record import read_record
 from training.settings import load_run_data, parse_run
@@ -100,7 +100,7 @@ def test_finished_run_with_auto_arrangement_needs_neither_data_nor_initial_weigh
     assert len(set(finished.model.conv2.slot_kinds)) > 1
     assert finished.record is not None
     data = load_run_data(finished.settings)
-    assert evaluate(finished.model, data, data.test)["top1"] == finished.record.test.top1
+    assert predict(finished.model, data, data.test)[0]["top1"] == finished.record.test.top1
 
 
 @pytest.mark.parametrize("overrides", [(), ("model=lenet", "arrangement=plain"), ("trainer.precision=64-true",)])

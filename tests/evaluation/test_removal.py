@@ -4,10 +4,10 @@ from functools import partial
 import pytest
 import torch
 
-from acl.explain import attribute, leave_one_out
+from acl.explain import KERNEL_REPLACEMENTS, attribute, leave_one_out
 from evaluation.finished_run import FinishedRun, load_finished_run
 from evaluation.measurements import LeaveOneOut
-from evaluation.removal import REPLACEMENTS, iterate_pairs, measure_removal
+from evaluation.removal import iterate_pairs, measure_removal
 from training.config import compose
 from training.loop import run as perform_run
 from training.settings import load_run_data, parse_run
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 def test_removal_is_measured_by_kind_and_by_kernel(run: FinishedRun) -> None:
     data = load_run_data(run.settings)
     values = measure_removal(run, data)
-    assert list(values) == list(REPLACEMENTS)
+    assert list(values) == list(KERNEL_REPLACEMENTS)
     for replaced_by, by_kind in values.items():
         batches = partial(iterate_pairs, data, data.val)
         attribution = attribute(run.model, batches, replaced_by, progress=False)
@@ -36,7 +36,7 @@ def test_removal_is_measured_by_kind_and_by_kernel(run: FinishedRun) -> None:
             assert loss["kind"] == attribution.leave_one_out()[symbol]
             assert loss["shapley"] == attribution.shapley()[symbol]
             assert loss["free"] == 50 * sum(kernels <= 0)
-    zero, constant = ({**values[replaced_by]["Tf"], "shapley": 0} for replaced_by in REPLACEMENTS)
+    zero, constant = ({**values[replaced_by]["Tf"], "shapley": 0} for replaced_by in KERNEL_REPLACEMENTS)
     assert zero == constant  # Tf kernels sum to zero
     assert values["zero"]["G"] != values["constant"]["G"]
 

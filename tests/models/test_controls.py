@@ -11,6 +11,7 @@ from torch import nn
 import models
 from models.controls import ZeroSumConv2d, apply_control
 from models.lenet import LeNet
+from models.library import find_random_layers
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def test_random_and_permuted_change_the_first_convolution_alone(pretrained: Path
     assert is_same.sum(0).eq(1).all()
     assert is_same.sum(1).eq(1).all()
     assert not is_same.diagonal().all()
-    assert models.find_random_layers(random) == ["features.0"]
-    assert models.find_random_layers(permuted) == []
+    assert find_random_layers(random) == ["features.0"]
+    assert find_random_layers(permuted) == []
 
 
 def test_zero_sum_holds_after_training_and_is_differentiable() -> None:

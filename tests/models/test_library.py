@@ -15,7 +15,7 @@ from torch import nn
 
 import acl
 import models
-from models.library import find_imagenet_labels, load_weights, read_kernels
+from models.library import find_imagenet_labels, find_random_layers, load_weights, read_kernels
 
 OPTIONS = {"scale": "unit"}
 
@@ -196,7 +196,7 @@ def test_layers_that_file_lacks_start_at_random_on_request(tmp_path: Path) -> No
     networks = [models.create_model("resnet18", 3, 7, {"first": "G96 P96"}, OPTIONS, **options) for _ in range(2)]
     assert all(torch.equal(networks[0].state_dict()[name], state[name]) for name in state if name != "conv1.weight")
     assert not torch.equal(networks[0].layer4[0].conv1.weight, networks[1].layer4[0].conv1.weight)
-    assert models.find_random_layers(networks[0]) == ["layer4", "fc"]
+    assert find_random_layers(networks[0]) == ["layer4", "fc"]
 
 
 @pytest.mark.parametrize(
@@ -223,23 +223,23 @@ def test_random_layers_need_weights_from_a_file() -> None:
 
 
 def test_random_layers_of_other_networks(tmp_path: Path) -> None:
-    assert models.find_random_layers(models.create_model("resnet18", 3, 10, {})) is None
+    assert find_random_layers(models.create_model("resnet18", 3, 10, {})) is None
     file, _ = write_weights_without(tmp_path)
-    assert models.find_random_layers(models.create_model("resnet18", 3, 10, {}, pretrained=str(file))) == []
-    assert models.find_random_layers(models.create_model("resnet18", 3, 7, {}, pretrained=str(file))) == ["fc"]
+    assert find_random_layers(models.create_model("resnet18", 3, 10, {}, pretrained=str(file))) == []
+    assert find_random_layers(models.create_model("resnet18", 3, 7, {}, pretrained=str(file))) == ["fc"]
     np.save(tmp_path / "conv1.npy", np.zeros((64, 3, 7, 7), np.float32))
     model = models.create_model("resnet18", 3, 7, {}, pretrained=str(tmp_path / "conv1.npy"))
-    assert models.find_random_layers(model) == ["bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+    assert find_random_layers(model) == ["bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
 
 
 def test_last_convolution_with_other_classes_is_random(tmp_path: Path) -> None:
     file, source = tmp_path / "net.safetensors", torchvision.models.squeezenet1_0(num_classes=9)
     save_file(source.state_dict(), file)
     same = models.create_model("squeezenet1_0", 3, 9, {}, pretrained=str(file))
-    assert models.find_random_layers(same) == []
+    assert find_random_layers(same) == []
     assert torch.equal(same.classifier[1].weight, source.classifier[1].weight)
     other = models.create_model("squeezenet1_0", 3, 7, {"first": "G96 P192"}, OPTIONS, pretrained=str(file))
-    assert models.find_random_layers(other) == ["classifier.1"]
+    assert find_random_layers(other) == ["classifier.1"]
     assert torch.equal(other.features[3].squeeze.weight, source.features[3].squeeze.weight)
     assert other.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
@@ -263,7 +263,7 @@ def test_layers_beside_convolution_of_npy_file_are_random(tmp_path: Path) -> Non
     options: dict[str, Any] = {"pretrained": str(tmp_path / "conv1.npy")}
     model = models.create_model("alexnet", 3, 7, {}, **options)
     expected = ["features.3", "features.6", "features.8", "features.10", "classifier"]
-    assert models.find_random_layers(model) == expected
+    assert find_random_layers(model) == expected
     with pytest.raises(ValueError, match=r"conv1.npy holds one convolution's weight, so model.random_layers must be"):
         models.create_model("alexnet", 3, 7, {}, random_layers=["classifier"], **options)
 

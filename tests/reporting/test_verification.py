@@ -20,8 +20,8 @@ def make_row(*top1: float, name: str = "a", first_seed: int = 0, **changes: Any)
 
 def compare(committed: list[Record], rerun: list[Record]) -> tuple[str, str]:
     (comparison,) = compare_records(committed, rerun, IMAGES)
-    assert comparison.is_confirmed == (comparison.verdict in ("reproduced", "consistent"))
-    return comparison.verdict, comparison.details
+    assert comparison.is_confirmed == (comparison.outcome in ("reproduced", "consistent"))
+    return comparison.outcome, comparison.details
 
 
 def test_equal_results_are_reproduced() -> None:
@@ -37,7 +37,7 @@ def test_other_loss_at_same_accuracy_is_consistent(split: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rerun", "verdict"),
+    ("rerun", "outcome"),
     [
         ((90.1, 91.1, 92.1), "consistent"),  # one image each
         ((90.8, 90.3, 92.2), "consistent"),  # both directions, less than the spread over seeds
@@ -46,14 +46,14 @@ def test_other_loss_at_same_accuracy_is_consistent(split: str) -> None:
         ((10.0, 80.0, 92.0), "differs"),  # so erratic that the paired interval includes 0
     ],
 )
-def test_verdict_weighs_shift_against_spread(rerun: tuple[float, ...], verdict: str) -> None:
-    assert compare(make_row(*TOP1), make_row(*rerun))[0] == verdict
+def test_verdict_weighs_shift_against_spread(rerun: tuple[float, ...], outcome: str) -> None:
+    assert compare(make_row(*TOP1), make_row(*rerun))[0] == outcome
 
 
 def test_shift_of_validation_accuracy_differs() -> None:
     rerun = make_row(*TOP1, val={"top1": 50.0, "loss": 0.5})
-    verdict, details = compare(make_row(*TOP1), rerun)
-    assert verdict == "differs" and "val -40.00 [-40.00, -40.00] points" in details
+    outcome, details = compare(make_row(*TOP1), rerun)
+    assert outcome == "differs" and "val -40.00 [-40.00, -40.00] points" in details
 
 
 def test_single_seed_allows_one_image_only() -> None:
@@ -62,10 +62,10 @@ def test_single_seed_allows_one_image_only() -> None:
 
 
 def test_other_configuration_differs_whatever_its_results() -> None:
-    verdict, details = compare(
+    outcome, details = compare(
         make_row(*TOP1, config={"optim": {"lr": 0.1}}), make_row(*TOP1, config={"optim": {"lr": 0.2, "k": 3}})
     )
-    assert (verdict, details) == (
+    assert (outcome, details) == (
         "differs",
         "other configuration: optim.lr=0.2 instead of 0.1, optim.k=3 instead of none",
     )
@@ -73,15 +73,15 @@ def test_other_configuration_differs_whatever_its_results() -> None:
 
 def test_other_use_of_test_set_differs() -> None:
     committed = make_row(*TOP1, config={"trainer": {"epochs": 3, "test": False}}, test=None)
-    verdict, details = compare(committed, make_row(*TOP1, config={"trainer": {"epochs": 3, "test": True}}))
-    assert (verdict, details) == ("differs", "other configuration: trainer.test=True instead of False")
+    outcome, details = compare(committed, make_row(*TOP1, config={"trainer": {"epochs": 3, "test": True}}))
+    assert (outcome, details) == ("differs", "other configuration: trainer.test=True instead of False")
 
 
 def test_missing_rows_and_seeds_are_incomplete() -> None:
     committed = [*make_row(90.0, 91.0), *make_row(90.0, name="b")]
     rerun = [*make_row(91.0, 92.0, first_seed=1), *make_row(90.0, name="c")]
     comparisons = compare_records(committed, rerun, IMAGES)
-    assert [(c.row, c.verdict, c.details) for c in comparisons] == [
+    assert [(c.row, c.outcome, c.details) for c in comparisons] == [
         ("a", "incomplete", "not rerun: seed 0; not committed: seed 2"),
         ("b", "incomplete", "not rerun: seed 0"),
         ("c", "incomplete", "not committed: seed 0"),
@@ -110,11 +110,11 @@ def test_verify_table_reproduces_itself_and_notices_other_learning_rate(tmp_path
     written: dict[Path, int] = {}
     for _ in range(2):  # a finished verification does not stand for another
         comparisons = verify_table(table, tmp_path / "runs/it's verified")
-        assert [(c.row, c.verdict) for c in comparisons] == [(row.name, "reproduced") for row in table.rows]
+        assert [(c.row, c.outcome) for c in comparisons] == [(row.name, "reproduced") for row in table.rows]
         records = (tmp_path / "runs/it's verified").glob("*/record.json")
         written, earlier = {file: file.stat().st_mtime_ns for file in records}, written
         assert len(written) == len(table.rows) and not written.items() & earlier.items()
     wrong = create_table(tmp_path, *overrides, "optim.lr=1e-5", **changes)
     for comparison in verify_table(wrong, tmp_path / "runs/it's verified"):
-        assert comparison.verdict == "differs" and "optim.lr=1e-05 instead of 0.002" in comparison.details
+        assert comparison.outcome == "differs" and "optim.lr=1e-05 instead of 0.002" in comparison.details
     assert {path: path.stat().st_mtime_ns for path in files} == files

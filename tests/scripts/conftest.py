@@ -20,13 +20,13 @@ def skip_mode(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script_command() -> Command:
     """Returns the command line that runs a script with arguments."""
     return lambda name, *arguments: [sys.executable, str(ROOT / "scripts" / name), *arguments]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_script(script_command: Command) -> RunScript:
     """Runs a script and waits until it ends; the result has the exit status, stdout and stderr."""
 

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnxruntime
@@ -17,7 +15,7 @@ from acl.kernels import KINDS
 from evaluation import run_page
 from evaluation.finished_run import load_finished_run
 from tests.browser import needs_chromium, run_in_browser
-from tests.scripts.conftest import ROOT, RunScript
+from tests.scripts.conftest import RunScript
 from training.config import compose
 from training.loop import run, snapshot_akps
 from training.settings import build_model, load_run_data, parse_run
@@ -38,18 +36,11 @@ def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory: pytest.TempPathFactory, run_script: RunScript) -> Path:
     """The page of a run with one kernel of each kind; drawing more takes seconds."""
     arrangement = " ".join(f"{symbol}1" for symbol in KINDS)
     run_path = train_run(tmp_path_factory.mktemp("runs"), f"arrangement.conv1={arrangement}")
-    command = [
-        sys.executable,
-        ROOT / "scripts/explain.py",
-        f"run={run_path}",
-        "images=12",
-        "replace=[zero,mean,constant]",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script("explain.py", f"run={run_path}", "images=12", "replace=[zero,mean,constant]")
     assert done.returncode == 0, done.stderr
     zero, _, _, file = done.stdout.splitlines()
     assert re.match(

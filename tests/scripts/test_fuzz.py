@@ -66,12 +66,14 @@ COMMANDS = {
 }
 WORK = (
     "acl.fit_kernels",
+    "acl.explain.attribute",
+    "acl.explain.leave_one_out",
     "acl.plot.mosaic",
     "pandas.json_normalize",
+    "evaluation.finished_run.prepare_run",
     "evaluation.run_page.render_run_page",
     "reporting.table.run",
     "torch.onnx.export",
-    "training.evaluate.evaluate",
     "reporting.claims.collect_effects",
     "reporting.table.Table.find_finished_runs",
     "training.loggers.log_recorded_run",

@@ -158,6 +158,7 @@ def test_override_outside_identity_keeps_run_id(override: str) -> None:
         "optim.lr=0.1",
         "trainer.epochs=3",
         "trainer.batch_size=32",
+        "trainer.test=false",
         "trainer.precision=bf16-mixed",
         "++trainer.unknown=0.2",
     ],

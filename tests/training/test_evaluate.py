@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import compose
 from training.data import Data
-from training.evaluate import evaluate, predict
+from training.evaluate import predict
 from training.settings import build_model, load_run_data, parse_run
 
 
@@ -28,7 +28,7 @@ def test_evaluate_matches_accuracy_and_loss_of_one_batch(model_and_data: tuple[n
     assert 1000 < len(split) < 2000
     with torch.no_grad():
         logits = model.eval()(data.normalize(split.images))
-    result = evaluate(model, data, split)
+    result = predict(model, data, split)[0]
     correct = int((logits.argmax(1) == split.labels).sum())
     assert 0 < correct < len(split) and result["top1"] == 100 * correct / len(split)
     assert result["loss"] == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
@@ -47,8 +47,8 @@ def test_evaluate_works_without_float64(model_and_data: tuple[nn.Module, Data]) 
     model, data = model_and_data
     fabric: Any = SimpleNamespace(global_rank=0, world_size=1)
     with Float64Refused():
-        result = evaluate(model, data, data.val, fabric)
-    assert result == evaluate(model, data, data.val)
+        result = predict(model, data, data.val, fabric)[0]
+    assert result == predict(model, data, data.val)[0]
 
 
 def test_evaluate_disables_dropout_and_gradients(model_and_data: tuple[nn.Module, Data]) -> None:
@@ -56,7 +56,7 @@ def test_evaluate_disables_dropout_and_gradients(model_and_data: tuple[nn.Module
     noisy_model = nn.Sequential(model, nn.Dropout(0.9)).train()
     outputs: list[torch.Tensor] = []
     noisy_model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    assert evaluate(noisy_model, data, data.val) == evaluate(model, data, data.val)
+    assert predict(noisy_model, data, data.val)[0] == predict(model, data, data.val)[0]
     assert not noisy_model.training and not any(output.requires_grad for output in outputs)
 
 
@@ -81,7 +81,7 @@ def test_predictions_of_processes_are_in_order_of_split(model_and_data: tuple[nn
 def test_processes_evaluate_disjoint_shares(model_and_data: tuple[nn.Module, Data]) -> None:
     """Without the reduction over processes, the results of two processes sum to those of one."""
     model, data = model_and_data
-    total = evaluate(model, data, data.val)
+    total = predict(model, data, data.val)[0]
     shares = []
     for rank in range(2):
         fabric: Any = SimpleNamespace(
@@ -90,7 +90,7 @@ def test_processes_evaluate_disjoint_shares(model_and_data: tuple[nn.Module, Dat
             to_device=lambda tensor: tensor,
             all_reduce=lambda tensor, reduce_op: tensor,
         )
-        shares.append(evaluate(model, data, data.val, fabric))
+        shares.append(predict(model, data, data.val, fabric)[0])
     for name in ("top1", "loss"):
         assert shares[0][name] > 0 and shares[1][name] > 0
         assert shares[0][name] + shares[1][name] == pytest.approx(total[name], rel=1e-6)

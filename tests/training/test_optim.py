@@ -8,10 +8,9 @@ from torch.nn import functional as F
 
 import models
 from acl import akp_parameters
-from training.config import compose, identity, resolve
+from training.config import compose
 from training.errors import UsageError
 from training.optim import OptimSettings, build_criterion, build_optimizer, build_schedule
-from training.record import compute_run_id
 from training.settings import build_model, load_run_data, parse_run
 
 
@@ -48,11 +47,6 @@ def test_gains_have_own_learning_rate_if_it_is_set() -> None:
     assert sum(p.numel() for p in groups[3]["params"]) == 102  # kernels of the mosaic
     with pytest.raises(UsageError, match=r"optim\.gain_lr_scale=0\.0 is invalid: it should be greater than 0"):
         build_model_and_settings("optim.gain_lr_scale=0.0")
-
-
-def test_run_id_is_that_of_runs_before_gain_lr_scale() -> None:
-    assert compute_run_id(identity(resolve(compose(["model=ana_lenet", "arrangement=mosaic"])))) == "0430b5a689d0"
-    assert "gain_lr_scale" not in identity(resolve(compose(["optim=sgd"])))["optim"]
 
 
 def test_pretrained_layers_have_own_learning_rate_if_it_is_set(tmp_path: Path) -> None:

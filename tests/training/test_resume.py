@@ -275,7 +275,7 @@ def test_interrupted_fresh_run_is_resumed_and_superseded_once(tmp_path: Path, un
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_damaged_best_weights_stop_the_resumed_run_with_one_line(
     tmp_path: Path, run_killed_after_last_epoch: DictConfig, name: str, damage: str
 ) -> None:
@@ -289,14 +289,13 @@ def test_damaged_best_weights_stop_the_resumed_run_with_one_line(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "akps.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
 def test_other_damaged_files_are_written_again_by_the_resumed_run(
-    tmp_path: Path, run_killed_after_last_epoch: DictConfig, name: str, damage: str
+    tmp_path: Path, run_killed_after_last_epoch: DictConfig, name: str
 ) -> None:
     cfg = copy_run(run_killed_after_last_epoch, tmp_path)
     file = parse_run(cfg).directory.path / name
     expected = file.read_bytes().replace(run_killed_after_last_epoch.paths.runs.encode(), str(tmp_path).encode())
-    damage_file(file, damage)
+    damage_file(file, "flipped")
     assert run_in_child(lambda: run(parse_run(cfg))) == 0
     assert file.read_bytes() == expected
 

@@ -10,7 +10,6 @@ import torch
 
 from tests.training.configurations import compose_run
 from tests.training.processes import run_in_child
-from training.config import compose, identity, resolve
 from training.errors import BusyError, UsageError
 from training.files import UNFINISHED, write_atomic, write_together
 from training.loop import run
@@ -41,27 +40,6 @@ RECORD = {
 
 
 # Identity
-
-
-def test_run_id_excludes_options_that_do_not_change_result(tmp_path: Path) -> None:
-    cfg = compose_run(tmp_path)
-    options = ["data.root=/x", "logger=wandb", "fresh=true", "trainer.accelerator=auto", "trainer.checkpoint_minutes=1"]
-    assert parse_run(cfg).directory.id == parse_run(compose_run(tmp_path / "other", *options)).directory.id
-    assert "paths" not in identity(resolve(cfg))
-
-
-def test_run_id_includes_options_that_change_result(tmp_path: Path) -> None:
-    overrides = ("seed=1", "optim.lr=0.1", "arrangement.conv1=G6", "data.shift=1", "trainer.test=false")
-    cfgs = [compose_run(tmp_path), *(compose_run(tmp_path, override) for override in overrides)]
-    assert len({parse_run(cfg).directory.id for cfg in cfgs}) == 1 + len(overrides)
-
-
-def test_identity_ignores_new_option_at_null(tmp_path: Path) -> None:
-    cfg = compose_run(tmp_path)
-    assert identity(resolve(compose_run(tmp_path, "++optim.new_option=null"))) == identity(resolve(cfg))
-    assert identity(resolve(compose_run(tmp_path, "++optim.new_option=1"))) != identity(resolve(cfg))
-    assert {"init", "tolerance"}.isdisjoint(identity(resolve(cfg))["model"]["layer"])  # these were added later, too
-    assert identity(resolve(compose(["model=lenet"])))["model"]["layer"] is None  # this was null from the start
 
 
 def test_run_id_does_not_depend_on_key_order() -> None:

@@ -129,11 +129,6 @@ def test_null_is_valid_only_for_options_that_allow_it() -> None:
             assert get_error(section, {**section.options, key: None}).startswith(f"{section.name}.{key}=")
 
 
-def test_text_is_converted_to_path_for_reader(tmp_path: Path) -> None:
-    message = get_error(IMAGEFOLDER, {**IMAGEFOLDER.options, "root": str(tmp_path / "photos")})
-    assert message.startswith(f"no folder {tmp_path / 'photos' / 'train'}")
-
-
 @pytest.mark.parametrize("section", SECTIONS)
 def test_unknown_option_is_named_with_its_value(section: Section) -> None:
     assert get_error(section, {**section.options, "foo": 3}) == f"unknown option {section.name}.foo=3"
