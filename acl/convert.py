@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 
 from acl.arrangement import Arrangement
 from acl.computed_conv import get_convolution_arguments
@@ -75,9 +76,9 @@ def convert(
     Raises:
         ValueError: for a name that matches no convolution, a layer that cannot be converted or that shares its weight
             or bias with a module that is not converted likewise, constant kernels (as all 1 x 1 kernels are) that
-            ``fit`` cannot fit, kernels of at most 2 x 2 pixels that would be 0, an AKP in ``learn`` that none of the
-            layers has, a tolerance without ``auto``, or arguments that AnalyticConv2d rejects. The model is then
-            unchanged.
+            ``fit`` cannot fit, kernels of at most 2 x 2 pixels that would be 0, 1 x 1 kernels without gains, which AKPs
+            could not change, an AKP in ``learn`` that none of the layers has, a tolerance without ``auto``, or
+            arguments that AnalyticConv2d rejects. The model is then unchanged.
         TypeError: for an unknown option, or an arrangement that is neither text nor an ``Arrangement``.
 
     Example:
@@ -157,7 +158,7 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
         The model, or the new convolution if the model is a single analytic convolution.
 
     Raises:
-        ValueError: for a layer whose forward pass is patched. The model is then unchanged.
+        ValueError: for a layer that is pruned, or whose forward pass is patched. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G24"))
@@ -168,6 +169,8 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     layers = analytic_layers(model)
     for name, layer in layers.items():
         refuse_patched_forward(layer, f"cannot fold {name or 'the layer'}")
+        if any(isinstance(hook, BasePruningMethod) for hook in layer._forward_pre_hooks.values()):
+            raise ValueError(f"cannot fold {name or 'the layer'}: it is pruned; make that permanent first")
     replacements = {layer: layer.fold(factored and is_factored(layer, cpu)) for layer in layers.values()}
     folded: dict[Any, Any] = {}
     for layer, new in replacements.items():
@@ -335,6 +338,11 @@ def _to_analytic(
                 f"cannot convert {name}: its {size} kernels of {' and '.join(zero)} would be 0; leave them plain, or "
                 "convert only larger kernels, as the rule k>=3 does"
             )
+        if _has_constant_kernels(layer):
+            raise ValueError(
+                f"cannot convert {name}: whatever their AKPs, its 1 x 1 kernels would be a constant or its negative; "
+                "leave them plain, or use amplitude=True"
+            )
         if init != "fit":
             return layer
         kinds = [[symbol] if KINDS[symbol].is_analytic else [] for symbol in layer.slot_kinds]
@@ -355,6 +363,12 @@ def _find_zero_kinds(layer: AnalyticConv2d) -> list[str]:
     if max(layer.kernel_size) > 2 or layer._format.is_meta:
         return []
     return [symbol for symbol in layer.akps() if layer.compute_shapes(symbol).abs().max() < 1e-6]
+
+
+def _has_constant_kernels(layer: AnalyticConv2d) -> bool:
+    """Whether analytic kernels of a layer have a single pixel, of which normalization leaves the sign."""
+    has_gains = layer.gains is not None or layer.options.amplitude
+    return layer.kernel_size == (1, 1) and layer.options.scale == "unit" and not has_gains and bool(layer.akps())
 
 
 def _replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> nn.Module:

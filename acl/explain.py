@@ -96,8 +96,9 @@ def attribute(model: nn.Module, batches: Batches, replace: Replacement = "zero",
         progress: show progress bars if stderr is a terminal.
 
     Raises:
-        ValueError: for a network without analytic layers or with one whose forward pass is patched, no data, an unknown
-            ``replace``, or ``mean`` for layers converted from a subclass of nn.Conv2d.
+        ValueError: for a network without analytic layers or with one whose forward pass is patched, no data, outputs or
+            labels of other shapes, an unknown ``replace``, or ``mean`` for layers converted from a subclass of
+            nn.Conv2d.
     """
     _check_replacement(replace, REPLACEMENTS)
     layers = _require_measurable_layers(model).values()
@@ -163,8 +164,8 @@ def leave_one_out(
         without the filter in a filter mosaic.
 
     Raises:
-        ValueError: for a network without analytic layers or with one whose forward pass is patched, no data, another
-            ``replace``, or a name in ``slots`` that is none of an analytic layer.
+        ValueError: for a network without analytic layers or with one whose forward pass is patched, no data, outputs or
+            labels of other shapes, another ``replace``, or a name in ``slots`` that is none of an analytic layer.
         IndexError: for a slot that a layer does not have.
     """
     _check_replacement(replace, KERNEL_REPLACEMENTS)
@@ -220,7 +221,13 @@ def _flatten_kernels(weight: Tensor) -> Tensor:
 
 
 def _count_correct(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
-    return int((model(inputs.clone()).argmax(1) == labels).sum())  # some networks edit their input in place
+    logits = model(inputs.clone())  # some networks edit their input in place
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        got = f"of the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"a network must return logits (n, classes) for labels (n,), got {got} for labels {tuple(labels.shape)}"
+        )
+    return int((logits.argmax(1) == labels).sum())
 
 
 @contextmanager

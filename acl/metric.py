@@ -139,8 +139,10 @@ def output_error(
         dilation: of the layer.
 
     Raises:
-        ValueError: for an approximation of another shape, or a metric of other kernels.
+        ValueError: for a weight of zeros, an approximation of another shape, or a metric of other kernels.
     """
+    if not weight.any():
+        raise ValueError("the weight is zero, so there is no error relative to it")
     if approximation.shape != weight.shape:
         raise ValueError(
             f"the approximation has the shape {tuple(approximation.shape)}, the weight {tuple(weight.shape)}"

@@ -181,9 +181,10 @@ def rescale(model: nn.Module, factor: float, multiply_stride: bool = False) -> n
 
     Raises:
         ValueError: for a network without analytic layers, a factor that is not positive and finite, a stride whose
-            multiple is not whole, parametrized or pruned kernels, layers converted from a subclass of nn.Conv2d, layers
-            that share AKPs or plain kernels, or formulas that are too fine for the pixels of a smaller image
-            (``UnsuitableFormulasError``). The model is then unchanged.
+            multiple is not whole or padding="same" of even windows with ``multiply_stride``, parametrized or pruned
+            kernels, layers converted from a subclass of nn.Conv2d, layers that share AKPs or plain kernels, or formulas
+            that are too fine for the pixels of a smaller image (``UnsuitableFormulasError``). The model is then
+            unchanged.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"factor must be positive and finite, got {factor}")
@@ -246,6 +247,9 @@ def _rescale_layer(layer: AnalyticConv2d, where: str, factor: float, multiply_st
         raise ValueError(f"{where} was converted from a {type(layer.host).__name__}, whose padding is not known")
     if multiply_stride and any(s * factor != round(s * factor) for s in layer.stride):
         raise ValueError(f"{where} has stride {layer.stride}, and {factor:g} times that is not whole")
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    if multiply_stride and (left, top) != (right, bottom):
+        raise ValueError(f"{where} has padding='same' and an even window, so its outputs could not keep their size")
     axes = rescale_axes(layer, factor, multiply_stride)
     new = _copy_with_geometry(layer, axes)
     if layer.plain is not None:

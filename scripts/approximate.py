@@ -4,6 +4,7 @@ Writes a table (.md, .csv) of R^2 against the number of parameters per kernel, t
 (.png, .pdf).
 """
 
+import hashlib
 import itertools
 import re
 import time
@@ -77,7 +78,7 @@ class ApproximateSettings:
 def main(settings: ApproximateSettings) -> None:
     try:
         weight, name = load_target(settings.source, settings.weights, settings.layer)
-        source = describe_source(settings)
+        source = describe_source(settings, weight)
         check_outputs(settings.folder / f"{name}.md", source)
         lines, fits = [], {}
         for title, options in tqdm(FITS.items(), desc="settings", disable=None):
@@ -111,19 +112,20 @@ def main(settings: ApproximateSettings) -> None:
     print(text)
 
 
-def describe_source(settings: ApproximateSettings) -> str:
-    """Names the kernels, and the options that are not the default ones and change the report."""
+def describe_source(settings: ApproximateSettings, weight: Tensor) -> str:
+    """Names the kernels, with a digest, and the options that are not the default ones and change the report."""
     defaults: Any = OmegaConf.load(CONFIGS / "approximate.yaml")
     options = {name: getattr(settings, name) for name in ("weights", "profile", "tolerances", "seed")}
     changed = [f"{name}={value}" for name, value in options.items() if value != defaults[name]]
-    return ", ".join([settings.source, *changed])
+    digest = hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest()[:12]
+    return ", ".join([settings.source, f"SHA-256 {digest}", *changed])
 
 
 def check_outputs(report: Path, source: str) -> None:
-    """Raises UsageError if the existing report describes kernels from elsewhere, such as a file of the same name."""
+    """Raises UsageError if the existing report describes other kernels, such as of a file of the same name."""
     lines = report.read_text("utf-8").splitlines() if report.exists() else []
     described = next((line.removeprefix(SOURCE) for line in lines if line.startswith(SOURCE)), source)
-    if Path(described).resolve() != Path(source).resolve():
+    if described.partition(", ")[2] != source.partition(", ")[2]:
         raise UsageError(f"{report} describes {described}; set folder=<another folder>, or move the file away")
 
 
@@ -147,6 +149,7 @@ def describe_fit(
 ) -> dict[str, object]:
     """Describes a fit to a weight; ``num_uncounted`` values of each analytic kernel are no parameters of it."""
     kinds = [kernel.kind for kernel in fit.kernels]
+    energies, errors = ((kernels**2).sum((2, 3)) for kernels in (weight, weight - fit.weight()))
     parameters = fit.num_parameters - num_uncounted * sum(bool(kernel.akps) for kernel in fit.kernels)
     return {
         "setting": title,
@@ -154,7 +157,7 @@ def describe_fit(
         "numbers": parameters,
         "r2": 1 - acl.output_error(weight, fit.weight(), "pixels"),
         "output_error": acl.output_error(weight, fit.weight()),
-        "worst_r2": min(kernel.r2 for kernel in fit.kernels if kernel.r2 is not None),
+        "worst_r2": 1 - float((errors / energies)[energies > 0].max()),
         "kinds": " ".join(f"{symbol}{kinds.count(symbol)}" for symbol in acl.kernels.KINDS if symbol in kinds),
         "seconds": seconds,
     }

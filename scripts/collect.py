@@ -32,7 +32,7 @@ def main(settings: CollectSettings) -> None:
         raise UsageError("no record could be read")
     frame = pd.json_normalize(records).rename(columns=lambda name: name.removeprefix("config."))
     # Columns that differ between the runs come first.
-    frame = frame[sorted(frame.columns, key=lambda name: frame[name].astype(str).nunique() == 1)]
+    frame = frame[sorted(frame.columns, key=lambda name: frame[name].astype(str).nunique(dropna=False) == 1)]
     write_atomic(settings.file, frame.to_csv(index=False))
     print(f"{settings.file}: {len(frame)} runs")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from lightning_fabric.utilities.seed import seed_everything
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from tqdm import tqdm
@@ -87,6 +88,7 @@ METHODS: dict[str, Callable[[Tensor, int, acl.Metric], tuple[Tensor, float]]] = 
 def main(settings: CompareSettings) -> None:
     run = parse_run(compose(settings.overrides))
     data = load_run_data(run)
+    seed_everything(run.seed, verbose=False)
     model, labels = create_classifier(run, data, settings)
     conv = dict(model.named_modules()).get(settings.layer)
     if not isinstance(conv, nn.Conv2d) or isinstance(conv, acl.AnalyticConv2d):

@@ -43,9 +43,14 @@ _NULL_IN_IDENTITY = (("model", "layer"), ("data", "crop"), ("data", "mean"), ("d
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
     """Converts a configuration to plain values, as written to config.yaml."""
-    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    values = _with_text_keys(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return values
+
+
+def _with_text_keys(node: Any) -> Any:
+    """Layers can have numbers as names, which JSON turns into text."""
+    return {str(key): _with_text_keys(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
 def identity(values: dict[str, Any], parent_path: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -159,6 +164,9 @@ def format_error(error: BaseException) -> str:
         return f"unknown option {unknown.full_key}" + (f"; known: {', '.join(known)}" if known else "")
     if isinstance(error, OverrideParseException) and "=" in error.override:
         key, _, value = error.override.partition("=")
+        if not re.fullmatch(r"[\w.+~/@:$-]*", key):
+            file = "configs/arrangement/<name>.yaml"
+            return f"cannot read {error.override}: write such names of layers to {file}, and set arrangement=<name>"
         text = '["..."]' if value.startswith("[") else '"' + value.replace('"', '\\"') + '"'
         reason = f" ({' '.join(str(error.__cause__).split())})" if isinstance(error.__cause__, HydraException) else ""
         hint = "put text with special characters in quotes, inside those of the shell"

@@ -27,6 +27,7 @@ from training.files import UNFINISHED, write_atomic
 FORMAT = 3
 CHUNK = 256
 """Images between updates of the progress file; a killed process loses the work on at most this many."""
+_REMEDY = "repair or remove it; a new run leaves out such images with data.skip_undecodable=true"
 
 
 def load_decoded_images(
@@ -62,7 +63,7 @@ def load_decoded_images(
     except OSError as error:
         raise UsageError(f"cannot store decoded images in {folder}: {error.strerror or error}") from error
     if skipped and not skip_undecodable:
-        raise UsageError(f"{paths[skipped[0]]} cannot be decoded; data.skip_undecodable=true leaves it out")
+        raise UsageError(f"{paths[skipped[0]]} cannot be decoded; {_REMEDY}")
     if skipped:
         more = ", ..." if len(skipped) > 1 else ""
         print(f"left out {len(skipped)} images that cannot be decoded: {paths[skipped[0]]}{more}", file=sys.stderr)
@@ -100,10 +101,7 @@ def _find_or_decode(
                 elif skip_undecodable:
                     skipped.append(i)
                 else:
-                    raise UsageError(
-                        f"{paths[i]} cannot be decoded ({decoded}); repair or remove it, or leave out such images with "
-                        "data.skip_undecodable=true"
-                    )
+                    raise UsageError(f"{paths[i]} cannot be decoded ({decoded}); {_REMEDY}")
             images.flush()
             write_atomic(progress_file, json.dumps({"key": key, "done": start + len(chunk), "skipped": skipped}))
             progress_bar.update(len(chunk))

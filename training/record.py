@@ -9,6 +9,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from typing_extensions import TypedDict
 
+from training.config import flatten
 from training.errors import UsageError
 from training.files import parse_json, read_bytes
 from training.validation import Seed
@@ -124,7 +125,11 @@ class Record(Recorded):
 
 def compute_run_id(identity: Mapping[str, Any]) -> str:
     """12 hexadecimal digits: a hash of the part of a configuration that determines a run's result."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    text = json.dumps(identity, sort_keys=True)
+    layers = list(flatten(identity.get("arrangement", {})))
+    if layers != sorted(layers):  # a later rule overrides an earlier one, and AKPs are sampled in this order
+        text += json.dumps(layers)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_record(file: Path) -> Record:

@@ -88,7 +88,7 @@ def test_converted_and_folded_layers_give_outputs_of_the_same_layout(
     conv = nn.Conv2d(**{"out_channels": 8, "kernel_size": 3, **options}).to(memory_format=memory_format)
     x = torch.randn(2, conv.in_channels, 9, 9)
     strides = conv.weight.stride(), conv(x).stride()
-    layer = convert(copy.deepcopy(conv), "first", "G100%")
+    layer = convert(copy.deepcopy(conv), "first", "G100%", amplitude=True)
     assert (layer.weight.stride(), layer(x).stride()) == strides
     folded = fold(layer)
     assert (folded.weight.stride(), folded(x).stride()) == strides
@@ -107,7 +107,18 @@ def test_kernels_of_1_x_1_that_would_be_zero_are_refused(per: Any, init: str) ->
     with pytest.raises(ValueError, match=message):
         convert(model, "all", "G25% Lg25% Tf25% P25%", init, per=per)
     assert analytic_layers(model) == {}
-    assert convert(model, {"all": "G100%", "k>=3": "Lg100%"}, init="random", per=per)[1].weight.any()
+
+
+def test_kernels_of_1_x_1_that_cannot_change_are_refused() -> None:
+    def create() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1))
+
+    message = "cannot convert 1: whatever their AKPs, its 1 x 1 kernels would be a constant or its negative; leave"
+    with pytest.raises(ValueError, match=message):
+        convert(create(), "all", "G50% P50%")
+    for options in ({"amplitude": True}, {"per": "filter"}, {"scale": "raw"}):
+        convert(create(), "all", "G50% P50%", **options)
+    assert analytic_layers(convert(create(), {"all": "P100%", "k>=3": "Lg100%"})).keys() == {"0", "1"}
 
 
 def test_convert_leaves_model_unchanged_on_error() -> None:
@@ -165,7 +176,7 @@ def test_convert_selects_layers_by_rule() -> None:
         return list(analytic_layers(convert(model, *arguments)))
 
     assert list_converted_names("first", "G100%") == ["0"]
-    assert list_converted_names("all", "G100%") == ["0", "1", "2", "3"]
+    assert list_converted_names("all", "P100%") == ["0", "1", "2", "3"]
     assert list_converted_names("k>=4", "G100%") == ["0", "3"]
     assert list_converted_names({"k>=7": "G100%", "1": "P100%"}) == ["1", "3"]
     with pytest.raises(ValueError, match=r"no convolution is named 'k>=9'; the model has: 0 \(5 x 5\), 1 \(1 x 1\)"):
@@ -588,6 +599,17 @@ def test_fold_refuses_patched_forward_pass() -> None:
     model[0].forward = lambda x: 2 * forward(x)
     with pytest.raises(ValueError, match="cannot fold 0: its forward pass is patched"):
         acl.fold(model)
+
+
+@pytest.mark.parametrize("name", ["plain", "gains", "bias"])
+def test_fold_refuses_pruned_layer(name: str) -> None:
+    model = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G50% P50%", per="filter"))
+    prune.l1_unstructured(model[0], name, 0.5)
+    with pytest.raises(ValueError, match="cannot fold 0: it is pruned; make that permanent first"):
+        acl.fold(model)
+    expected = model(x := torch.randn(1, 3, 9, 9))
+    prune.remove(model[0], name)
+    torch.testing.assert_close(acl.fold(model)(x), expected)
 
 
 def test_fold_of_shared_kernels_in_another_form_keeps_outputs() -> None:

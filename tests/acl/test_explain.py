@@ -247,6 +247,23 @@ def test_attribute_rejects_invalid_arguments(
         attribute(make_network(*arrangements), batches, progress=False, **options)
 
 
+@pytest.mark.parametrize("measure", [attribute, leave_one_out])
+def test_outputs_and_labels_of_other_shapes_are_rejected(measure: Callable[..., object]) -> None:
+    def with_columns() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((inputs, labels[:, None]) for inputs, labels in iterate_batches())
+
+    class TwoHeads(nn.Sequential):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002 - nn.Sequential's name
+            logits = super().forward(input)
+            return logits, logits
+
+    model, message = make_network("G100%"), r"a network must return logits \(n, classes\) for labels \(n,\), got "
+    with pytest.raises(ValueError, match=message + r"of the shape \(\d+, \d+\) for labels \(\d+, 1\)"):
+        measure(model, with_columns, progress=False)
+    with pytest.raises(ValueError, match=message + "a tuple"):
+        measure(TwoHeads(*model), iterate_batches, progress=False)
+
+
 def test_leave_one_out_rejects_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="the network has no analytic layer"):
         leave_one_out(make_network(), iterate_batches, progress=False)

@@ -230,6 +230,13 @@ def test_outputs_on_larger_image_are_not_shifted(size: int, padding: int | str) 
     assert compute_relative_error(rescaled[..., :n, :n], expected[..., :n, :n], 2 * border) < 0.05
 
 
+def test_even_windows_with_padding_same_cannot_multiply_their_stride() -> None:
+    odd, even = (make_layer("G100%", size, padding="same") for size in (5, 4))
+    assert acl.rescale(odd, 2.0, multiply_stride=True)(make_smooth_image(64)).shape[-2:] == (32, 32)
+    with pytest.raises(ValueError, match=r"the layer has padding='same' and an even window"):
+        acl.rescale(even, 2.0, multiply_stride=True)
+
+
 def test_padding_valid_is_padding_0() -> None:
     image = make_smooth_image(64)
     outputs = [acl.rescale(make_layer("P100%", padding=padding), 1.5)(image) for padding in (0, "valid")]

@@ -26,7 +26,7 @@ def test_approximate_fits_kernels_of_file(
     done = call_script("approximate.py", f"source={tmp_path}/conv.npy", *options)
     assert done.returncode == 0, done.stderr
     frame = pd.read_csv(tmp_path / "out/conv.csv").set_index("setting")
-    assert len(frame) == 20 and (frame["r2"] <= 1).all()
+    assert len(frame) == 20 and (frame["r2"] <= 1).all() and (frame["worst_r2"] <= frame["r2"]).all()
     assert frame["output_error"]["images: Gabor, amplitude"] < frame["output_error"]["Gabor, amplitude"]
     assert frame["numbers"]["Gabor per filter"] == 2 * (4 + 2)
     assert frame["numbers"]["Gabor, amplitude"] == 3 * 5 + 25
@@ -74,16 +74,23 @@ def test_names_with_dots_keep_their_own_outputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick_fits")
-def test_outputs_of_other_kernels_of_same_name_are_kept(tmp_path: Path) -> None:
-    first, second = save_kernels(tmp_path / "a/conv.npy"), save_kernels(tmp_path / "b/conv.npy", 2.0)
+def test_outputs_of_other_kernels_of_same_name_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Path("conv.npy"), Path("../b/conv.npy")
+    save_kernels(tmp_path / "a/conv.npy")
+    save_kernels(tmp_path / "b/conv.npy", 2.0)
+    monkeypatch.chdir(tmp_path / "a")
     approximate_file(first, tmp_path / "out")
     files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UsageError, match=rf"out/conv\.md describes {first}; set folder=<another folder>, or move"):
+    with pytest.raises(UsageError, match=rf"out/conv\.md describes {first}, .*; set folder=<another folder>, or move"):
         approximate_file(second, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UsageError, match=rf"describes {first}, .*; set folder="):
+        approximate_file(first, tmp_path / "out")  # other kernels in a file of the same relative name
+    monkeypatch.chdir(tmp_path / "a")
     assert {path: path.read_bytes() for path in files} == files
-    with pytest.raises(UsageError, match=rf"describes {first}; set folder="):
+    with pytest.raises(UsageError, match=rf"describes {first}, .*; set folder="):
         approximate_file(first, tmp_path / "out", "profile=linear")
-    approximate_file(first, tmp_path / "out")  # the same kernels again
+    approximate_file(first.resolve(), tmp_path / "out")  # the same kernels again
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ def test_compare_approximations_writes_values_per_image(tmp_path: Path, call_scr
     assert any(line["probe_correct"] != line["refitted_probe_correct"] for line in others)
 
 
+def test_random_layer_is_that_of_the_seed(tmp_path: Path, call_script: RunScript) -> None:
+    options = ["layer=conv1", "features=null", "metrics=[pixels]", "numbers=[5]", "methods=[truncated SVD]"]
+    contents = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        overrides = f'overrides=["data=digits","model=lenet","seed={seed}"]'
+        done = call_script("compare_approximations.py", overrides, *options, f"file={tmp_path}/{name}.jsonl")
+        assert done.returncode == 0, done.stderr
+        contents.append([json.loads(line)["explained_percent"] for line in (tmp_path / f"{name}.jsonl").open()])
+    assert contents[0] == contents[1] != contents[2]
+
+
 @pytest.fixture
 def imagenet_options(tmp_path: Path) -> list[str]:
     """Images of two of ImageNet's classes, and a SqueezeNet with random weights that tells them."""

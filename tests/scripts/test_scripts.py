@@ -82,6 +82,8 @@ def test_collect_lists_every_run_of_sweep(tmp_path: Path, call_script: RunScript
     frame = pd.read_csv(tmp_path / "all.csv")
     assert sorted(zip(frame["arrangement.conv1"], frame["seed"], strict=True))[0] == ("G3_P3", 0)
     assert {"test.top1", "parameters.conv", "optim.lr", "commit", "machine.device", "versions.torch"} <= set(frame)
+    equal = [name for name in frame if frame[name].nunique(dropna=False) == 1]
+    assert {"arrangement.conv1", "seed"}.isdisjoint(equal) and list(frame)[-len(equal) :] == equal
 
 
 def test_collect_skips_corrupt_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import json
 import shlex
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_error_says_how_to_quote_value_with_special_characters(value: str) -> No
     assert message.startswith(f"cannot read data.root={value}") and "\n" not in message
     (override,) = shlex.split(message.partition(" in quotes, inside those of the shell: ")[2])
     assert compose([override]).data.root == value
+
+
+@pytest.mark.parametrize("name", ["k>=5", "conv*", "layer1.*.conv2"])
+def test_error_says_where_to_write_names_of_layers_that_a_command_line_cannot_have(name: str) -> None:
+    with pytest.raises(UsageError, match=r"write such names of layers to configs/arrangement/<name>\.yaml, and set"):
+        compose([f"arrangement.{name}=G100%"])
 
 
 def test_overrides_add_keys_below_roots_only() -> None:
@@ -189,6 +196,19 @@ def test_options_that_were_always_null_stay_in_identity() -> None:
     data = get_identity(*null_options)["data"]
     assert [data[key] for key in ("mean", "std", "crop")] == [None, None, None]
     assert compute_id(*null_options) != compute_id("data=flowers102")
+
+
+def test_order_of_rules_for_layers_is_part_of_the_identity() -> None:
+    """A later rule overrides an earlier one, and AKPs are sampled in this order."""
+    rules = ["arrangement.all=P100%", "arrangement.conv1=G100%"]
+    assert compute_id(*rules) != compute_id(*reversed(rules))
+    nested = ["arrangement.layer1.0=G100%", "arrangement.layer1.1=P100%"]
+    assert compute_id(*nested) != compute_id(*reversed(nested))
+
+
+def test_layers_named_by_numbers_have_text_as_names() -> None:
+    values = get_identity("arrangement.features={0: G100%}")
+    assert values == json.loads(json.dumps(values)) == get_identity("arrangement.features.0=G100%")
 
 
 def test_null_arrangement_of_a_layer_stays_in_identity() -> None:
