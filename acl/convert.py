@@ -170,7 +170,7 @@ def fold(model: nn.Module, factored: bool = False) -> nn.Module:
     for name, layer in layers.items():
         refuse_patched_forward(layer, f"cannot fold {name or 'the layer'}")
         if any(isinstance(hook, BasePruningMethod) for hook in layer._forward_pre_hooks.values()):
-            raise ValueError(f"cannot fold {name or 'the layer'}: it is pruned; make that permanent first")
+            raise ValueError(f"cannot fold {name or 'the layer'}: it is pruned; call torch.nn.utils.prune.remove first")
     replacements = {layer: layer.fold(factored and is_factored(layer, cpu)) for layer in layers.values()}
     folded: dict[Any, Any] = {}
     for layer, new in replacements.items():
@@ -338,7 +338,7 @@ def _to_analytic(
                 f"cannot convert {name}: its {size} kernels of {' and '.join(zero)} would be 0; leave them plain, or "
                 "convert only larger kernels, as the rule k>=3 does"
             )
-        if _has_constant_kernels(layer):
+        if init != "fit" and _has_constant_kernels(layer):
             raise ValueError(
                 f"cannot convert {name}: whatever their AKPs, its 1 x 1 kernels would be a constant or its negative; "
                 "leave them plain, or use amplitude=True"

@@ -33,7 +33,7 @@ def main() -> None:
     subsets = len(attribute(model, batches, progress=False).correct)
     tasks = {
         "attribution": lambda _: attribute(model, batches, progress=False),
-        "evaluations": lambda _: [predict(model, data, data.val)[0] for _ in range(subsets)],
+        "evaluations": lambda _: [predict(model, data, data.val) for _ in range(subsets)],
     }
     seconds, _ = time_alternately(tasks, ROUNDS)
     print(f"{ROUNDS} rounds, {torch.get_num_threads()} threads, {len(data.val)} images, {subsets} subsets")

@@ -50,12 +50,13 @@ def create_model(
         channels, classes: the numbers of image channels and classes.
         arrangement: convolution name -> arrangement; convolutions without one stay plain.
         layer: options of ``acl.convert`` for an AnaNN, where None stands for the default; None for a plain network.
-        control: in what the network differs from others (see ``models.controls``).
+        control: makes the network a control (see ``models.controls``).
         options: options of the backbone, such as ``kernel_size`` (four_layer) or ``pretrained`` (torchvision and timm).
 
     Raises:
         ValueError: for an unknown backbone, an arrangement for a plain network, no arrangement for an AnaNN, a control
-            of the other kind of network, or arguments that the backbone, the control or ``acl.convert`` rejects.
+            that needs an AnaNN or a plain network instead, or arguments that the backbone, the control or
+            ``acl.convert`` rejects.
     """
     create = find_backbone(backbone)
     config_name = backbone.split("/")[0]

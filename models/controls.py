@@ -10,8 +10,8 @@ from acl.computed_conv import ComputedConv2d, get_convolution_arguments
 from acl.kernels import KINDS
 from models.library import find_random_layers
 
-Control = Literal["random", "permuted", "zero_sum", "folded", "shuffled"]
-CONTROLS_OF_ANALYTIC = ("folded", "shuffled")
+Control = Literal["random", "permuted", "zero_sum", "folded", "shuffled", "noise"]
+CONTROLS_OF_ANALYTIC = ("folded", "shuffled", "noise")
 """The controls that turn an AnaNN into a plain network; the others change plain networks."""
 
 
@@ -24,8 +24,9 @@ def apply_control(model: nn.Module, control: Control) -> None:
         control: ``random``: a pretrained network's first convolution has random weights instead, which learn at the
             rate of all random layers; ``permuted``: it has its pretrained filters in a random order, so that the next
             layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too;
-            ``folded``: an AnaNN becomes plain, and starts with the same weights; ``shuffled``: and those of each
-            formula's kernel are in a random order, so that its norm and sum are left, but not its shape.
+            ``folded``: an AnaNN becomes plain, and starts with the same weights; ``shuffled``: like ``folded``, with
+            the pixels of each formula's kernel in a random order, which keeps its norm, sum and values, but not its
+            shape; ``noise``: like ``folded``, with Gaussian noise of the same norm for each formula's kernel.
 
     Raises:
         ValueError: for a network without convolutions, for ``random`` and ``permuted`` with a network that is not
@@ -34,9 +35,9 @@ def apply_control(model: nn.Module, control: Control) -> None:
     if control in CONTROLS_OF_ANALYTIC:
         layers = analytic_layers(model)
         fold(model)
-        if control == "shuffled":
+        if control != "folded":
             for name, layer in layers.items():
-                _shuffle_formulas(layer, model.get_parameter(f"{name}.weight").data)
+                _replace_formulas(layer, model.get_parameter(f"{name}.weight").data, control)
         return
     name, conv = next(((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if conv is None:
@@ -60,14 +61,22 @@ def apply_control(model: nn.Module, control: Control) -> None:
             parameter.data = parameter.data[order]
 
 
-def _shuffle_formulas(layer: AnalyticConv2d, weight: Tensor) -> None:
-    """Gives a weight of a layer's shape another order of the pixels in each formula's kernel, in place."""
+def _replace_formulas(layer: AnalyticConv2d, weight: Tensor, control: Control) -> None:
+    """Shuffles the pixels of formulas in a weight of a layer's shape, or replaces them by noise, in place.
+
+    The kernels of a filter, which have one shape, keep one.
+    """
     kernels = layer.view_slots(weight.contiguous())
     pixels = kernels.flatten(-2)
-    shuffled = pixels.gather(-1, torch.rand_like(pixels).argsort(-1)).view_as(kernels)
+    shape = (len(pixels), *[1] * (pixels.ndim - 2), pixels.shape[-1])
+    if control == "shuffled":
+        replaced = pixels.gather(-1, torch.rand(shape).argsort(-1).expand_as(pixels))
+    else:
+        noise = torch.randn(shape)
+        replaced = noise / noise.norm(dim=-1, keepdim=True) * pixels.norm(dim=-1, keepdim=True)
     is_formula = torch.tensor([KINDS[symbol].is_analytic for symbol in layer.slot_kinds])
-    is_formula = is_formula.view(-1, *[1] * (kernels.ndim - 1))
-    weight.copy_(torch.where(is_formula, shuffled, kernels).view_as(weight))
+    is_formula = is_formula.view(-1, *[1] * (pixels.ndim - 1))
+    weight.copy_(torch.where(is_formula, replaced, pixels).view_as(weight))
 
 
 class ZeroSumConv2d(ComputedConv2d):

@@ -165,8 +165,10 @@ def format_error(error: BaseException) -> str:
     if isinstance(error, OverrideParseException) and "=" in error.override:
         key, _, value = error.override.partition("=")
         if not re.fullmatch(r"[\w.+~/@:$-]*", key):
-            file = "configs/arrangement/<name>.yaml"
-            return f"cannot read {error.override}: write such names of layers to {file}, and set arrangement=<name>"
+            hint = f"no option is named '{key}'"
+            if key.lstrip("+").startswith("arrangement."):
+                hint = "write such names of layers to configs/arrangement/<name>.yaml, and set arrangement=<name>"
+            return f"cannot read {error.override}: {hint}"
         text = '["..."]' if value.startswith("[") else '"' + value.replace('"', '\\"') + '"'
         reason = f" ({' '.join(str(error.__cause__).split())})" if isinstance(error.__cause__, HydraException) else ""
         hint = "put text with special characters in quotes, inside those of the shell"

@@ -605,7 +605,7 @@ def test_fold_refuses_patched_forward_pass() -> None:
 def test_fold_refuses_pruned_layer(name: str) -> None:
     model = nn.Sequential(AnalyticConv2d(3, 8, 5, arrangement="G50% P50%", per="filter"))
     prune.l1_unstructured(model[0], name, 0.5)
-    with pytest.raises(ValueError, match="cannot fold 0: it is pruned; make that permanent first"):
+    with pytest.raises(ValueError, match=r"cannot fold 0: it is pruned; call torch\.nn\.utils\.prune\.remove first"):
         acl.fold(model)
     expected = model(x := torch.randn(1, 3, 9, 9))
     prune.remove(model[0], name)

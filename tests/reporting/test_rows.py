@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from models.controls import CONTROLS_OF_ANALYTIC
 from reporting.rows import DIFFERENCE, Row, summarize
 from reporting.statistics import interval_of_difference
 from tests.reporting.helpers import make_record
@@ -75,10 +76,10 @@ CORRECT = {
 
 def test_arrangement_of_a_network_that_only_starts_with_formulas_is_plain() -> None:
     arrangement = {"conv1": "G6", "conv2": None}
-    controls = (None, "folded", "shuffled")
+    controls = (None, *CONTROLS_OF_ANALYTIC)
     configs = [{"arrangement": arrangement, "model": {"control": control}} for control in controls]
     rows = [Row(str(i), [], records=[make_record(0, 90.0, config=config)]) for i, config in enumerate(configs)]
-    assert summarize(rows)["arrangement"].tolist() == ["conv1: G6", "plain", "plain"]
+    assert summarize(rows)["arrangement"].tolist() == ["conv1: G6", *["plain"] * len(CONTROLS_OF_ANALYTIC)]
 
 
 def test_records_of_images_give_interval_over_seeds_and_images() -> None:

@@ -46,7 +46,7 @@ def test_other_loss_at_same_accuracy_is_consistent(split: str) -> None:
         ((10.0, 80.0, 92.0), "differs"),  # so erratic that the paired interval includes 0
     ],
 )
-def test_verdict_weighs_shift_against_spread(rerun: tuple[float, ...], outcome: str) -> None:
+def test_outcome_weighs_shift_against_spread(rerun: tuple[float, ...], outcome: str) -> None:
     assert compare(make_row(*TOP1), make_row(*rerun))[0] == outcome
 
 

@@ -64,6 +64,8 @@ def test_compose_leaves_hydra_uninitialized() -> None:
         ("trainer.epoch=3", "unknown option trainer.epoch; known: epochs, batch_size, "),
         ("sead=3", "unknown option sead; known: data, model, "),
         ("seed.x=3", "unknown option seed.x"),
+        ("seed =3", "cannot read seed =3: no option is named 'seed '"),
+        ("optim.lr!=3", "cannot read optim.lr!=3: no option is named 'optim.lr!'"),
         ("seed", "seed"),
     ],
 )

@@ -21,7 +21,7 @@ def model_and_data() -> tuple[nn.Module, Data]:
     return build_model(settings, data), data
 
 
-def test_evaluate_matches_accuracy_and_loss_of_one_batch(model_and_data: tuple[nn.Module, Data]) -> None:
+def test_predict_matches_accuracy_and_loss_of_one_batch(model_and_data: tuple[nn.Module, Data]) -> None:
     """The training split fills more than one batch, and the last one is smaller."""
     model, data = model_and_data
     split = data.train
@@ -43,7 +43,7 @@ class Float64Refused(TorchDispatchMode):
         return result
 
 
-def test_evaluate_works_without_float64(model_and_data: tuple[nn.Module, Data]) -> None:
+def test_predict_works_without_float64(model_and_data: tuple[nn.Module, Data]) -> None:
     model, data = model_and_data
     fabric: Any = SimpleNamespace(global_rank=0, world_size=1)
     with Float64Refused():
@@ -51,7 +51,7 @@ def test_evaluate_works_without_float64(model_and_data: tuple[nn.Module, Data]) 
     assert result == predict(model, data, data.val)[0]
 
 
-def test_evaluate_disables_dropout_and_gradients(model_and_data: tuple[nn.Module, Data]) -> None:
+def test_predict_disables_dropout_and_gradients(model_and_data: tuple[nn.Module, Data]) -> None:
     model, data = model_and_data
     noisy_model = nn.Sequential(model, nn.Dropout(0.9)).train()
     outputs: list[torch.Tensor] = []

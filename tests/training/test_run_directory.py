@@ -42,7 +42,7 @@ RECORD = {
 # Identity
 
 
-def test_run_id_does_not_depend_on_key_order() -> None:
+def test_run_id_does_not_depend_on_order_of_sections() -> None:
     assert compute_run_id({"seed": 0, "data": {"name": "digits"}}) == "04b9f0707ff1"
     assert compute_run_id({"data": {"name": "digits"}, "seed": 0}) == "04b9f0707ff1"
     assert compute_run_id({"seed": 1, "data": {"name": "digits"}}) != "04b9f0707ff1"
