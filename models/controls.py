@@ -10,8 +10,8 @@ from acl.computed_conv import ComputedConv2d, get_convolution_arguments
 from acl.kernels import KINDS
 from models.library import find_random_layers
 
-Control = Literal["random", "permuted", "zero_sum", "folded", "shuffled", "noise"]
-CONTROLS_OF_ANALYTIC = ("folded", "shuffled", "noise")
+Control = Literal["random", "permuted", "zero_sum", "folded", "shuffled"]
+CONTROLS_OF_ANALYTIC = ("folded", "shuffled")
 """The controls that turn an AnaNN into a plain network; the others change plain networks."""
 
 
@@ -26,7 +26,7 @@ def apply_control(model: nn.Module, control: Control) -> None:
             layer finds none where it expects it; ``zero_sum``: each of its kernels sums to zero, during training too;
             ``folded``: an AnaNN becomes plain, and starts with the same weights; ``shuffled``: like ``folded``, with
             the pixels of each formula's kernel in a random order, which keeps its norm, sum and values, but not its
-            shape; ``noise``: like ``folded``, with Gaussian noise of the same norm for each formula's kernel.
+            shape.
 
     Raises:
         ValueError: for a network without convolutions, for ``random`` and ``permuted`` with a network that is not
@@ -35,9 +35,9 @@ def apply_control(model: nn.Module, control: Control) -> None:
     if control in CONTROLS_OF_ANALYTIC:
         layers = analytic_layers(model)
         fold(model)
-        if control != "folded":
+        if control == "shuffled":
             for name, layer in layers.items():
-                _replace_formulas(layer, model.get_parameter(f"{name}.weight").data, control)
+                _shuffle_formulas(layer, model.get_parameter(f"{name}.weight").data)
         return
     name, conv = next(((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))
     if conv is None:
@@ -61,22 +61,15 @@ def apply_control(model: nn.Module, control: Control) -> None:
             parameter.data = parameter.data[order]
 
 
-def _replace_formulas(layer: AnalyticConv2d, weight: Tensor, control: Control) -> None:
-    """Shuffles the pixels of formulas in a weight of a layer's shape, or replaces them by noise, in place.
-
-    The kernels of a filter, which have one shape, keep one.
-    """
+def _shuffle_formulas(layer: AnalyticConv2d, weight: Tensor) -> None:
+    """Shuffles the pixels of each formula in a weight of a layer's shape, in place; those of a filter in one order."""
     kernels = layer.view_slots(weight.contiguous())
     pixels = kernels.flatten(-2)
-    shape = (len(pixels), *[1] * (pixels.ndim - 2), pixels.shape[-1])
-    if control == "shuffled":
-        replaced = pixels.gather(-1, torch.rand(shape).argsort(-1).expand_as(pixels))
-    else:
-        noise = torch.randn(shape)
-        replaced = noise / noise.norm(dim=-1, keepdim=True) * pixels.norm(dim=-1, keepdim=True)
+    order = torch.rand(len(pixels), *[1] * (pixels.ndim - 2), pixels.shape[-1]).argsort(-1)
     is_formula = torch.tensor([KINDS[symbol].is_analytic for symbol in layer.slot_kinds])
     is_formula = is_formula.view(-1, *[1] * (pixels.ndim - 1))
-    weight.copy_(torch.where(is_formula, replaced, pixels).view_as(weight))
+    shuffled = torch.where(is_formula, pixels.gather(-1, order.expand_as(pixels)), pixels)
+    weight.copy_(shuffled.view_as(weight))
 
 
 class ZeroSumConv2d(ComputedConv2d):

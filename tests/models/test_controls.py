@@ -86,14 +86,13 @@ def test_folded_has_the_start_of_an_analytic_network_and_is_plain() -> None:
     torch.testing.assert_close(folded(x), analytic(x))
 
 
-@pytest.mark.parametrize("control", ["shuffled", "noise"])
 @pytest.mark.parametrize("per", ["kernel", "filter"])
-def test_shapes_of_formulas_alone_are_replaced(per: str, control: Any) -> None:
+def test_shuffled_changes_the_shape_of_formulas_alone(per: str) -> None:
     arrangement = {"conv2": "G50% P50%"}
     torch.manual_seed(0)
     analytic = models.create_model("lenet", 1, 10, arrangement, {"per": per})
     torch.manual_seed(0)
-    changed = models.create_model("lenet", 1, 10, arrangement, {"per": per}, control)
+    changed = models.create_model("lenet", 1, 10, arrangement, {"per": per}, "shuffled")
     assert type(changed.conv2) is nn.Conv2d
     assert torch.equal(changed.conv1.weight, analytic.conv1.weight)
     assert torch.equal(changed.conv2.bias, analytic.conv2.bias)
@@ -101,9 +100,8 @@ def test_shapes_of_formulas_alone_are_replaced(per: str, control: Any) -> None:
     before, after = (analytic.conv2.view_slots(net.conv2.weight.detach()) for net in (analytic, changed))
     assert torch.equal(before[~is_formula], after[~is_formula])
     before, after = before[is_formula].flatten(-2), after[is_formula].flatten(-2)
-    torch.testing.assert_close(before.norm(dim=-1), after.norm(dim=-1))
     assert torch.linalg.matrix_rank(after[0].view(-1, 25)) == 1  # the kernels of a filter have one shape
-    assert torch.equal(before.sort().values, after.sort().values) == (control == "shuffled")
+    assert torch.equal(before.sort().values, after.sort().values)
     assert not torch.isclose(before, after).all(-1).any()
 
 
