@@ -169,9 +169,9 @@ def render_markdown(name: str, source: str, weight: Tensor, frame: pd.DataFrame,
         f"# Kernels of {name} as formulas",
         "",
         f"{out_channels * in_channels} kernels of size {size[0]} x {size[1]}, {weight.numel():,} weights. R² is the "
-        "share of the kernels' energy over pixels that a fit explains. The output error is the energy of the error of the layer's "
-        "outputs on images of power 1 / f², relative to that of the outputs. Fits labeled 'images' minimize it, all "
-        "others the error over pixels. 'Shape alone' ignores each kernel's norm.",
+        "share of the kernels' energy over pixels that a fit explains. The output error is the energy of the error of "
+        "the layer's outputs on images of power 1 / f², relative to that of the outputs. Fits labeled 'images' "
+        "minimize it, all others the error over pixels. 'Shape alone' ignores each kernel's norm.",
         "",
         f"{SOURCE}{source}",
         "",
