@@ -170,8 +170,8 @@ def test_explain_rejects_plain_and_unfinished_runs(tmp_path: Path, run_path: Pat
     assert done.stderr.count("\n") == 1
 
 
-def test_exported_network_gives_logits_of_run(run_path: Path, tmp_path: Path, run_script: RunScript) -> None:
-    done = run_script("export.py", f"run={run_path}", f"file={tmp_path}/net.onnx", "fold=false")
+def test_exported_network_gives_logits_of_run(run_path: Path, tmp_path: Path, call_script: RunScript) -> None:
+    done = call_script("export.py", f"run={run_path}", f"file={tmp_path}/net.onnx", "fold=false")
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     finished = load_finished_run(run_path)
