@@ -12,8 +12,6 @@ COMPUTED_WEIGHT = (
     "the weight of an analytic layer is computed from its AKPs and plain kernels, not stored as a parameter; "
     "acl.fold(model) makes its analytic layers plain convolutions, whose weight can be set, pruned or parametrized"
 )
-
-
 CONVOLUTION_FIELDS = (
     "in_channels",
     "out_channels",

@@ -338,12 +338,12 @@ def _to_analytic(
                 f"cannot convert {name}: its {size} kernels of {' and '.join(zero)} would be 0; leave them plain, or "
                 "convert only larger kernels, as the rule k>=3 does"
             )
-        if init != "fit" and _has_constant_kernels(layer):
-            raise ValueError(
-                f"cannot convert {name}: whatever their AKPs, its 1 x 1 kernels would be a constant or its negative; "
-                "leave them plain, or use amplitude=True"
-            )
         if init != "fit":
+            if _has_constant_kernels(layer):
+                raise ValueError(
+                    f"cannot convert {name}: whatever their AKPs, its 1 x 1 kernels would be a constant or its "
+                    "negative; leave them plain, or use amplitude=True"
+                )
             return layer
         kinds = [[symbol] if KINDS[symbol].is_analytic else [] for symbol in layer.slot_kinds]
         fit = fit_outputs(kinds)
