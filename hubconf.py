@@ -25,7 +25,7 @@ def analenet(weights: str | None = "mnist_gabor") -> nn.Module:
         ValueError: for an unknown name.
     """
     if weights is None:
-        return LeNet()
+        return LeNet().eval()
     folder = Path(__file__).parent / "results/weights"
     known = sorted(file.stem for file in folder.glob("*.safetensors"))
     if weights not in known:

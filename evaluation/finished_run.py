@@ -62,18 +62,19 @@ def find_finished_runs(runs: str | list[str]) -> list[Path]:
     """Finds the folders of finished runs.
 
     Args:
-        runs: folders of runs, or of single runs; globs are allowed.
+        runs: folders of runs, or of single runs; globs are allowed. A folder that is listed twice counts once.
 
     Raises:
         UsageError: if there are none.
     """
     patterns = [runs] if isinstance(runs, str) else runs
     # Functions of os.path, because those of Path raise for unknown users and absolute patterns.
-    folders = [Path(name) for pattern in patterns for name in glob(os.path.expanduser(pattern))]  # noqa: PTH111, PTH207
-    paths = {path.parent for folder in folders for name in RECORDS for path in folder.glob(name)}
+    names = [os.path.expanduser(pattern) for pattern in patterns]  # noqa: PTH111
+    folders = [Path(found) for name in names for found in ([name] if os.path.isdir(name) else glob(name))]  # noqa: PTH112, PTH207
+    paths = [path.parent for folder in folders for name in RECORDS for path in folder.glob(name)]
     if not paths:
         raise UsageError(f"no finished run in {', '.join(patterns)}; set runs=[...] to folders of runs")
-    return sorted(paths)
+    return sorted({path.resolve(): path for path in reversed(paths)}.values())
 
 
 def read_run_folder(path: Path, data_location: DataLocation | None = None) -> tuple[RunSettings, Record]:

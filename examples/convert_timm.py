@@ -1,4 +1,6 @@
-"""Converts a timm network, fits its first layer, trains a step, saves and folds it: python examples/convert_timm.py
+"""Converts a timm network, fits its first layer, trains for three steps, saves and folds it.
+
+    python examples/convert_timm.py
 
 pretrained=True downloads timm's weights; without a network, "--random" runs the same on random weights.
 """

@@ -28,7 +28,10 @@ def main(settings: ClaimsSettings) -> None:
     headline = render_headline(settings.headline, settings.results)
     claims = [(claim, *collect_effects(claim, settings.results)) for claim in load_claims()]
     if not any(effects for _, effects, _ in claims):
-        raise UsageError(f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/")
+        raise UsageError(
+            f"results={settings.results} is invalid: the folder has no records in tables/ or evidence/ that a claim of "
+            "configs/claims uses"
+        )
     for claim, effects, missing in claims:
         folder = settings.results / "claims"
         approximations = draw_all_approximations(claim, settings.results)

@@ -115,7 +115,7 @@ def main(settings: CompareSettings) -> None:
                 approximation, used = METHODS[method](comparison.weight, numbers, metrics[metric])
             measured = comparison.measure(name, numbers, used, approximation)
             lines[key] = {**settings.recorded, **measured, **environment}
-        ordered = dict.fromkeys([original, *tasks, *lines])
+        ordered = dict.fromkeys([*lines, original, *tasks])
         write_atomic(settings.file, to_json_lines(lines[known] for known in ordered if known in lines))
     for key in ordered:
         print(describe(lines[key]))

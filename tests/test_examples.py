@@ -54,5 +54,6 @@ def test_code_of_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_gives_trained_networks() -> None:
     net = torch.hub.load(str(ROOT), "analenet", source="local", weights="mnist_gabor")
     assert net.conv1.arrangement.counts == {"G": 6} and not net.training
+    assert not torch.hub.load(str(ROOT), "analenet", source="local", weights=None).training
     with pytest.raises(ValueError, match=r"no weights 'mnist'; known: digits_gabor, digits_half_plain, "):
         torch.hub.load(str(ROOT), "analenet", source="local", weights="mnist")

@@ -8,6 +8,7 @@ import pytest
 
 from evaluation.finished_run import evaluate_run, load_finished_run
 from tests.sources import ROOT
+from training.provenance import digest_file
 from training.settings import load_run_data
 
 FOLDER = ROOT / "results/weights"
@@ -22,6 +23,14 @@ def test_every_file_has_its_record_and_its_line_in_the_table() -> None:
     for file, record in RECORDS.items():
         cells = f"{record['parameters']['conv']:,} | {record['test']['top1']:.2f} |\n"
         assert any(f"`{Path(file).stem}`" in line and f"{line}\n".endswith(cells) for line in text.splitlines())
+
+
+def test_page_is_that_of_the_weights() -> None:
+    record = RECORDS["mnist_half_plain.safetensors"]
+    page = (ROOT / "results/explanation/mnist_half_plain.html").read_text("utf-8")
+    assert record["weights"] == digest_file(FOLDER / record["file"])
+    assert f"AnaNN: run {record['id']}" in page and f"commit {record['commit']}" in page
+    assert f"test {record['test']['top1']:.2f}%, validation\n    {record['val']['top1']:.2f}%" in page
 
 
 @pytest.mark.parametrize("file", sorted(RECORDS))

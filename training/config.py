@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import re
 import shlex
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, MissingMandatoryValue
 from training.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+OmegaConf.register_new_resolver("expand_home", os.path.expanduser)
 NEW_KEY_ROOTS = ("arrangement",)
 """The sections of a configuration to which overrides may add keys."""
 

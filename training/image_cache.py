@@ -56,10 +56,14 @@ def load_decoded_images(
     root_digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
     folder = cache / f"{title}-{size}px-{root_digest}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         key = _compute_cache_key(root, paths, size)
-        with FileLock(folder / f"{key[:16]}.lock"):  # other processes wait for the one that decodes
-            images_file, skipped = _find_or_decode(folder, key, root, paths, size, skip_undecodable)
+        complete = _find_decoded(folder, key, paths, size)  # without the lock, for a cache that can only be read
+        if complete is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f"{key[:16]}.lock"):  # other processes wait for the one that decodes
+                complete = _find_decoded(folder, key, paths, size)
+                complete = complete or _decode_all(folder, key, root, paths, size, skip_undecodable)
+        images_file, skipped = complete
     except OSError as error:
         raise UsageError(f"cannot store decoded images in {folder}: {error.strerror or error}") from error
     if skipped and not skip_undecodable:
@@ -72,16 +76,28 @@ def load_decoded_images(
     return mapped.view(shape)[: len(paths) - len(skipped)].permute(0, 3, 1, 2), skipped
 
 
-def _find_or_decode(
-    folder: Path, key: str, root: Path, paths: Sequence[Path], size: int, skip_undecodable: bool
-) -> tuple[Path, list[int]]:
-    """Returns the complete file of the decoded images and the indices of those that cannot be decoded."""
-    images_file, progress_file = folder / f"images-{key[:16]}.u8", folder / f"images-{key[:16]}.json"
+def _name_files(folder: Path, key: str) -> tuple[Path, Path]:
+    """The file of the decoded images, and that of the progress."""
+    return folder / f"images-{key[:16]}.u8", folder / f"images-{key[:16]}.json"
+
+
+def _find_decoded(folder: Path, key: str, paths: Sequence[Path], size: int) -> tuple[Path, list[int]] | None:
+    """The complete file of the decoded images and the indices of those that cannot be decoded; None without one."""
+    images_file, progress_file = _name_files(folder, key)
     progress = _read_progress(progress_file)
-    num_bytes = len(paths) * size * size * 3
-    is_complete = images_file.is_file() and images_file.stat().st_size == num_bytes
+    is_complete = images_file.is_file() and images_file.stat().st_size == len(paths) * size * size * 3
     if is_complete and progress.get("key") == key and progress["done"] == len(paths):
         return images_file, progress["skipped"]
+    return None
+
+
+def _decode_all(
+    folder: Path, key: str, root: Path, paths: Sequence[Path], size: int, skip_undecodable: bool
+) -> tuple[Path, list[int]]:
+    """Decodes the images, or goes on where another process stopped; returns what ``_find_decoded`` does."""
+    images_file, progress_file = _name_files(folder, key)
+    progress = _read_progress(progress_file)
+    num_bytes = len(paths) * size * size * 3
     unfinished_file = folder / f"{UNFINISHED}{images_file.name}"
     if progress.get("key") != key or not unfinished_file.is_file() or unfinished_file.stat().st_size != num_bytes:
         progress = {"key": key, "done": 0, "skipped": []}

@@ -132,7 +132,8 @@ class WandbLogger(Logger):
     def finish(self, record: Record) -> None:
         import wandb
 
-        self.run.summary.update(record.to_dict(exclude={"config", "correct"}))
+        # W&B sweeps compare the summary's val_top1, which would be that of the last epoch, not of the best one.
+        self.run.summary.update({**record.to_dict(exclude={"config", "correct"}), "val_top1": record.val.top1})
         weights = self.directory.path / "model.safetensors"
         if self.run.disabled:
             return  # W&B would leave a copy of the weights behind

@@ -137,6 +137,14 @@ def test_home_folder_in_globs_of_runs_is_expanded(
     assert parse_run(compose_run(Path("'~'"), *SHORT)).directory.path == finished_path
 
 
+def test_folder_of_runs_is_taken_literally_and_once(
+    finished_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(finished_path, tmp_path / "runs[1]" / finished_path.name))
+    monkeypatch.chdir(tmp_path)
+    assert find_finished_runs(["runs[1]", "./runs[1]", str(path)]) == [Path("runs[1]", path.name)]
+
+
 def test_folder_without_finished_run_is_rejected(tmp_path: Path) -> None:
     assert get_error(tmp_path) == f"{tmp_path} is not the folder of a run: it has no config.yaml"
     (tmp_path / "config.yaml").write_text("seed: 0\n")

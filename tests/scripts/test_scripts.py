@@ -65,11 +65,16 @@ def test_train_reports_whether_result_is_new_reused_or_outdated(
     assert (path.parent / "superseded-1/record.json").exists()
 
 
-def test_collect_lists_every_run_of_sweep(tmp_path: Path, call_script: RunScript) -> None:
+def test_collect_lists_every_run_of_sweep(
+    tmp_path: Path, call_script: RunScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     sweep = ["-m", "hydra/launcher=cores", "arrangement.conv1=G6,G3_P3", "seed=0,1", "trainer.epochs=1"]
-    done = call_script("train.py", *sweep, "trainer.batch_size=600", f"paths.runs={tmp_path}")
+    done = call_script("train.py", *sweep, "trainer.batch_size=600", 'paths.runs="~"')
     get_reusable_executor().shutdown()  # its processes would wait for further runs
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sweeps").is_dir() and not (tmp_path / "~").exists()
     records = [json.loads(path.read_text())["config"] for path in tmp_path.glob("*/record.json")]
     assert sorted((r["arrangement"]["conv1"], r["seed"]) for r in records) == [
         ("G3_P3", 0),

@@ -259,6 +259,17 @@ def damaged_images(paths: list[Path]) -> tuple[list[Path], torch.Tensor]:
     return paths, intact
 
 
+def test_complete_cache_is_read_without_writing(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_images(paths).clone()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for target in ("training.image_cache.FileLock", "pathlib.Path.mkdir", "training.image_cache.write_atomic"):
+        monkeypatch.setattr(target, refuse)
+    assert torch.equal(load_images(paths), expected)
+
+
 def test_undecodable_image_raises_one_line_error(damaged_images: tuple[list[Path], torch.Tensor]) -> None:
     with pytest.raises(UsageError, match=r"5\.png cannot be decoded \(.*data.skip_undecodable=true") as error:
         load(damaged_images[0])

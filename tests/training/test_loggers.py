@@ -135,6 +135,7 @@ def test_each_table_run_is_one_wandb_run(tmp_path: Path) -> None:
         assert [steps[epoch]["epoch"] for epoch in (1, 2)] == [1, 2]
         assert {"train_loss", "train_top1", "val_loss", "val_top1", "lr"} <= set(steps[1])
         assert log["summary"]["test"] == record["test"] and log["summary"]["parameters"] == record["parameters"]
+        assert log["summary"]["val_top1"] == record["val"]["top1"]  # of the best epoch, for W&B's sweeps
         if is_mosaic:
             for epoch in (0, 2):  # the first and the last
                 assert steps[epoch]["conv1/mosaic"]["_type"] == "image-file"
