@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, MissingMandatoryValue
 from training.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-OmegaConf.register_new_resolver("expand_home", os.path.expanduser)
+OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)  # a notebook can reload this module
 NEW_KEY_ROOTS = ("arrangement",)
 """The sections of a configuration to which overrides may add keys."""
 
