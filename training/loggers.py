@@ -127,7 +127,8 @@ class WandbLogger(Logger):
     def log(self, metrics: dict[str, float]) -> None:
         epoch = int(metrics["epoch"])
         draws_layers = epoch == self.epochs or epoch % self.pictures_every == 0
-        self.run.log({**metrics, **(self._draw_layers() if draws_layers else {})}, step=epoch)
+        # Committed, because W&B would put the last epoch's metrics into the summary after ``finish``.
+        self.run.log({**metrics, **(self._draw_layers() if draws_layers else {})}, step=epoch, commit=True)
 
     def finish(self, record: Record) -> None:
         import wandb
