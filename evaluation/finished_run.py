@@ -70,7 +70,7 @@ def find_finished_runs(runs: str | list[str]) -> list[Path]:
     patterns = [runs] if isinstance(runs, str) else runs
     # Functions of os.path, because those of Path raise for unknown users and absolute patterns.
     names = [os.path.expanduser(pattern) for pattern in patterns]  # noqa: PTH111
-    folders = [Path(found) for name in names for found in ([name] if os.path.isdir(name) else glob(name))]  # noqa: PTH112, PTH207
+    folders = [Path(found) for name in names for found in ([name] if Path(name).is_dir() else glob(name))]  # noqa: PTH207
     paths = [path.parent for folder in folders for name in RECORDS for path in folder.glob(name)]
     if not paths:
         raise UsageError(f"no finished run in {', '.join(patterns)}; set runs=[...] to folders of runs")
