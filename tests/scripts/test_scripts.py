@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from scripts import collect, train
 from scripts.collect import CollectSettings
 from tests.scripts.conftest import ROOT, RunScript
+from tests.training.configurations import compose_photo_run
 from tests.training.processes import start_process, wait_for
-from tests.training.trees import write_mnist
+from tests.training.trees import write_image, write_imagefolder, write_mnist
 from training.config import compose
 from training.errors import UsageError
 from training.loop import run
@@ -63,6 +64,22 @@ def test_train_reports_whether_result_is_new_reused_or_outdated(
     train.main(compose([*overrides, "fresh=true"]))
     assert capsys.readouterr().out.startswith(f"{path.parent}: test ")
     assert (path.parent / "superseded-1/record.json").exists()
+
+
+def test_train_reports_result_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_imagefolder(tmp_path / "photos", train=6, val=2, test=2)
+    cfg = compose_photo_run(tmp_path, root)
+    train.main(cfg)
+    (path,) = (tmp_path / "runs").iterdir()
+    assert capsys.readouterr().out.startswith(f"{path}: test ")
+    write_image(root / "train/class_3/0.png", 3, 0)
+    for split in ("val", "test"):
+        shutil.copytree(root / "train/class_3", root / split / "class_3")
+    train.main(cfg)
+    assert capsys.readouterr().out.startswith(f"{path} (recorded before, with other data; fresh=true reruns it): test ")
+    cfg.fresh = True
+    train.main(cfg)
+    assert capsys.readouterr().out.startswith(f"{path}: test ")
 
 
 def test_collect_lists_every_run_of_sweep(
